@@ -1,0 +1,596 @@
+"""The command line with a codec that is no codec: PNG files inside of .vqz containers."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+import vqcodec
+from vqcodec import bitstream, cli, files, image
+from vqcodec.errors import FormatError, TrainingError, WeightsError
+
+ROOT = Path(vqcodec.__file__).parents[1]
+
+
+def fake_compress(picture, *, quality, weights, device, verify):
+    height, width, _ = picture.pixels.shape
+    header = bitstream.Header(width, height, quality, b"fake", layers=1, tile=0, grey=picture.grey)
+    return bitstream.write(header, [], [image.save(picture, ".png")])
+
+
+def fake_decode_picture(data, *, weights=None, device="auto", partial=False, max_pixels=bitstream.DEFAULT_MAX_PIXELS):
+    container = bitstream.read(data, max_pixels=max_pixels, partial=partial)
+    (segment,) = container.segments
+    if segment is None:
+        header = container.header
+        return image.Picture(np.zeros((header.height, header.width, 3), np.uint8), notes=container.problems)
+    return image.load(segment, max_pixels=None)
+
+
+@pytest.fixture
+def codec(monkeypatch):
+    fake = ModuleType("vqcodec.codec")
+    fake.compress, fake.decode_picture = fake_compress, fake_decode_picture
+    use(monkeypatch, fake)
+    return fake
+
+
+def use(monkeypatch, module: ModuleType) -> None:
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(vqcodec, module.__name__.rpartition(".")[2], module, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def photo(make_photo):
+    pixels = make_photo(30, 40)
+    Image.fromarray(pixels).save("photo.png")
+    return pixels
+
+
+def run(*arguments: str, stdin: bytes | None = None) -> Result:
+    return CliRunner().invoke(cli.main, arguments, input=stdin)
+
+
+def fails(ran: Result, status: int, *lines: str) -> None:
+    """Nothing on stdout, and exactly these lines on stderr."""
+    assert (ran.exit_code, ran.stdout, ran.stderr.splitlines()) == (status, "", list(lines))
+
+
+def tree(folder: str = ".") -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
+
+
+# The program
+
+
+def test_version():
+    ran = run("--version")
+    assert (ran.exit_code, ran.stdout) == (0, f"vqcodec {vqcodec.__version__} (format {bitstream.VERSION})\n")
+
+
+@pytest.mark.parametrize("command", [[], ["compress"], ["decompress"], ["info"], ["compare"], ["train"]])
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help(command, option):
+    ran = run(*command, option)
+    assert ran.exit_code == 0 and ran.stderr == ""
+    assert "Example" in ran.stdout
+    assert max(map(len, ran.stdout.splitlines())) <= 100
+
+
+def test_help_has_ranges_and_defaults():
+    assert re.search(
+        r"--quality INTEGER RANGE .*\[default: 50; 1<=x<=100\]", " ".join(run("compress", "-h").stdout.split())
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Missing command."),
+        (["compress"], "Missing argument 'IN...'. (see vqcodec compress --help)"),
+        (["nonsense"], "No such command 'nonsense'. (see vqcodec --help)"),
+        (["compress", "-q", "0", "x"], "Invalid value for '-q' / '--quality': 0 is not in the range 1<=x<=100."),
+        (["compress", "-q", "101", "x"], "Invalid value for '-q' / '--quality': 101 is not in the range 1<=x<=100."),
+        (["compress", "--device", "tpu", "x"], "Invalid value for '--device'"),
+        (["compress", "--weights", "no", "x"], "Invalid value for '--weights': File 'no' does not exist."),
+        (["compress", "a.png", "a.jpg"], "a.png and a.jpg would both become a.vqz"),
+        (["compress", "a.png", "b.png", "-o", "c"], "c is not a folder"),
+        (["decompress", "a.vqz", "-o", "a.xyz"], "no picture format has the suffix '.xyz'"),
+        (["decompress", "a.vqz", "--test", "-o", "a.png"], "--test writes nothing, so -o has no use."),
+        (["info"], "Give either files or --weights."),
+        (["train", "x"], "Missing option '-o' / '--output'."),
+        (["train", "x", "-o", "y", "--minutes", "0"], "Invalid value for '--minutes'"),
+    ],
+)
+def test_wrong_usage(arguments, message):
+    ran = run(*arguments)
+    assert (ran.exit_code, ran.stdout) == (2, "")
+    (line,) = ran.stderr.splitlines()
+    assert line.startswith(f"vqcodec: {message}") and line.endswith("--help)")
+
+
+# compress and decompress
+
+
+def test_round_trip(codec, photo):
+    ran = run("compress", "photo.png")
+    assert (ran.exit_code, ran.stdout) == (0, "")
+    size, written = os.path.getsize("photo.png"), os.path.getsize("photo.vqz")
+    assert re.fullmatch(
+        rf"photo\.png -> photo\.vqz: {size:,} -> {written:,} bytes, 40 x 30, {8 * written / 1200:.4f} bpp, \d+\.\d\d s\n",
+        ran.stderr,
+    )
+    os.remove("photo.png")
+    ran = run("decompress", "photo.vqz")
+    assert ran.exit_code == 0
+    assert ran.stderr.startswith(f"photo.vqz -> photo.png: {written:,} -> ")
+    assert np.array_equal(image.load(Path("photo.png").read_bytes(), max_pixels=None).pixels, photo)
+    assert tree() == ["photo.png", "photo.vqz"]
+
+
+def test_options_reach_the_codec(codec, photo, monkeypatch):
+    seen = {}
+
+    def compress(picture, **options):
+        seen.update(options)
+        return b"data"
+
+    monkeypatch.setattr(codec, "compress", compress)
+    Path("w.safetensors").touch()
+    assert (
+        run("compress", "photo.png", "-q", "7", "--weights", "w.safetensors", "--device", "cpu", "--verify").exit_code
+        == 0
+    )
+    assert seen == {"quality": 7, "weights": "w.safetensors", "device": "cpu", "verify": True}
+    assert run("compress", "photo.png", "-f").exit_code == 0
+    assert seen == {"quality": 50, "weights": None, "device": "auto", "verify": False}
+
+
+@pytest.mark.parametrize(("suffix", "format"), [(".jpg", "JPEG"), (".WEBP", "WEBP"), (".tif", "TIFF"), (".bmp", "BMP")])
+def test_output_format_goes_by_the_suffix(codec, photo, suffix, format):
+    run("compress", "photo.png")
+    assert run("decompress", "photo.vqz", "-o", f"out{suffix}").exit_code == 0
+    with Image.open(f"out{suffix}") as restored:
+        assert restored.format == format
+
+
+def test_quiet(codec, photo):
+    assert run("compress", "photo.png", "--quiet").stderr == ""
+    assert run("decompress", "photo.vqz", "-o", "x.png", "--quiet").stderr == ""
+
+
+def test_notes(codec):
+    Image.new("CMYK", (4, 4)).save("ink.jpg")
+    first, _ = run("compress", "ink.jpg").stderr.splitlines()
+    assert first.startswith("vqcodec: ink.jpg: note: CMYK was converted")
+
+
+def test_streams(codec, photo):
+    ran = run("compress", "-", stdin=Path("photo.png").read_bytes())
+    assert ran.exit_code == 0
+    assert ran.stderr.startswith("- -> -: ")
+    restored = run("decompress", "-", stdin=ran.stdout_bytes)
+    assert restored.stdout_bytes.startswith(b"\x89PNG")
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(restored.stdout_bytes))), photo)
+    assert run("compress", "photo.png", "-o", "-").stdout_bytes == ran.stdout_bytes
+    assert run("decompress", "-", "-o", "x.png", stdin=ran.stdout_bytes).stdout == ""
+    assert tree() == ["photo.png", "x.png"]
+
+
+def test_no_binary_to_a_terminal(photo, monkeypatch):
+    monkeypatch.setattr(cli.sys, "stdout", SimpleNamespace(isatty=lambda: True))
+    with pytest.raises(cli.click.UsageError, match="terminal"):
+        cli._plan(["-"], None, files.PICTURE_SUFFIXES, ".vqz")
+
+
+def test_existing_files_are_kept(codec, photo):
+    Path("photo.vqz").write_bytes(b"precious")
+    fails(run("compress", "photo.png"), 1, "vqcodec: photo.vqz: File exists, -f would overwrite it")
+    assert Path("photo.vqz").read_bytes() == b"precious"
+    assert run("compress", "-f", "photo.png").exit_code == 0
+    assert bitstream.read_info(Path("photo.vqz").read_bytes()).header.width == 40
+
+
+def test_input_is_never_replaced(codec, photo):
+    ran = run("compress", "-f", "photo.png", "-o", "./photo.png")
+    fails(ran, 2, "vqcodec: the output ./photo.png would replace the input photo.png (see vqcodec compress --help)")
+
+
+def test_cheap_checks_come_first(monkeypatch, photo):
+    monkeypatch.setitem(sys.modules, "vqcodec.codec", None)  # importing it fails
+    fails(run("compress", "nothing.png"), 1, "vqcodec: nothing.png: No such file or directory")
+    fails(run("compress", "photo.png", "-o", "no/x.vqz"), 1, "vqcodec: no: No such file or directory")
+
+
+def test_bad_files_do_not_stop_the_others(codec, photo):
+    Path("bad.png").write_bytes(b"not a picture")
+    Image.fromarray(photo).save("third.bmp")
+    ran = run("compress", "missing.jpg", "bad.png", "photo.png", "third.bmp")
+    assert ran.exit_code == 1
+    lines = ran.stderr.splitlines()
+    assert lines[0] == "vqcodec: missing.jpg: No such file or directory"
+    assert lines[1].startswith("vqcodec: bad.png: not a PNG, JPEG")
+    assert lines[2].startswith("photo.png -> photo.vqz: ")
+    assert lines[3].startswith("third.bmp -> third.vqz: ")
+    assert lines[4].startswith("vqcodec: 2 of 4 files done, 2 failed; ")
+    assert len(lines) == 5
+    assert tree() == ["bad.png", "photo.png", "photo.vqz", "third.bmp", "third.vqz"]
+
+
+def test_folders(codec, make_photo):
+    for name in ("in/a.png", "in/sub/b.jpg", "in/sub/readme.txt"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith("txt"):
+            Path(name).touch()
+        else:
+            Image.fromarray(make_photo(8, 9)).save(name)
+    Path("out").mkdir()
+    ran = run("compress", "in", "-o", "out")
+    assert ran.exit_code == 0
+    assert ran.stderr.splitlines()[-1].startswith("vqcodec: 2 of 2 files done, 0 failed; ")
+    assert tree("out") == ["a.vqz", "sub/b.vqz"]
+    Path("back").mkdir()
+    assert run("decompress", "out", "-o", "back", "--quiet").stderr == ""
+    assert tree("back") == ["a.png", "sub/b.png"]
+    fails(run("decompress", "in"), 2, "vqcodec: folder in holds no files named *.vqz (see vqcodec decompress --help)")
+
+
+def test_damaged_file(codec, photo):
+    run("compress", "photo.png")
+    data = Path("photo.vqz").read_bytes()
+    Path("cut.vqz").write_bytes(data[:-5])
+    fails(
+        run("decompress", "cut.vqz"),
+        1,
+        f"vqcodec: cut.vqz: segment 1 of 1 ends at byte {len(data)}, the file has {len(data) - 5} bytes",
+    )
+    assert tree() == ["cut.vqz", "photo.png", "photo.vqz"]
+    ran = run("decompress", "cut.vqz", "--partial")
+    assert ran.exit_code == 0
+    assert ran.stderr.splitlines()[0].startswith("vqcodec: cut.vqz: note: segment 1 of 1 ends")
+    assert Path("cut.png").exists()
+
+
+def test_decompress_test_writes_nothing(codec, photo):
+    run("compress", "photo.png")
+    Path("bad.vqz").write_bytes(Path("photo.vqz").read_bytes()[:-1])
+    ran = run("decompress", "--test", "photo.vqz", "bad.vqz")
+    assert ran.exit_code == 1
+    assert ran.stderr.splitlines()[0].startswith("photo.vqz: fine, ")
+    assert ran.stderr.splitlines()[1].startswith("vqcodec: bad.vqz: segment 1 of 1 ends")
+    assert tree() == ["bad.vqz", "photo.png", "photo.vqz"]
+    assert run("decompress", "--test", "photo.vqz").exit_code == 0
+
+
+def test_max_pixels(codec, photo):
+    run("compress", "photo.png")
+    ran = run("decompress", "photo.vqz", "-o", "x.png", "--max-pixels", "1199")
+    fails(ran, 1, "vqcodec: photo.vqz: the picture has 40 x 30 = 1200 pixels, the limit is 1199")
+    assert run("decompress", "photo.vqz", "-o", "x.png", "--max-pixels", "1200").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (MemoryError(), "vqcodec: photo.png: not enough memory"),
+        (FormatError("one\ntwo"), "vqcodec: photo.png: one"),
+        (WeightsError("no weights"), "vqcodec: photo.png: no weights"),
+        (OSError(28, "No space left on device", "tmp"), "vqcodec: tmp: No space left on device"),
+        (RuntimeError("odd\nlong"), "vqcodec: photo.png: RuntimeError: odd (vqcodec --debug ... shows where)"),
+        (ZeroDivisionError(), "vqcodec: photo.png: ZeroDivisionError:  (vqcodec --debug ... shows where)"),
+    ],
+)
+def test_every_error_is_one_line(codec, photo, monkeypatch, error, line):
+    def compress(*_, **__):
+        raise error
+
+    monkeypatch.setattr(codec, "compress", compress)
+    fails(run("compress", "photo.png"), 1, line)
+    ran = run("--debug", "compress", "photo.png")
+    assert ran.exit_code == 1
+    assert "Traceback" in ran.stderr and ran.stderr.endswith(line + "\n")
+    assert tree() == ["photo.png"]
+
+
+def test_full_disk(codec, photo, monkeypatch):
+    def replace(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "replace", replace)
+    fails(run("compress", "photo.png"), 1, "vqcodec: photo.vqz: No space left on device")
+    assert tree() == ["photo.png"]
+
+
+def test_interrupt(codec, photo, monkeypatch):
+    Image.fromarray(photo).save("second.png")
+
+    def compress(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(codec, "compress", compress)
+    ran = run("compress", "photo.png", "second.png")
+    assert ran.exit_code == 130
+    assert ran.stderr.split() == ["vqcodec:", "interrupted"]
+    assert tree() == ["photo.png", "second.png"]
+
+
+def test_progress_bar_on_a_terminal_only(codec, photo, monkeypatch):
+    Image.fromarray(photo).save("second.png")
+    shown = []
+
+    def progressbar(jobs, **options):
+        shown.append(options)
+        return cli.contextlib.nullcontext(jobs)
+
+    monkeypatch.setattr(cli.click, "progressbar", progressbar)
+    run("compress", "photo.png", "second.png")
+    assert shown == []
+    terminal = io.TextIOWrapper(io.BytesIO())
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(cli.sys, "stderr", terminal)
+    jobs = [files.Job("photo.png", "-"), files.Job("second.png", "-")]
+    context = cli.click.Context(cli.main, info_name="vqcodec")
+    context.params["debug"] = False
+    with context:
+        assert cli._run(jobs, lambda job: (1, 1), overwrite=False, quiet=True) == 0
+        assert cli._run(jobs[:1], lambda job: (1, 1), overwrite=False, quiet=False) == 0
+        assert shown == []
+        assert cli._run(jobs, lambda job: (1, 1), overwrite=False, quiet=False) == 0
+    assert [options["file"] for options in shown] == [terminal]
+
+
+# info
+
+
+def write_vqz(name: str, **changes: object) -> bytes:
+    header = {"width": 100, "height": 90, "quality": 30, "weights_id": b"\1\2\3\4", "layers": 2, "tile": 64}
+    chunks = [bitstream.Chunk("ICCP", b"profile"), bitstream.Chunk("XMP ", b"packet")]
+    data = bitstream.write(bitstream.Header(**header | changes), chunks, [b"abc"] * 8)
+    Path(name).write_bytes(data)
+    return data
+
+
+def test_info():
+    size = len(write_vqz("a.vqz"))
+    ran = run("info", "a.vqz")
+    assert (ran.exit_code, ran.stderr) == (0, "")
+    assert ran.stdout.splitlines() == [
+        "a.vqz",
+        "  size      100 x 90 pixels, colour",
+        f"  file      {size} bytes, {8 * size / 9000:.4f} bits per pixel, format 1",
+        "  quality   30",
+        "  weights   01020304",
+        "  tiles     2 x 2 of 64 pixels a side",
+        "  layers    2: 32, 32 bytes",
+        "  metadata  ICCP 7 bytes, XMP 6 bytes",
+    ]
+
+
+def test_info_json():
+    size = len(write_vqz("a.vqz", grey=True))
+    Path("b.vqz").write_bytes(b"VQ")
+    ran = run("info", "a.vqz", "b.vqz", "--json")
+    assert ran.exit_code == 1
+    assert ran.stderr == "vqcodec: b.vqz: the header ends at byte 21, the file has 2 bytes\n"
+    assert json.loads(ran.stdout) == [
+        {
+            "file": "a.vqz",
+            "bytes": size,
+            "bpp": 8 * size / 9000,
+            "format": 1,
+            "width": 100,
+            "height": 90,
+            "grey": True,
+            "quality": 30,
+            "weights": "01020304",
+            "tile": 64,
+            "tiles": [2, 2],
+            "layer_bytes": [32, 32],
+            "chunks": [{"kind": "ICCP", "bytes": 7}, {"kind": "XMP ", "bytes": 6}],
+        }
+    ]
+
+
+def test_info_of_standard_input():
+    ran = run("info", "-", stdin=write_vqz("a.vqz"))
+    assert ran.exit_code == 0 and ran.stdout.startswith("-\n  size      100 x 90")
+
+
+def test_info_of_weights(monkeypatch):
+    weights = ModuleType("vqcodec.weights")
+    weights.find = lambda path: Path(path or "built-in")
+    weights.describe = lambda path: {"file": str(path), "macs": 12.5, "config": {"a": 1}}
+    use(monkeypatch, weights)
+    assert run("info", "--weights").stdout == 'file: built-in\nmacs: 12.5\nconfig: {"a": 1}\n'
+    assert run("info", "--weights", "my.safetensors").stdout.startswith("file: my.safetensors\n")
+    assert json.loads(run("info", "--json", "--weights").stdout) == weights.describe("built-in")
+
+    def find(path):
+        raise WeightsError("there are none")
+
+    weights.find = find
+    fails(run("info", "--weights"), 1, "vqcodec: built-in weights: there are none")
+
+
+# compare
+
+
+def test_compare(codec, photo):
+    run("compress", "photo.png")
+    noisy = np.clip(photo.astype(int) + 5, 0, 255).astype(np.uint8)
+    Image.fromarray(noisy).save("noisy.png")
+    size = os.path.getsize("photo.vqz")
+    ran = run("compare", "noisy.png", "photo.vqz")
+    assert (ran.exit_code, ran.stderr) == (0, "")
+    first, second = ran.stdout.splitlines()
+    assert first == f"photo.vqz: {size:,} bytes, {8 * size / 1200:.4f} bpp"
+    assert re.fullmatch(r"PSNR 34\.\d\d dB, MS-SSIM 0\.9\d\d\d", second)
+    told = json.loads(run("compare", "noisy.png", "photo.vqz", "--json").stdout)
+    assert told["files"] == [{"file": "photo.vqz", "bytes": size, "bpp": 8 * size / 1200}]
+    assert told["psnr"] == pytest.approx(34.15, abs=0.1)
+    assert (told["width"], told["height"]) == (40, 30)
+
+
+def test_compare_equal_pictures(photo):
+    assert run("compare", "photo.png", "photo.png").stdout == "PSNR inf dB, MS-SSIM 1.0000\n"
+    told = json.loads(run("compare", "photo.png", "photo.png", "--json").stdout)
+    assert (told["psnr"], told["files"]) == (None, [])
+    assert told["ms_ssim"] == pytest.approx(1)
+
+
+def test_compare_failures(photo):
+    Image.new("RGB", (4, 5)).save("small.png")
+    ran = run("compare", "photo.png", "small.png")
+    fails(ran, 1, "vqcodec: small.png: the picture has 4 x 5 pixels, photo.png has 40 x 30")
+    fails(run("compare", "no.png", "photo.png"), 1, "vqcodec: no.png: No such file or directory")
+
+
+# train
+
+
+@pytest.fixture
+def training(monkeypatch):
+    fake = ModuleType("vqcodec.training")
+    fake.calls = []
+
+    def train(pictures, output, *, on_progress, on_warning, **options):
+        fake.calls.append((pictures, output, options))
+        on_warning("bad.png: skipped")
+        for step, stage in enumerate(["codec", "codec", "prior"]):
+            on_progress(
+                SimpleNamespace(
+                    stage=stage, step=step, elapsed=60.0 * step, remaining=3600.0, bpp=0.5, psnr=30.0, loss=1.0
+                )
+            )
+
+    fake.train = train
+    use(monkeypatch, fake)
+    return fake
+
+
+def test_train(training, photo):
+    ran = run("train", ".", "-o", "w.safetensors", "--minutes", "1.5", "--config", "tiny", "--seed", "3", "--resume")
+    assert (ran.exit_code, ran.stdout) == (0, "")
+    assert ran.stderr.splitlines() == [
+        "vqcodec: warning: bad.png: skipped",
+        "codec, step 0: 0.500 bpp, 30.00 dB, 01:00:00 left",
+        "prior, step 2: 0.500 bpp, 30.00 dB, 01:00:00 left",
+    ]
+    options = {"config": "tiny", "minutes": 1.5, "resume": True, "device": "auto", "seed": 3}
+    assert training.calls == [([Path("photo.png")], Path("w.safetensors"), options)]
+
+
+def test_train_on_a_terminal(training, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(cli.sys, "stderr", terminal)
+    with cli._training_bar() as show:
+        training.train([], None, on_progress=show, on_warning=lambda text: None)
+    assert "prior, step 2: 0.500 bpp, 30.00 dB, 01:00:00 left" in terminal.getvalue()
+
+
+def test_train_failures(training, photo, monkeypatch):
+    Path("w.safetensors").touch()
+    fails(
+        run("train", "photo.png", "-o", "w.safetensors"),
+        1,
+        "vqcodec: w.safetensors: File exists, -f would overwrite it",
+    )
+    fails(run("train", "no.png", "-o", "x"), 1, "vqcodec: no.png: No such file or directory")
+    assert training.calls == []
+    for option in ("--resume", "-f"):
+        assert run("train", "photo.png", "-o", "w.safetensors", option).exit_code == 0
+
+    def train(*_, **__):
+        raise TrainingError("nothing to train on")
+
+    monkeypatch.setattr(training, "train", train)
+    fails(run("train", "photo.png", "-o", "x"), 1, "vqcodec: x: nothing to train on")
+
+
+# Real processes
+
+
+def process(*arguments: str, **options: object) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, *arguments], **{"env": environment} | pipes | options)
+
+
+def test_python_m_vqcodec():
+    write_vqz("a.vqz")
+    out, err = process("-m", "vqcodec", "info", "a.vqz").communicate()
+    assert out.startswith(b"a.vqz") and err == b""
+    ran = process("-m", "vqcodec", "compress")
+    assert ran.communicate() == (b"", b"vqcodec: Missing argument 'IN...'. (see vqcodec compress --help)\n")
+    assert ran.returncode == 2
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["info", "a.vqz"], ["compress", "no.png"], ["compress", "-q", "0", "x"]]
+)
+def test_torch_is_not_loaded_without_need(arguments):
+    write_vqz("a.vqz")
+    code = "import atexit, sys; atexit.register(lambda: print(*{'torch', 'numpy', 'PIL'} & set(sys.modules)));"
+    code += "from vqcodec.cli import main; main()"
+    out, _ = process("-c", code, *arguments).communicate()
+    assert out.endswith(b"\n") and out.splitlines()[-1] == b""
+
+
+def test_ctrl_c_in_a_process():
+    code = """
+import sys, time, types
+import vqcodec
+codec = sys.modules["vqcodec.codec"] = vqcodec.codec = types.ModuleType("vqcodec.codec")
+def compress(*_, **__):
+    print("begun", flush=True)
+    time.sleep(60)
+codec.compress = compress
+from vqcodec.cli import main
+main()
+"""
+    Image.new("RGB", (4, 4)).save("photo.png")
+    ran = process("-c", code, "compress", "photo.png")
+    assert ran.stdout.readline() == b"begun\n"
+    start = time.monotonic()
+    ran.send_signal(signal.SIGINT)
+    _, err = ran.communicate()
+    assert ran.returncode == 130
+    assert err.split() == [b"vqcodec:", b"interrupted"]
+    assert time.monotonic() - start < 30
+    assert tree() == ["photo.png"]
+
+
+def test_closed_pipe():
+    code = "from vqcodec import files; files.write('-', bytes(1 << 20), overwrite=False)"
+    ran = process("-c", code)
+    ran.stdout.close()
+    err = ran.stderr.read()
+    ran.stderr.close()
+    ran.stdin.close()
+    assert ran.wait() == 1
+    assert err.splitlines()[-1] == b"BrokenPipeError: [Errno 32] Broken pipe"
+
+
+def test_shell_completion():
+    environment = {"_VQCODEC_COMPLETE": "bash_complete", "COMP_WORDS": "vqcodec comp", "COMP_CWORD": "1"}
+    code = "from vqcodec.cli import main; main(prog_name='vqcodec')"
+    ran = process("-c", code, env={**os.environ, "PYTHONPATH": str(ROOT), **environment})
+    out, _ = ran.communicate()
+    assert out.split() == [b"plain,compare", b"plain,compress"]

@@ -1,0 +1,253 @@
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vqcodec import files
+from vqcodec.files import Job, check, find, plan, read, write
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def touch(*names: str) -> None:
+    for name in names:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(name.encode())
+
+
+def plan_compress(inputs: list[str], output: str | None = None) -> list[Job]:
+    return plan(inputs, output, suffixes=files.PICTURE_SUFFIXES, new_suffix=".vqz")
+
+
+# Folders
+
+
+def test_folders_are_walked_in_order():
+    touch("in/b.png", "in/a.JPG", "in/deep/er/c.webp", "in/notes.txt", "in/._a.jpg", "in/.hidden/d.png")
+    assert find(["in"], files.PICTURE_SUFFIXES) == [
+        ("in/a.JPG", "a.JPG"),
+        ("in/b.png", "b.png"),
+        ("in/deep/er/c.webp", "deep/er/c.webp"),
+    ]
+
+
+def test_named_files_are_taken_whatever_they_are_called():
+    assert find(["x", ".y.png", "sub/z.txt"], (".vqz",)) == [("x", "x"), (".y.png", ".y.png"), ("sub/z.txt", "z.txt")]
+
+
+def test_folder_without_files():
+    touch("in/notes.txt")
+    with pytest.raises(ValueError, match=r"folder in holds no files named \*\.vqz"):
+        find(["in"], (".vqz",))
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("photo.png", "photo.vqz"),
+        ("dir.d/photo.JPEG", "dir.d/photo.vqz"),
+        ("photo", "photo.vqz"),
+        ("photo.2024", "photo.2024.vqz"),
+        ("a.b.png", "a.b.vqz"),
+        (".png", ".png.vqz"),
+    ],
+)
+def test_derived_name(source, target):
+    assert plan_compress([source]) == [Job(source, target)]
+
+
+def test_derived_name_the_other_way():
+    jobs = plan(["a/photo.vqz", "photo.bin"], None, suffixes=(".vqz",), new_suffix=".png")
+    assert [job.target for job in jobs] == ["a/photo.png", "photo.bin.png"]
+
+
+def test_named_output():
+    assert plan_compress(["a.png"], "out.bin") == [Job("a.png", "out.bin")]
+    assert plan_compress(["a.png"], "-") == [Job("a.png", "-")]
+
+
+def test_folder_as_output():
+    Path("out").mkdir()
+    assert plan_compress(["in/a.png"], "out") == [Job("in/a.png", "out/a.vqz", "out")]
+    touch("in/a.png", "in/sub/b.png")
+    assert plan_compress(["in", "c.jpg"], "out") == [
+        Job("in/a.png", "out/a.vqz", "out"),
+        Job("in/sub/b.png", "out/sub/b.vqz", "out"),
+        Job("c.jpg", "out/c.vqz", "out"),
+    ]
+
+
+def test_folder_without_output_stays_in_place():
+    touch("in/a.png", "in/sub/b.png")
+    assert [job.target for job in plan_compress(["in"])] == ["in/a.vqz", "in/sub/b.vqz"]
+
+
+def test_standard_input():
+    assert plan_compress(["-"]) == [Job("-", "-")]
+    assert plan_compress(["-"], "out.vqz") == [Job("-", "out.vqz")]
+
+
+def test_arguments_that_make_no_sense():
+    touch("in/a.png")
+    Path("out").mkdir()
+    for inputs, output, message in [
+        (["-", "a.png"], None, "cannot be combined"),
+        (["-"], "out", "no name"),
+        (["a.png", "b.png"], "-", "cannot go to standard output"),
+        (["in"], "-", "cannot go to standard output"),
+        (["a.png", "b.png"], "new", "new is not a folder"),
+        (["in"], "new", "new is not a folder"),
+        (["a.png", "a.jpg"], None, "a.png and a.jpg would both become a.vqz"),
+        (["a.png", "a.png"], None, "would both become"),
+        (["x/a.png", "y/a.png"], "out", "would both become out/a.vqz"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            plan_compress(inputs, output)
+
+
+def test_inputs_are_never_outputs():
+    touch("a.png", "b.png")
+    os.symlink("a.png", "soft.png")
+    os.link("a.png", "hard.png")
+    for output in ("a.png", "./a.png", "soft.png", "hard.png"):
+        with pytest.raises(ValueError, match="would replace the input a.png"):
+            plan_compress(["a.png"], output)
+    touch("c.vqz")
+    with pytest.raises(ValueError, match=r"the output c\.vqz would replace the input c\.vqz"):
+        plan_compress(["c.png", "c.vqz"])
+
+
+# Checks
+
+
+def test_check_of_sources():
+    with pytest.raises(FileNotFoundError) as caught:
+        check(Job("a.png", "-"), overwrite=False)
+    assert caught.value.filename == "a.png"
+    touch("a.png")
+    check(Job("a.png", "a.vqz"), overwrite=False)
+    check(Job("-", "-"), overwrite=False)
+
+
+def test_check_of_targets():
+    touch("a.png", "there")
+    Path("folder").mkdir()
+    with pytest.raises(FileExistsError, match="-f would overwrite it: 'there'"):
+        check(Job("a.png", "there"), overwrite=False)
+    check(Job("a.png", "there"), overwrite=True)
+    check(Job("a.png", os.devnull), overwrite=False)
+    for target, error in [
+        ("folder", IsADirectoryError),
+        ("missing/x", FileNotFoundError),
+        ("there/x", NotADirectoryError),
+    ]:
+        with pytest.raises(error):
+            check(Job("a.png", target), overwrite=True)
+
+
+def test_check_of_a_folder_to_be_filled():
+    touch("a.png")
+    Path("out").mkdir()
+    check(Job("a.png", "out/new/a.vqz", "out"), overwrite=False)
+
+
+def test_check_of_permissions(monkeypatch):
+    touch("a.png")
+    monkeypatch.setattr(os, "access", lambda path, mode: mode == os.R_OK)
+    with pytest.raises(PermissionError):
+        check(Job("a.png", "a.vqz"), overwrite=False)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.R_OK)
+    with pytest.raises(PermissionError) as caught:
+        check(Job("a.png", "a.vqz"), overwrite=False)
+    assert caught.value.filename == "a.png"
+
+
+# Writing
+
+
+def test_write_and_read():
+    write("new/folder/x", b"data", overwrite=False)
+    assert read("new/folder/x") == b"data"
+    assert os.listdir("new/folder") == ["x"]
+
+
+def test_mode_is_what_the_umask_says():
+    before = os.umask(0o027)
+    try:
+        write("x", b"data", overwrite=False)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(os.stat("x").st_mode) == 0o640
+
+
+def test_existing_files_are_kept_unless_told():
+    touch("x")
+    with pytest.raises(FileExistsError):
+        write("x", b"new", overwrite=False)
+    assert read("x") == b"x"
+    write("x", b"new", overwrite=True)
+    assert read("x") == b"new"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(5, "Input/output error")])
+def test_failure_leaves_everything_as_it_was(monkeypatch, error):
+    def failing_replace(source, target):
+        assert Path(source).read_bytes() == b"new"
+        assert os.path.dirname(source) == os.path.dirname(target)
+        raise error
+
+    touch("x")
+    monkeypatch.setattr(os, "replace", failing_replace)
+    with pytest.raises(type(error)) as caught:
+        write("x", b"new", overwrite=True)
+    assert os.listdir() == ["x"]
+    assert Path("x").read_bytes() == b"x"
+    if isinstance(error, OSError):
+        assert caught.value.filename == "x"
+
+
+def test_full_disk_leaves_everything_as_it_was():
+    touch("x")
+    code = "import resource; from vqcodec import files; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000));"
+    code += "files.write('x', bytes(5000), overwrite=True)"
+    environment = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[1]), "PYTHONDONTWRITEBYTECODE": "1"}
+    ran = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment, check=False)
+    assert ran.stderr.splitlines()[-1] == "OSError: [Errno 27] File too large: 'x'"
+    assert os.listdir() == ["x"]
+    assert Path("x").read_bytes() == b"x"
+
+
+def test_links_are_followed():
+    touch("real/x")
+    os.symlink("real/x", "link")
+    write("link", b"new", overwrite=True)
+    assert os.path.islink("link")
+    assert read("real/x") == b"new"
+
+
+def test_devices_are_written_to_in_place():
+    write(os.devnull, b"data", overwrite=False)
+    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+
+
+def test_standard_streams():
+    code = "import sys; from vqcodec import files; files.write('-', files.read('-')[::-1], overwrite=False)"
+    environment = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[1])}
+    out = subprocess.check_output([sys.executable, "-c", code], input=b"\r\n\0\xff", env=environment)
+    assert out == b"\xff\0\n\r"
+
+
+def test_files_needs_the_standard_library_only():
+    code = "import sys; import vqcodec.files; print(*{'torch', 'numpy', 'PIL', 'click'} & set(sys.modules))"
+    environment = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[1])}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert ran.stdout == "\n"

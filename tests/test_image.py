@@ -1,0 +1,492 @@
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms, ImageOps
+
+from vqcodec import image
+from vqcodec.errors import ImageError
+from vqcodec.image import Picture, from_pil, load, save, to_pil
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+GREY = SRGB[:16] + b"GRAY" + SRGB[20:]  # nothing here looks further into a grey profile than its header
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+
+
+def encoded(picture: Image.Image, format: str = "PNG", **options: object) -> bytes:
+    out = io.BytesIO()
+    picture.save(out, format, **options)
+    return out.getvalue()
+
+
+def png(array: np.ndarray, colour_type: int, *extra: bytes) -> bytes:
+    """A PNG with 16 bits per channel, which Pillow does not write in colour."""
+    height, width = array.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
+    header = struct.pack(">LLBBBBB", width, height, 16, colour_type, 0, 0, 0)
+    chunks = (b"IHDR" + header, *extra, b"IDAT" + zlib.compress(rows), b"IEND")
+    parts = (struct.pack(">L", len(c) - 4) + c + struct.pack(">L", zlib.crc32(c)) for c in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def tiff(array: np.ndarray, *, bits: int, photometric: int, sample_format: int = 1, data: bytes | None = None) -> bytes:
+    """A little-endian TIFF with one uncompressed strip."""
+    height, width, samples = array.shape
+    data = array.tobytes() if data is None else data
+    values = {256: width, 257: height, 259: 1, 262: photometric, 277: samples, 278: height, 279: len(data)}
+    values |= {339: sample_format, 273: 8, 258: bits}
+    if samples == 4:
+        values[338] = 2
+    after = 8 + len(data)
+    count = len(values)
+    entries = b""
+    for tag, value in sorted(values.items()):
+        if tag in (258, 339) and samples > 1:
+            place = after + (0 if tag == 258 else 2 * samples)
+            entries += struct.pack("<HHLL", tag, 3, samples, place)
+        else:
+            entries += struct.pack("<HHLL", tag, 4, 1, value)
+    arrays = struct.pack(f"<{samples}H", *[bits] * samples) + struct.pack(f"<{samples}H", *[sample_format] * samples)
+    head = struct.pack("<2sHL", b"II", 42, after + len(arrays))
+    return head + data + arrays + struct.pack("<H", count) + entries + struct.pack("<L", 0)
+
+
+def cmyk_profile() -> bytes:
+    """A profile by which every ink is the same grey: any ink at all is black, no ink is white."""
+    ramp = bytes(range(256))
+    neutral = bytes([128, 128])
+    table = b"".join(bytes([255 if inks == 0 else 0]) + neutral for inks in range(16))
+    matrix = struct.pack(">9l", 65536, 0, 0, 0, 65536, 0, 0, 0, 65536)
+    lut = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + matrix + ramp * 4 + table + ramp * 3
+    lut += b"\0" * (-len(lut) % 4)
+    size = 128 + 4 + 12 + len(lut)
+    header = struct.pack(">L4sL4s4s4s", size, b"test", 0x02400000, b"prtr", b"CMYK", b"Lab ").ljust(36, b"\0") + b"acsp"
+    header = header.ljust(68, b"\0") + struct.pack(">3l", 63190, 65536, 54061)
+    return header.ljust(128, b"\0") + struct.pack(">L4sLL", 1, b"A2B0", 144, len(lut)) + lut
+
+
+def with_orientation(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    exif[0x010F] = "Camera maker"
+    return exif
+
+
+# Kinds of pixels
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 17), (17, 1), (31, 23), (300, 5)])
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".tif", ".bmp", ".ppm"])
+def test_lossless_round_trip(make_photo, height, width, suffix):
+    pixels = make_photo(height, width)
+    picture = load(save(Picture(pixels), suffix), max_pixels=None)
+    assert np.array_equal(picture.pixels, pixels)
+    assert picture.pixels.flags.c_contiguous and picture.pixels.dtype == np.uint8
+    assert (picture.grey, picture.alpha, picture.icc, picture.exif, picture.xmp) == (False, None, None, None, None)
+    assert picture.notes == ()
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".JPG", ".jpeg", ".avif"])
+def test_lossy_formats_stay_close(make_photo, suffix):
+    pixels = make_photo(40, 50)
+    restored = load(save(Picture(pixels), suffix), max_pixels=None).pixels
+    assert np.abs(restored.astype(int) - pixels).mean() < 3
+
+
+@pytest.mark.parametrize("mode", ["L", "1"])
+def test_grey(make_photo, mode):
+    original = Image.fromarray(make_photo(20, 30)).convert(mode)
+    picture = load(encoded(original), max_pixels=None)
+    assert picture.grey and picture.alpha is None and picture.notes == ()
+    assert picture.pixels.shape == (20, 30, 3)
+    assert np.array_equal(picture.pixels, np.asarray(original.convert("RGB")))
+    assert to_pil(picture).mode == "L"
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".tif"])
+def test_alpha_round_trip(make_photo, mode, suffix):
+    original = Image.fromarray(make_photo(20, 30)).convert(mode)
+    alpha = np.random.default_rng(0).integers(0, 256, (20, 30), dtype=np.uint8)
+    original.putalpha(Image.fromarray(alpha))
+    picture = from_pil(original)
+    assert to_pil(picture).mode == mode
+    assert np.array_equal(np.asarray(to_pil(picture)), np.asarray(original))
+    again = load(save(picture, suffix), max_pixels=None)
+    assert np.array_equal(again.alpha, alpha)
+    assert np.array_equal(again.pixels, picture.pixels)  # also where nothing shows
+
+
+def test_alpha_in_avif(make_photo):
+    alpha = np.arange(600, dtype=np.uint8).reshape(20, 30)
+    again = load(save(Picture(make_photo(20, 30), alpha=alpha), ".avif"), max_pixels=None)
+    assert np.abs(again.alpha.astype(int) - alpha).mean() < 5
+
+
+def test_palette(make_photo):
+    original = Image.fromarray(make_photo(20, 30)).quantize(16)
+    for format in ("PNG", "GIF", "TIFF", "BMP"):
+        picture = load(encoded(original, format), max_pixels=None)
+        assert np.array_equal(picture.pixels, np.asarray(original.convert("RGB")))
+        assert not picture.grey and picture.alpha is None and picture.notes == ()
+
+
+@pytest.mark.parametrize("transparency", [3, bytes(range(0, 256, 16))])
+def test_palette_with_transparency(make_photo, transparency):
+    original = Image.fromarray(make_photo(20, 30)).quantize(16)
+    data = encoded(original, transparency=transparency)
+    picture = load(data, max_pixels=None)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGBA"))
+    assert expected[..., 3].min() < 255
+    assert np.array_equal(picture.alpha, expected[..., 3])
+    assert np.array_equal(picture.pixels, expected[..., :3])
+    assert to_pil(picture).mode == "RGBA"
+
+
+def test_transparent_colour_of_grey_and_rgb():
+    grey = Image.fromarray(np.array([[10, 20], [20, 30]], np.uint8))
+    picture = load(encoded(grey, transparency=20), max_pixels=None)
+    assert picture.grey and picture.alpha.tolist() == [[255, 0], [0, 255]]
+    colour = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8))
+    picture = load(encoded(colour, transparency=(4, 5, 6)), max_pixels=None)
+    assert not picture.grey and picture.alpha.tolist() == [[255, 0]]
+
+
+def test_rare_alpha_modes():
+    palette = Image.new("P", (2, 1))
+    palette.putalpha(128)
+    assert palette.mode == "PA"
+    for original in (Image.new("LA", (2, 1), (100, 128)).convert("La"), palette):
+        assert from_pil(original).alpha.tolist() == [[128, 128]]
+    premultiplied = from_pil(Image.new("RGBA", (1, 1), (9, 90, 200, 255)).convert("RGBa"))
+    assert premultiplied.pixels.tolist() == [[[9, 90, 200]]]
+
+
+DEEP = np.array([0, 127, 128, 129, 257, 385, 386, 32768, 65278, 65407, 65535, 65406], np.uint16)
+DEEP_ROUNDED = [round(int(value) / 257) for value in DEEP]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_16_bit_grey_is_rounded(kind):
+    grid = DEEP.reshape(3, 4)
+    data = {
+        "PNG": lambda: png(grid, 0),
+        "TIFF": lambda: tiff(grid[..., None], bits=16, photometric=1),
+        "PPM": lambda: b"P5 4 3 65535\n" + grid.astype(">u2").tobytes(),
+    }[kind]()
+    picture = load(data, max_pixels=None)
+    assert picture.grey and picture.alpha is None
+    assert picture.pixels[..., 1].ravel().tolist() == DEEP_ROUNDED
+    assert picture.notes == ("16 bits per channel were reduced to 8",)
+
+
+def test_16_bit_big_endian_tiff():
+    little = Image.fromarray(DEEP.reshape(3, 4))
+    big = Image.frombytes("I;16B", (4, 3), DEEP.astype(">u2").tobytes())
+    for original in (little, big):
+        picture = load(encoded(original, "TIFF"), max_pixels=None)
+        assert picture.pixels[..., 0].ravel().tolist() == DEEP_ROUNDED
+
+
+def test_16_bit_grey_where_white_is_zero():
+    picture = load(tiff((65535 - DEEP).reshape(3, 4, 1), bits=16, photometric=0), max_pixels=None)
+    assert picture.pixels[..., 0].ravel().tolist() == DEEP_ROUNDED
+
+
+def test_12_bit_grey():
+    packed = bytes([0x00, 0x0F, 0xFF, 0x80, 0x04, 0x01])  # 0, 4095, 2048, 1025 in rows of two
+    picture = load(tiff(np.zeros((2, 2, 1)), bits=12, photometric=1, data=packed), max_pixels=None)
+    assert picture.pixels[..., 0].tolist() == [[0, 255], [128, 64]]
+
+
+def test_16_bit_grey_with_a_transparent_value():
+    picture = load(png(DEEP.reshape(3, 4), 0, b"tRNS" + struct.pack(">H", 386)), max_pixels=None)
+    assert np.argwhere(picture.alpha == 0).tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bit_colour_is_reduced(kind, channels):
+    grid = np.random.default_rng(0).integers(0, 65536, (6, 7, channels), dtype=np.uint16)
+    data = png(grid, {3: 2, 4: 6}[channels]) if kind == "PNG" else tiff(grid, bits=16, photometric=2)
+    picture = load(data, max_pixels=None)
+    assert np.abs(picture.pixels - grid[..., :3] / 257).max() <= 1
+    assert (picture.alpha is None) == (channels == 3)
+    if channels == 4:
+        assert np.abs(picture.alpha - grid[..., 3] / 257).max() <= 1
+    assert picture.notes == ("16 bits per channel were reduced to 8",)
+
+
+def test_16_bit_grey_with_alpha():
+    grid = np.stack([DEEP, DEEP[::-1]], axis=-1).reshape(3, 4, 2)
+    picture = load(png(grid, 4), max_pixels=None)
+    assert np.abs(picture.pixels[..., 0] - grid[..., 0] / 257).max() <= 1
+    assert np.abs(picture.alpha - grid[..., 1] / 257).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (encoded(Image.new("F", (3, 2)), "TIFF"), "the pixel type is 'F'"),
+        (encoded(Image.new("I", (3, 2)), "TIFF"), "the pixel type is 'I'"),
+        (tiff(np.zeros((2, 3, 1), np.int16), bits=16, photometric=1, sample_format=2), "the pixel type is 'I'"),
+        (encoded(Image.new("LAB", (3, 2)), "TIFF"), "the pixel type is 'LAB'"),
+    ],
+)
+def test_unsupported_pixels(data, message):
+    with pytest.raises(ImageError, match=message):
+        load(data, max_pixels=None)
+
+
+# Colour
+
+
+def test_cmyk_without_profile(make_photo):
+    original = Image.fromarray(make_photo(20, 30)).convert("CMYK")
+    picture = load(encoded(original, "JPEG", quality=95), max_pixels=None)
+    assert np.abs(picture.pixels.astype(int) - np.asarray(original.convert("RGB"))).mean() < 4
+    assert picture.notes == (
+        "CMYK was converted to RGB by the plain formula, because there is no ICC profile to go by",
+    )
+
+
+def test_cmyk_is_converted_by_its_profile():
+    original = Image.new("CMYK", (16, 8), (255, 0, 0, 0))
+    original.paste((0, 0, 0, 0), (8, 0, 16, 8))
+    picture = load(encoded(original, "JPEG", quality=100, icc_profile=cmyk_profile()), max_pixels=None)
+    assert picture.pixels[:, :8].max() < 10  # the profile says so; the plain formula would make it cyan
+    assert picture.pixels[:, 8:].min() > 245
+    assert picture.icc is None
+    assert picture.notes == ("CMYK was converted to sRGB by the ICC profile of the picture",)
+
+
+def test_cmyk_with_a_useless_profile():
+    profile = cmyk_profile()[:200].ljust(300, b"\0")
+    picture = load(encoded(Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "JPEG", icc_profile=profile), max_pixels=None)
+    assert picture.pixels[0, 0].tolist()[0] < 10 and picture.pixels[0, 0].tolist()[2] > 200
+    assert picture.notes[0].startswith("the CMYK profile cannot be used")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif", ".avif"])
+def test_profile_is_kept(make_photo, suffix):
+    assert load(save(Picture(make_photo(8, 8), icc=SRGB), suffix), max_pixels=None).icc == SRGB
+
+
+@pytest.mark.parametrize(("suffix", "kept"), [(".png", True), (".jpg", True), (".tif", True), (".webp", False)])
+def test_profile_of_grey_goes_with_grey_pixels(make_photo, suffix, kept):
+    grey = from_pil(Image.fromarray(make_photo(8, 8)).convert("L"))
+    data = save(Picture(grey.pixels, grey=True, icc=GREY), suffix)
+    again = load(data, max_pixels=None)
+    assert again.icc == (GREY if kept else None)
+    assert again.notes == ()
+
+
+def test_profile_that_does_not_fit_is_dropped():
+    picture = load(encoded(Image.new("L", (4, 4)), icc_profile=SRGB), max_pixels=None)
+    assert picture.icc is None
+    assert picture.notes == ("the ICC profile is for RGB pixels and was dropped",)
+    picture = load(encoded(Image.new("RGB", (4, 4)), icc_profile=b"nonsense"), max_pixels=None)
+    assert picture.icc is None
+    assert picture.notes == ("the ICC profile is damaged and was dropped",)
+
+
+# Metadata
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_orientation_is_applied(make_photo, format, orientation):
+    options = {"lossless": True} if format == "WEBP" else {"quality": 90}
+    data = encoded(Image.fromarray(make_photo(24, 40)), format, exif=with_orientation(orientation), **options)
+    picture = load(data, max_pixels=None)
+    with Image.open(io.BytesIO(data)) as opened:
+        assert np.array_equal(picture.pixels, np.asarray(ImageOps.exif_transpose(opened)))
+    assert picture.pixels.shape == ((40, 24, 3) if orientation > 4 else (24, 40, 3))
+    assert picture.notes == ()
+    for suffix in (".png", ".jpg", ".avif"):
+        with Image.open(io.BytesIO(save(picture, suffix))) as restored:
+            assert restored.getexif().get(0x0112, 1) == 1  # nobody turns it again
+
+
+def test_exif_is_kept_but_for_the_orientation():
+    for order in ("<", ">"):
+        exif = with_orientation(8)
+        exif.endian = order
+        before = exif.tobytes().removeprefix(b"Exif\0\0")
+        after = load(encoded(Image.new("RGB", (4, 2)), "JPEG", exif=exif), max_pixels=None).exif
+        orientation = struct.pack(order + "HHLHH", 0x0112, 3, 1, 8, 0)
+        assert orientation in before
+        assert after == before.replace(orientation, struct.pack(order + "HHLHH", 0x0112, 3, 1, 1, 0))
+        assert after.startswith({"<": b"II", ">": b"MM"}[order])
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".avif"])
+def test_exif_and_xmp_are_written(make_photo, suffix):
+    exif = with_orientation(1).tobytes().removeprefix(b"Exif\0\0")
+    again = load(save(Picture(make_photo(8, 8), exif=exif, xmp=b"<x/>"), suffix), max_pixels=None)
+    assert again.xmp == b"<x/>"
+    parsed = Image.Exif()
+    parsed.load(again.exif)
+    assert parsed[0x010F] == "Camera maker"
+
+
+def test_xmp_in_tiff(make_photo):
+    assert load(save(Picture(make_photo(8, 8), xmp=b"<x/>"), ".tif"), max_pixels=None).xmp == b"<x/>"
+
+
+def test_orientation_in_xmp_only(make_photo):
+    original = Image.fromarray(make_photo(8, 20))
+    picture = load(encoded(original, "JPEG", xmp=XMP), max_pixels=None)
+    assert picture.pixels.shape == (20, 8, 3)
+    assert picture.xmp == XMP.replace(b'"6"', b'"1"')
+
+
+def test_exif_wins_over_xmp(make_photo):
+    picture = load(encoded(Image.new("RGB", (20, 8)), "JPEG", xmp=XMP, exif=with_orientation(3)), max_pixels=None)
+    assert picture.pixels.shape == (8, 20, 3)
+    assert picture.xmp == XMP.replace(b'"6"', b'"1"')
+
+
+@pytest.mark.parametrize("damage", [b"II*\0\xff\xff\xff\x7f", b"nonsense", b"MM\0*", b"II*\0\x08\0\0\0\xff\xff"])
+def test_damaged_exif_does_no_harm(make_photo, damage):
+    data = encoded(Image.fromarray(make_photo(8, 8)), "JPEG", exif=b"Exif\0\0" + damage)
+    picture = load(data, max_pixels=None)
+    assert picture.pixels.shape == (8, 8, 3)
+    for suffix in (".png", ".jpg", ".avif"):
+        assert save(picture, suffix)
+
+
+def test_exif_of_tiff_is_left_out_with_a_note():
+    picture = load(encoded(Image.new("RGB", (4, 4)), "TIFF", tiffinfo={0x8769: {0x829A: 0.5}}), max_pixels=None)
+    assert picture.exif is None
+    assert picture.notes == ("EXIF data of TIFF files is not kept",)
+
+
+def test_to_pil_has_the_metadata(make_photo):
+    picture = to_pil(Picture(make_photo(4, 4), icc=SRGB, exif=b"II*\0\x08\0\0\0\0\0\0\0\0\0", xmp=b"<x/>"))
+    assert picture.info["icc_profile"] == SRGB
+    assert picture.info["exif"].startswith(b"Exif\0\0II*\0")
+    assert picture.info["xmp"] == b"<x/>"
+    again = from_pil(picture)
+    assert (again.icc, again.exif, again.xmp) == (SRGB, b"II*\0\x08\0\0\0\0\0\0\0\0\0", b"<x/>")
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF", "AVIF"])
+def test_animations_are_refused(make_photo, format):
+    frames = [Image.fromarray(make_photo(16, 16, seed)) for seed in range(3)]
+    with pytest.raises(ImageError, match="3 frames or pages"):
+        load(encoded(frames[0], format, save_all=True, append_images=frames[1:]), max_pixels=None)
+
+
+def test_second_picture_in_a_jpeg_is_left_out_with_a_note(make_photo):
+    first, second = (Image.fromarray(make_photo(16, 16, seed)) for seed in range(2))
+    picture = load(encoded(first, "MPO", save_all=True, append_images=[second]), max_pixels=None)
+    assert picture.notes == ("the file has 2 pictures, only the first is kept",)
+    assert np.abs(picture.pixels.astype(int) - np.asarray(first)).mean() < 20
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM"])
+@pytest.mark.parametrize("part", [0.02, 0.3, 0.9])
+def test_truncated_files_are_refused(make_photo, format, part):
+    data = encoded(Image.fromarray(make_photo(64, 64)), format)
+    with pytest.raises(ImageError) as caught:
+        load(data[: int(len(data) * part)], max_pixels=None)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "TIFF", "GIF"])
+def test_damaged_files_are_refused_or_read(make_photo, format):
+    data = bytearray(encoded(Image.fromarray(make_photo(24, 24)), format))
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        place = rng.integers(len(data))
+        changed = data.copy()
+        changed[place] ^= int(rng.integers(1, 256))
+        try:
+            picture = load(bytes(changed), max_pixels=10_000)
+        except ImageError as error:
+            assert "\n" not in str(error)
+        else:
+            assert picture.pixels.ndim == 3
+
+
+@pytest.mark.parametrize("data", [b"", b"\0", b"no picture at all", bytes(1000), b"%!PS-Adobe-3.0 EPSF-3.0\n"])
+def test_other_files_are_refused(data):
+    with pytest.raises(ImageError, match="not a PNG, JPEG"):
+        load(data, max_pixels=None)
+
+
+def test_too_large_pictures_are_refused_before_decoding():
+    data = encoded(Image.new("RGB", (100, 50)))
+    assert load(data, max_pixels=5000).pixels.shape == (50, 100, 3)
+    with pytest.raises(ImageError, match=r"100 x 50 = 5000 pixels, the limit is 4999"):
+        load(data[:60], max_pixels=4999)
+
+
+def test_decompression_bombs_are_refused():
+    header = struct.pack(">LLBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    chunks = (b"IHDR" + header, b"IDAT" + zlib.compress(bytes(100)), b"IEND")
+    parts = (struct.pack(">L", len(c) - 4) + c + struct.pack(">L", zlib.crc32(c)) for c in chunks)
+    with pytest.raises(ImageError, match="too large"):
+        load(b"\x89PNG\r\n\x1a\n" + b"".join(parts), max_pixels=None)
+
+
+def test_large_pictures_within_the_limit_raise_no_warning(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load(encoded(Image.new("RGB", (12, 12))), max_pixels=None).notes == ()
+
+
+def test_warnings_of_pillow_become_notes():
+    data = encoded(Image.new("RGB", (4, 4)), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0" + bytes(6))
+    picture = load(data, max_pixels=None)
+    assert any("EXIF" in note for note in picture.notes)
+
+
+def test_images_without_pixels_are_refused():
+    with pytest.raises(ImageError, match="0 x 5 pixels"):
+        from_pil(Image.new("RGB", (0, 5)))
+
+
+# Writing
+
+
+def test_unknown_suffix(make_photo):
+    for suffix in (".xyz", "", ".vqz"):
+        with pytest.raises(ImageError, match="no picture format has the suffix"):
+            save(Picture(make_photo(4, 4)), suffix)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".bmp", ".ppm"])
+@pytest.mark.parametrize("grey", [False, True])
+def test_transparency_needs_a_format_that_has_it(suffix, grey):
+    alpha = np.full((4, 4), 255, np.uint8)
+    pixels = np.full((4, 4, 3), 77, np.uint8)
+    opaque = load(save(Picture(pixels, grey=grey, alpha=alpha), suffix), max_pixels=None)
+    assert opaque.alpha is None and opaque.grey == grey and opaque.pixels[0, 0, 0] == 77
+    alpha[1, 2] = 254
+    with pytest.raises(ImageError, match="transparency"):
+        save(Picture(pixels, grey=grey, alpha=alpha), suffix)
+
+
+def test_size_limits_of_formats():
+    with pytest.raises(ImageError, match="WEBP allows 16383 a side"):
+        save(Picture(np.zeros((1, 16384, 3), np.uint8)), ".webp")
+
+
+def test_metadata_that_does_not_fit(make_photo):
+    with pytest.raises(ImageError, match="the picture cannot be written as JPEG: XMP data is too long"):
+        save(Picture(make_photo(4, 4), xmp=bytes(70_000)), ".jpg")
+
+
+def test_every_suffix_is_one_that_folders_are_searched_for():
+    from vqcodec import files
+
+    assert set(image._WRITERS) <= set(files.PICTURE_SUFFIXES)

@@ -1,0 +1,61 @@
+"""Photos to .vqz files and back, with a vector-quantised autoencoder and a learned prior.
+
+>>> import vqcodec
+>>> data = vqcodec.compress(image, quality=50)  # a PIL image or a uint8 array (H, W, 3)  # doctest: +SKIP
+>>> restored = vqcodec.decompress(data)  # a PIL image  # doctest: +SKIP
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from vqcodec.bitstream import read_info
+from vqcodec.errors import (
+    ChecksumError,
+    FormatError,
+    HeaderError,
+    ImageError,
+    LimitError,
+    NotVqzError,
+    TrailingDataError,
+    TrainingError,
+    TruncatedError,
+    VersionError,
+    VqcodecError,
+    WeightsError,
+)
+
+if TYPE_CHECKING:
+    from vqcodec.codec import compress, decompress
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ChecksumError",
+    "FormatError",
+    "HeaderError",
+    "ImageError",
+    "LimitError",
+    "NotVqzError",
+    "TrailingDataError",
+    "TrainingError",
+    "TruncatedError",
+    "VersionError",
+    "VqcodecError",
+    "WeightsError",
+    "__version__",
+    "compress",
+    "decompress",
+    "read_info",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # torch takes a second to import, which `vqcodec --help`, `vqcodec info` and a caller of read_info should not pay.
+    if name in ("compress", "decompress"):
+        from vqcodec import codec
+
+        return getattr(codec, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,541 @@
+"""The command line: arguments -> calls of the library. Only here: click, exit codes, terminals.
+
+Exit codes: 0 all done, 1 some file failed, 2 wrong usage, 130 interrupted. Everything but data goes to stderr.
+Modules that import numpy or torch are imported inside the commands, after what can fail cheaply has been checked.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vqcodec import __version__, bitstream, files
+from vqcodec.errors import VqcodecError
+
+if TYPE_CHECKING:
+    from vqcodec.image import Picture
+    from vqcodec.training import Progress
+
+
+class _Program(click.Group):
+    """A group whose errors are one line each, with the exit codes above."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command line and exit the process."""
+        kwargs["standalone_mode"] = False
+        kwargs.setdefault("prog_name", "vqcodec")
+        try:
+            status = super().main(*args, **kwargs)
+        except click.ClickException as error:
+            context = getattr(error, "ctx", None)
+            path = context.command_path if context else "vqcodec"
+            _say(f"vqcodec: {error.format_message()} (see {path} --help)")
+            status = 2
+        except click.Abort:
+            _say("vqcodec: interrupted")
+            status = 130
+        sys.exit(status)
+
+
+class _Outcome:
+    """Counts what fails, after saying why in one line."""
+
+    def __init__(self) -> None:
+        self.failed = 0
+
+    @contextlib.contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        """Report an exception of the body as a failure of the file that is called name, and go on."""
+        try:
+            yield
+        except (click.ClickException, click.Abort):
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever fails in one file, the others go on
+            self.failed += 1
+            if click.get_current_context().find_root().params["debug"]:
+                traceback.print_exc()
+            if isinstance(error, OSError) and error.filename is not None:
+                name = str(error.filename)
+            _say(f"vqcodec: {name}: {_message(error)}")
+
+    @property
+    def status(self) -> int:
+        """The exit code."""
+        return 1 if self.failed else 0
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return "not enough memory"
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    line = next(iter(text.splitlines()), "")
+    if isinstance(error, (VqcodecError, OSError)):
+        return line
+    return f"{type(error).__name__}: {line} (vqcodec --debug ... shows where)"
+
+
+def _say(text: str) -> None:
+    """Write a line to stderr, in the place of a progress bar that may stand there."""
+    click.echo(("\r\x1b[K" if sys.stderr.isatty() else "") + text, err=True)
+
+
+def _weights_option(text: str) -> Callable[[Any], Any]:
+    return click.option("--weights", type=click.Path(exists=True, dir_okay=False, readable=True), help=text)
+
+
+_inputs = click.argument("inputs", metavar="IN...", nargs=-1, required=True, type=click.Path(allow_dash=True))
+_output = click.option(
+    "-o",
+    "--output",
+    metavar="OUT",
+    type=click.Path(allow_dash=True),
+    help="File, folder, or - for standard output.  [default: a name like that of IN]",
+)
+_device = click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to compute."
+)
+_force = click.option("-f", "--force", is_flag=True, help="Overwrite existing files.")
+_quiet = click.option("--quiet", is_flag=True, help="Print errors only.")
+_weights = _weights_option("Weights file instead of the built-in one.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@click.group(
+    "vqcodec",
+    cls=_Program,
+    no_args_is_help=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.option("--debug", is_flag=True, help="Print a traceback with every error.")
+@click.version_option(__version__, prog_name="vqcodec", message=f"%(prog)s %(version)s (format {bitstream.VERSION})")
+def main(debug: bool) -> None:
+    """Compress photos to .vqz files and restore them.
+
+    \b
+    Examples:
+      vqcodec compress photo.png            makes photo.vqz
+      vqcodec decompress photo.vqz          makes photo.png
+
+    Shell completion: eval "$(_VQCODEC_COMPLETE=bash_source vqcodec)", likewise zsh_source, and fish_source piped to
+    source.
+    """
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what matters of it arrives as an exception or a warning
+
+
+@main.command()
+@_inputs
+@_output
+@click.option(
+    "-q",
+    "--quality",
+    type=click.IntRange(1, 100),
+    default=50,
+    show_default=True,
+    help="From small to beautiful.",
+)
+@_weights
+@_device
+@_force
+@click.option("--verify", is_flag=True, help="Decode the result and compare before writing it.")
+@_quiet
+def compress(
+    inputs: tuple[str, ...],
+    output: str | None,
+    quality: int,
+    weights: str | None,
+    device: str,
+    force: bool,
+    verify: bool,
+    quiet: bool,
+) -> int:
+    """Compress pictures: PNG, JPEG, WebP, AVIF, TIFF, BMP, GIF, PNM.
+
+    IN is a picture, a folder to search for pictures, or - for standard input. photo.png becomes photo.vqz beside it
+    unless -o says otherwise; for several inputs, -o is a folder.
+
+    \b
+    Examples:
+      vqcodec compress photo.png -q 30 -o small.vqz
+      vqcodec compress holiday/ -o archive/
+    """
+    jobs = _plan(inputs, output, files.PICTURE_SUFFIXES, files.VQZ_SUFFIXES[0])
+
+    def work(job: files.Job) -> tuple[int, int]:
+        from vqcodec import codec, image
+
+        start = time.perf_counter()
+        data = files.read(job.source)
+        picture = image.load(data, max_pixels=bitstream.DEFAULT_MAX_PIXELS)
+        encoded = codec.compress(picture, quality=quality, weights=weights, device=device, verify=verify)
+        files.write(job.target, encoded, overwrite=force)
+        if not quiet:
+            _say_result(job, picture, len(data), len(encoded), len(encoded), start)
+        return len(data), len(encoded)
+
+    return _run(jobs, work, overwrite=force, quiet=quiet)
+
+
+@main.command()
+@_inputs
+@_output
+@click.option("--partial", is_flag=True, help="Decode what is whole of a cut or damaged file.")
+@click.option("--test", is_flag=True, help="Decode and write nothing.")
+@click.option(
+    "--max-pixels",
+    type=click.IntRange(min=1),
+    default=bitstream.DEFAULT_MAX_PIXELS,
+    show_default=True,
+    help="Refuse larger pictures.",
+)
+@_weights
+@_device
+@_force
+@_quiet
+def decompress(
+    inputs: tuple[str, ...],
+    output: str | None,
+    partial: bool,
+    test: bool,
+    max_pixels: int,
+    weights: str | None,
+    device: str,
+    force: bool,
+    quiet: bool,
+) -> int:
+    """Restore pictures from .vqz files.
+
+    IN is a .vqz file, a folder to search for them, or - for standard input. photo.vqz becomes photo.png beside it unless
+    -o says otherwise; the suffix of OUT (.png .jpg .webp .avif .tif .bmp .ppm) says the format. For several inputs, -o is
+    a folder. Standard output gets PNG.
+
+    \b
+    Examples:
+      vqcodec decompress photo.vqz -o photo.jpg
+      vqcodec decompress --test archive/
+    """
+    if test and output is not None:
+        raise click.UsageError("--test writes nothing, so -o has no use.")
+    if test:
+        with _usage():
+            jobs = [files.Job(path, files.STREAM) for path, _ in files.find(inputs, files.VQZ_SUFFIXES)]
+    else:
+        jobs = _plan(inputs, output, files.VQZ_SUFFIXES, ".png")
+        _check_suffixes(jobs)
+
+    def work(job: files.Job) -> tuple[int, int]:
+        from vqcodec import codec, image
+
+        start = time.perf_counter()
+        data = files.read(job.source)
+        picture = codec.decode_picture(data, weights=weights, device=device, partial=partial, max_pixels=max_pixels)
+        encoded = b""
+        if not test:
+            encoded = image.save(picture, _suffix(job.target))
+            files.write(job.target, encoded, overwrite=force)
+        if not quiet:
+            _say_result(job, picture, len(data), len(encoded), len(data), start, test=test)
+        return len(data), len(encoded)
+
+    return _run(jobs, work, overwrite=force, quiet=quiet)
+
+
+@main.command()
+@click.argument("paths", metavar="FILE...", nargs=-1, type=click.Path(allow_dash=True))
+@click.option(
+    "--weights",
+    is_flag=False,
+    flag_value="",
+    metavar="[FILE]",
+    help="Describe a weights file; without FILE, the built-in one.",
+)
+@_json
+def info(paths: tuple[str, ...], weights: str | None, as_json: bool) -> int:
+    """Describe .vqz files without decoding them, or weights.
+
+    \b
+    Examples:
+      vqcodec info photo.vqz
+      vqcodec info --weights
+    """
+    if (weights is None) == (not paths):
+        raise click.UsageError("Give either files or --weights.")
+    outcome = _Outcome()
+    if weights is not None:
+        with outcome.of(weights or "built-in weights"):
+            from vqcodec import weights as weights_module
+
+            described = weights_module.describe(weights_module.find(weights or None))
+            _print_table(described, as_json)
+        return outcome.status
+    with _usage():
+        found = files.find(paths, files.VQZ_SUFFIXES)
+    infos = []
+    for path, _ in found:
+        with outcome.of(path):
+            infos.append((path, bitstream.read_info(files.read(path))))
+    if as_json:
+        click.echo(json.dumps([_info_json(path, about) for path, about in infos], indent=2))
+    else:
+        for path, about in infos:
+            click.echo(_info_text(path, about))
+    return outcome.status
+
+
+@main.command()
+@click.argument("first", metavar="A", type=click.Path())
+@click.argument("second", metavar="B", type=click.Path())
+@_weights
+@_device
+@_json
+def compare(first: str, second: str, weights: str | None, device: str, as_json: bool) -> int:
+    """Compare two pictures: PSNR, MS-SSIM, and what .vqz files take.
+
+    The metrics are taken over the 8-bit RGB values as they are; transparency and colour profiles are not looked at. In
+    JSON, a number is null where there is none: the PSNR of equal pictures, the MS-SSIM of pictures below 11 pixels a
+    side.
+
+    \b
+    Example:
+      vqcodec compare photo.png photo.vqz
+    """
+    outcome = _Outcome()
+    pictures, sizes = [], {}
+    for path in (first, second):
+        with outcome.of(path):
+            from vqcodec import image
+
+            data = files.read(path)
+            if data.startswith(bitstream.MAGIC):
+                from vqcodec import codec
+
+                pictures.append(codec.decode_picture(data, weights=weights, device=device).pixels)
+                sizes[path] = len(data)
+            else:
+                pictures.append(image.load(data, max_pixels=bitstream.DEFAULT_MAX_PIXELS).pixels)
+    if outcome.failed:
+        return outcome.status
+    from vqcodec import metrics
+
+    a, b = pictures
+    height, width, _ = a.shape
+    if a.shape != b.shape:
+        _say(f"vqcodec: {second}: the picture has {b.shape[1]} x {b.shape[0]} pixels, {first} has {width} x {height}")
+        return 1
+    psnr, ms_ssim = metrics.psnr(a, b), metrics.ms_ssim(a, b)
+    files_json = [
+        {"file": path, "bytes": size, "bpp": metrics.bits_per_pixel(size, width, height)}
+        for path, size in sizes.items()
+    ]
+    if as_json:
+        numbers = {"psnr": psnr, "ms_ssim": ms_ssim}
+        numbers_json = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        click.echo(json.dumps({"width": width, "height": height, "files": files_json, **numbers_json}, indent=2))
+    else:
+        for entry in files_json:
+            click.echo(f"{entry['file']}: {entry['bytes']:,} bytes, {entry['bpp']:.4f} bpp")
+        click.echo(f"PSNR {psnr:.2f} dB, MS-SSIM {ms_ssim:.4f}")
+    return 0
+
+
+@main.command()
+@click.argument("pictures", metavar="PICTURES...", nargs=-1, required=True, type=click.Path())
+@click.option("-o", "--output", metavar="OUT", type=click.Path(dir_okay=False), required=True, help="Weights file.")
+@click.option("--config", metavar="NAME|FILE", default="photo", show_default=True, help="Configuration of the model.")
+@click.option(
+    "--minutes", type=click.FloatRange(min=0, min_open=True), default=180, show_default=True, help="How long to train."
+)
+@click.option("--resume", is_flag=True, help="Go on from the checkpoint of an earlier run with the same OUT.")
+@_device
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of all random choices.")
+@_force
+def train(
+    pictures: tuple[str, ...],
+    output: str,
+    config: str,
+    minutes: float,
+    resume: bool,
+    device: str,
+    seed: int,
+    force: bool,
+) -> int:
+    """Train weights on picture files and on folders of them.
+
+    \b
+    Example:
+      vqcodec train photos/ -o my.safetensors --minutes 60
+    """
+    with _usage():
+        found = files.find(pictures, files.PICTURE_SUFFIXES)
+    outcome = _Outcome()
+    for path, _ in found:
+        with outcome.of(path):
+            files.check(files.Job(path, output), overwrite=force or resume)
+        if outcome.failed:
+            return outcome.status
+    with outcome.of(output), _training_bar() as show:
+        from vqcodec import training
+
+        training.train(
+            [Path(path) for path, _ in found],
+            Path(output),
+            config=config,
+            minutes=minutes,
+            resume=resume,
+            device=device,
+            seed=seed,
+            on_progress=show,
+            on_warning=lambda text: _say(f"vqcodec: warning: {text}"),
+        )
+    return outcome.status
+
+
+@contextlib.contextmanager
+def _usage() -> Iterator[None]:
+    """Arguments that make no sense together are wrong usage."""
+    try:
+        yield
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def _plan(inputs: Sequence[str], output: str | None, suffixes: Sequence[str], new_suffix: str) -> list[files.Job]:
+    with _usage():
+        jobs = files.plan(inputs, output, suffixes=suffixes, new_suffix=new_suffix)
+    if any(job.target == files.STREAM for job in jobs) and sys.stdout.isatty():
+        raise click.UsageError("Standard output is a terminal; give a file with -o, or redirect it.")
+    return jobs
+
+
+def _check_suffixes(jobs: Iterable[files.Job]) -> None:
+    from vqcodec import image
+
+    for suffix in {_suffix(job.target) for job in jobs}:
+        try:
+            image.check_suffix(suffix)
+        except VqcodecError as error:
+            raise click.UsageError(str(error)) from error
+
+
+def _suffix(target: str) -> str:
+    return ".png" if target == files.STREAM else Path(target).suffix
+
+
+def _run(
+    jobs: Sequence[files.Job], work: Callable[[files.Job], tuple[int, int]], *, overwrite: bool, quiet: bool
+) -> int:
+    """Do the jobs, each on its own; work returns how many bytes it read and wrote."""
+    outcome = _Outcome()
+    ready: list[files.Job] = []
+    for job in jobs:
+        with outcome.of(job.source):
+            files.check(job, overwrite=overwrite)
+            ready.append(job)
+    read = written = 0
+    show_bar = len(ready) > 1 and not quiet and sys.stderr.isatty()
+    with click.progressbar(ready, file=sys.stderr) if show_bar else contextlib.nullcontext(ready) as steps:
+        for job in steps:
+            with outcome.of(job.source):
+                job_read, job_written = work(job)
+                read, written = read + job_read, written + job_written
+    if len(jobs) > 1 and (outcome.failed or not quiet):
+        done = len(jobs) - outcome.failed
+        _say(f"vqcodec: {done} of {len(jobs)} files done, {outcome.failed} failed; {read:,} -> {written:,} bytes")
+    return outcome.status
+
+
+def _say_result(
+    job: files.Job, picture: "Picture", read: int, written: int, compressed: int, start: float, test: bool = False
+) -> None:
+    for note in picture.notes:
+        _say(f"vqcodec: {job.source}: note: {note}")
+    height, width, _ = picture.pixels.shape
+    bpp = 8 * compressed / (width * height)
+    seconds = time.perf_counter() - start
+    what = f"{job.source}: fine, {read:,}" if test else f"{job.source} -> {job.target}: {read:,} -> {written:,}"
+    _say(f"{what} bytes, {width} x {height}, {bpp:.4f} bpp, {seconds:.2f} s")
+
+
+@contextlib.contextmanager
+def _training_bar() -> Iterator[Callable[["Progress"], None]]:
+    """A progress bar over the time of a training run; without a terminal, a line whenever a stage begins."""
+
+    def line(progress: "Progress | None") -> str:
+        if progress is None:
+            return ""
+        left = time.strftime("%H:%M:%S", time.gmtime(progress.remaining))
+        numbers = f"{progress.bpp:.3f} bpp, {progress.psnr:.2f} dB"
+        return f"{progress.stage}, step {progress.step}: {numbers}, {left} left"
+
+    if not sys.stderr.isatty():
+        stages: set[str] = set()
+
+        def show_stage(progress: "Progress") -> None:
+            if progress.stage not in stages:
+                stages.add(progress.stage)
+                _say(line(progress))
+
+        yield show_stage
+        return
+
+    length = 1000
+    with click.progressbar(length=length, file=sys.stderr, show_eta=False, item_show_func=line) as bar:
+
+        def show(progress: "Progress") -> None:
+            total = progress.elapsed + progress.remaining
+            reached = int(length * progress.elapsed / total) if total > 0 else 0
+            bar.update(max(0, reached - bar.pos), progress)
+
+        yield show
+
+
+def _info_json(path: str, about: bitstream.Info) -> dict[str, Any]:
+    header = about.header
+    return {
+        "file": path,
+        "bytes": about.file_bytes,
+        "bpp": about.bits_per_pixel,
+        "format": header.version,
+        "width": header.width,
+        "height": header.height,
+        "grey": header.grey,
+        "quality": header.quality,
+        "weights": header.weights_id.hex(),
+        "tile": header.tile,
+        "tiles": list(header.tiles),
+        "layer_bytes": list(about.layer_bytes),
+        "chunks": [{"kind": kind, "bytes": size} for kind, size in about.chunks],
+    }
+
+
+def _info_text(path: str, about: bitstream.Info) -> str:
+    header = about.header
+    rows, columns = header.tiles
+    lines = [
+        click.format_filename(path),
+        f"  size      {header.width} x {header.height} pixels, {'grey' if header.grey else 'colour'}",
+        f"  file      {about.file_bytes:,} bytes, {about.bits_per_pixel:.4f} bits per pixel, format {header.version}",
+        f"  quality   {header.quality}",
+        f"  weights   {header.weights_id.hex()}",
+        f"  tiles     {columns} x {rows}" + (f" of {header.tile} pixels a side" if header.tile else ""),
+        f"  layers    {len(about.layer_bytes)}: {', '.join(f'{size:,}' for size in about.layer_bytes)} bytes",
+    ]
+    if about.chunks:
+        lines.append(f"  metadata  {', '.join(f'{kind.strip()} {size:,} bytes' for kind, size in about.chunks)}")
+    return "\n".join(lines)
+
+
+def _print_table(values: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(values, indent=2))
+        return
+    for name, value in values.items():
+        shown = json.dumps(value) if isinstance(value, (dict, list)) else value
+        click.echo(f"{name}: {shown}")

@@ -1,0 +1,209 @@
+"""Where bytes come from and go to: "-", folders, derived names, the overwrite rule, atomic replacement.
+
+Errors of the file system are OSError, with the file's name; arguments that make no sense together are ValueError.
+"""
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+STREAM = "-"
+VQZ_SUFFIXES = (".vqz",)
+PICTURE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff"),
+    *(".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm"),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One file to make from another.
+
+    Args:
+        source, target: file names, or "-".
+        folder: a folder that must be there, while those between it and the target are made; "" for the target's own.
+    """
+
+    source: str
+    target: str
+    folder: str = ""
+
+
+def find(inputs: Iterable[str], suffixes: Sequence[str]) -> list[tuple[str, str]]:
+    """List input files, with folders replaced by the files in them that have one of the suffixes.
+
+    Folders are walked to the bottom in alphabetical order. Symbolic links to folders are not followed, and names that
+    start with a dot are left out, both only inside of folders.
+
+    Returns:
+        For each file its name, and its name below the input it was found in.
+
+    Raises:
+        ValueError: a folder without any such file.
+    """
+    found = []
+    for given in inputs:
+        if not os.path.isdir(given):
+            found.append((given, os.path.basename(given)))
+            continue
+        before = len(found)
+        for folder, subfolders, names in os.walk(given):
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            for name in sorted(names):
+                if name.lower().endswith(tuple(suffixes)) and not name.startswith("."):
+                    path = os.path.join(folder, name)
+                    found.append((path, os.path.relpath(path, given)))
+        if len(found) == before:
+            raise ValueError(f"folder {given} holds no files named *{' *'.join(suffixes)}")
+    return found
+
+
+def plan(inputs: Sequence[str], output: str | None, *, suffixes: Sequence[str], new_suffix: str) -> list[Job]:
+    """Decide which file goes where.
+
+    Args:
+        inputs: files, folders, or "-" alone.
+        output: a file; a folder, which is given the layout of the input folders; "-"; or None: beside the input, and
+            standard output for standard input.
+        suffixes: what inputs usually end in: this is replaced in the name of the target, anything else is kept.
+        new_suffix: what targets end in.
+
+    Raises:
+        ValueError: several inputs and an output that is not a folder, two inputs with the same target, a target that is
+            one of the inputs, or "-" where a name is needed.
+    """
+    if STREAM in inputs:
+        if len(inputs) > 1:
+            raise ValueError("- (standard input) cannot be combined with other inputs")
+        if output is not None and os.path.isdir(output):
+            raise ValueError(f"{output} is a folder, and standard input has no name to use in it")
+        return [Job(STREAM, output or STREAM)]
+    found = find(inputs, suffixes)
+    several = len(inputs) > 1 or os.path.isdir(inputs[0])
+    if output is None:
+        jobs = [Job(path, _renamed(path, suffixes, new_suffix)) for path, _ in found]
+    elif output == STREAM or not (several or os.path.isdir(output)):
+        if several:
+            raise ValueError("several files cannot go to standard output")
+        jobs = [Job(found[0][0], output)]
+    elif not os.path.isdir(output):
+        raise ValueError(f"{output} is not a folder; for several inputs, the output must be an existing one")
+    else:
+        jobs = [Job(path, os.path.join(output, _renamed(name, suffixes, new_suffix)), output) for path, name in found]
+    _check_distinct(jobs)
+    return jobs
+
+
+def check(job: Job, *, overwrite: bool) -> None:
+    """Find out cheaply whether a job will fail: source there, target free, folder there and writable.
+
+    Raises:
+        OSError: it will, and the message says why.
+    """
+    if job.source != STREAM:
+        _check_access(job.source, os.R_OK)
+    if job.target == STREAM:
+        return
+    with contextlib.suppress(FileNotFoundError):
+        mode = os.stat(job.target).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), job.target)
+        if not stat.S_ISREG(mode):
+            return  # a device or a pipe
+        if not overwrite:
+            raise _exists(job.target)
+    written = os.path.realpath(job.target) if os.path.islink(job.target) else job.target
+    _check_access(job.folder or os.path.dirname(written) or os.curdir, os.W_OK | os.X_OK)
+
+
+def read(path: str) -> bytes:
+    """The bytes of a file or, for "-", of standard input."""
+    return sys.stdin.buffer.read() if path == STREAM else Path(path).read_bytes()
+
+
+def write(path: str, data: bytes, *, overwrite: bool) -> None:
+    """Write a file so that it has all of the data or, on any failure or Ctrl-C, stays as it was.
+
+    Missing folders are made. A link is followed, a device or pipe written to as it is; "-" is standard output.
+
+    Raises:
+        FileExistsError: there is such a file, and overwrite is false.
+        OSError: anything else, with the name of this file.
+    """
+    if path == STREAM:
+        _write_stdout(data)
+        return
+    target = os.path.realpath(path)
+    if os.path.exists(target) and not os.path.isfile(target):
+        Path(target).write_bytes(data)
+        return
+    if not overwrite and os.path.exists(target):
+        raise _exists(path)
+    folder = os.path.dirname(target)
+    temporary = os.path.join(folder, f".vqcodec-{secrets.token_hex(8)}.tmp")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(temporary, "xb") as file:  # with the mode that the umask says, unlike tempfile
+            file.write(data)
+        os.replace(temporary, target)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, path) from error
+        raise
+
+
+def _write_stdout(data: bytes) -> None:
+    try:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        # The interpreter flushes again when it ends and would complain in several lines.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
+
+def _renamed(name: str, suffixes: Sequence[str], new_suffix: str) -> str:
+    stem, suffix = os.path.splitext(name)
+    return (stem if suffix.lower() in suffixes else name) + new_suffix
+
+
+def _check_distinct(jobs: Sequence[Job]) -> None:
+    sources = {}
+    for job in jobs:
+        with contextlib.suppress(OSError):
+            sources[_identity(job.source)] = job.source
+    targets: dict[str, str] = {}
+    for job in jobs:
+        if job.target == STREAM:
+            continue
+        with contextlib.suppress(OSError):
+            if (source := sources.get(_identity(job.target))) is not None:
+                raise ValueError(f"the output {job.target} would replace the input {source}")
+        path = os.path.realpath(job.target)
+        if path in targets:
+            raise ValueError(f"{targets[path]} and {job.source} would both become {job.target}")
+        targets[path] = job.source
+
+
+def _identity(path: str) -> tuple[int, int]:
+    """What tells files apart, whatever name or link leads to them."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def _check_access(path: str, mode: int) -> None:
+    os.stat(path)
+    if not os.access(path, mode):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+
+def _exists(path: str) -> FileExistsError:
+    return FileExistsError(errno.EEXIST, "File exists, -f would overwrite it", path)

@@ -1,0 +1,392 @@
+"""Picture files <-> pixels: what Pillow reads becomes 8-bit RGB, and a note says what could not come along.
+
+    bytes -> load() -+
+                     +-> Picture -> to_pil() -> save() -> bytes
+    PIL.Image -> from_pil()
+
+Orientation is applied, more than 8 bits are reduced, CMYK is converted; RGB and grey keep their ICC profile.
+"""
+
+import io
+import re
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
+
+from vqcodec.errors import ImageError
+
+# Pillow knows many more formats; some of them start other programs (EPS) or are hardly ever fuzzed.
+_READ_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM")
+_GREY_MODES = {"1", "L", "LA", "La"}
+_READ_MODES = _GREY_MODES | {"P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"}
+_ORIENTATION_TAG = 0x0112
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_EXIF_PREFIX = b"Exif\0\0"
+_XMP_ORIENTATION = re.compile(rb'(tiff:Orientation(?:="|>))([1-8])')
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A picture in memory.
+
+    Args:
+        pixels: uint8 (H, W, 3), RGB; in the colour space of the ICC profile, sRGB if there is none.
+        grey: whether the picture has a single channel; the three channels of pixels are then equal.
+        alpha: uint8 (H, W), 255 is opaque; None if the picture has no alpha channel.
+        icc: ICC profile of an RGB or grey picture.
+        exif: EXIF data, starting with its TIFF header; the orientation in it is always 1.
+        xmp: XMP packet.
+        notes: one line for everything that was converted or lost on the way here.
+    """
+
+    pixels: NDArray[np.uint8]
+    grey: bool = False
+    alpha: NDArray[np.uint8] | None = None
+    icc: bytes | None = None
+    exif: bytes | None = None
+    xmp: bytes | None = None
+    notes: tuple[str, ...] = ()
+
+
+def load(data: bytes, *, max_pixels: int | None) -> Picture:
+    """Decode a PNG, JPEG, WebP, AVIF, TIFF, BMP, GIF or PNM file.
+
+    Args:
+        data: the whole file.
+        max_pixels: largest width x height to accept, checked before the pixels are decoded; None for no limit but
+            Pillow's own (twice PIL.Image.MAX_IMAGE_PIXELS), which holds in any case.
+
+    Raises:
+        ImageError: not such a file, damaged, too large, animated, or of a pixel type that from_pil() does not take.
+    """
+    with _pillow("decoded") as caught:
+        image = Image.open(io.BytesIO(data), formats=_READ_FORMATS)
+        if max_pixels is not None and image.width * image.height > max_pixels:
+            raise ImageError(
+                f"the picture has {image.width} x {image.height} = {image.width * image.height} pixels,"
+                f" the limit is {max_pixels}"
+            )
+        return _convert(image, caught)
+
+
+def from_pil(image: Image.Image) -> Picture:
+    """Take over a Pillow image of 8 or 16 bits per channel: bilevel, grey, palette, RGB, CMYK, with alpha or without.
+
+    Raises:
+        ImageError: more than one frame, another pixel type, no pixels, or the file behind the image cannot be decoded.
+    """
+    with _pillow("decoded") as caught:
+        return _convert(image, caught)
+
+
+def to_pil(picture: Picture) -> Image.Image:
+    """Make a Pillow image of mode L, LA, RGB or RGBA; icc_profile, exif and xmp are in its info if the picture has them."""
+    if picture.grey:
+        image = Image.fromarray(np.ascontiguousarray(picture.pixels[..., 0]))
+    else:
+        image = Image.fromarray(picture.pixels)
+    if picture.alpha is not None:
+        image.putalpha(Image.fromarray(picture.alpha))
+    if picture.icc is not None:
+        image.info["icc_profile"] = picture.icc
+    if picture.exif is not None:
+        image.info["exif"] = _EXIF_PREFIX + picture.exif
+    if picture.xmp is not None:
+        image.info["xmp"] = picture.xmp
+    return image
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """How Pillow writes a format.
+
+    Args:
+        name: Pillow's name of the format.
+        max_side: largest width and height that the format allows.
+        alpha, grey: whether the format has an alpha channel, a grey mode.
+        icc, exif, xmp: whether the format takes this metadata.
+        options: for Pillow: lossless where the format can be, else of a quality that hides the format.
+    """
+
+    name: str
+    max_side: int = 0xFFFFFF
+    alpha: bool = True
+    grey: bool = True
+    icc: bool = True
+    exif: bool = True
+    xmp: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+_JPEG = _Writer("JPEG", max_side=65500, alpha=False, options={"quality": 95, "subsampling": "4:4:4"})
+_TIFF = _Writer("TIFF", exif=False, options={"compression": "tiff_adobe_deflate"})
+_WRITERS = {
+    ".png": _Writer("PNG"),
+    ".jpg": _JPEG,
+    ".jpeg": _JPEG,
+    ".webp": _Writer("WEBP", max_side=16383, grey=False, options={"lossless": True, "exact": True}),
+    ".tif": _TIFF,
+    ".tiff": _TIFF,
+    ".bmp": _Writer("BMP", alpha=False, icc=False, exif=False, xmp=False),
+    ".avif": _Writer("AVIF", max_side=65536, grey=False, options={"quality": 95, "subsampling": "4:4:4"}),
+    ".ppm": _Writer("PPM", alpha=False, icc=False, exif=False, xmp=False),
+}
+
+
+def check_suffix(suffix: str) -> None:
+    """Check that save() knows the suffix.
+
+    Raises:
+        ImageError: it does not.
+    """
+    if suffix.lower() not in _WRITERS:
+        raise ImageError(f"no picture format has the suffix {suffix!r}, expected one of {' '.join(_WRITERS)}")
+
+
+def save(picture: Picture, suffix: str) -> bytes:
+    """Encode a picture: lossless as PNG, WebP, TIFF, BMP and PPM, at quality 95 as JPEG and AVIF.
+
+    Left out without a word: all metadata in BMP and PPM, EXIF in TIFF, a profile for grey pixels in WebP and AVIF, which
+    are written as RGB, and in a format without alpha an alpha channel that is opaque everywhere.
+
+    Args:
+        picture: what to encode.
+        suffix: file name suffix that says the format, ".png" for example; capitals do not matter.
+
+    Raises:
+        ImageError: unknown suffix, transparency in a format without it, or something else the format cannot hold.
+    """
+    check_suffix(suffix)
+    writer = _WRITERS[suffix.lower()]
+    image = to_pil(picture)
+    if max(image.size) > writer.max_side:
+        raise ImageError(
+            f"the picture is {image.width} x {image.height} pixels, {writer.name} allows {writer.max_side} a side"
+        )
+    if picture.alpha is not None and not writer.alpha:
+        if picture.alpha.min() < 255:
+            raise ImageError(f"the picture has transparency, which {writer.name} files cannot hold; .png files can")
+        image = image.convert("L" if picture.grey else "RGB")
+    options = dict(writer.options)
+    icc = picture.icc if writer.icc else None
+    if picture.grey and not writer.grey:
+        image = image.convert("RGB" if picture.alpha is None else "RGBA")
+        icc = None if icc is not None and _profile_space(icc) == "GRAY" else icc
+    image.info.clear()  # some of Pillow's writers take metadata from here, some do not: pass it all explicitly
+    if icc is not None:
+        options["icc_profile"] = icc
+    if picture.exif is not None and writer.exif:
+        options["exif"] = _EXIF_PREFIX + picture.exif
+    if picture.xmp is not None and writer.xmp:
+        options |= _xmp_option(writer.name, picture.xmp)
+    out = io.BytesIO()
+    with _pillow(f"written as {writer.name}"):
+        image.save(out, format=writer.name, **options)
+    return out.getvalue()
+
+
+def _xmp_option(format_name: str, xmp: bytes) -> dict[str, Any]:
+    if format_name == "PNG":
+        info = PngImagePlugin.PngInfo()
+        info.add(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp)
+        return {"pnginfo": info}
+    if format_name == "TIFF":
+        return {"tiffinfo": {700: xmp}}
+    return {"xmp": xmp}
+
+
+@contextmanager
+def _pillow(done: str) -> Iterator[list[warnings.WarningMessage]]:
+    """Turn whatever Pillow raises into "the picture cannot be done", and collect its warnings."""
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield caught
+    except (ImageError, MemoryError):
+        raise
+    except UnidentifiedImageError as error:
+        raise ImageError("not a PNG, JPEG, WebP, AVIF, TIFF, BMP, GIF or PNM picture, or cut short") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"the picture is too large: {_line(error)}") from error
+    except Exception as error:  # there is hardly a type that no plugin lets through
+        raise ImageError(f"the picture cannot be {done}: {_line(error)}") from error
+
+
+def _line(error: object) -> str:
+    """The message of an exception or warning in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _convert(image: Image.Image, caught: list[warnings.WarningMessage]) -> Picture:
+    notes: list[str] = []
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1:
+        # Phones store a depth or brightness map behind the photo in the same JPEG file (Pillow calls that MPO).
+        if image.format != "MPO":
+            raise ImageError(f"the file has {frames} frames or pages, only single pictures are supported")
+        notes.append(f"the file has {frames} pictures, only the first is kept")
+    if image.width == 0 or image.height == 0:
+        raise ImageError(f"the picture is {image.width} x {image.height} pixels, expected at least 1 x 1")
+    deep = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))  # the tiles go when the pixels come
+    image.load()  # before the metadata is looked at: parts of it may come after the pixels in the file
+
+    exif, xmp = _exif(image, notes), _xmp(image)
+    if image.format != "TIFF":  # Pillow has already turned these
+        orientation = _exif_orientation(exif)[1] or _xmp_orientation(xmp)
+        if orientation in _TRANSPOSE:
+            image = image.transpose(_TRANSPOSE[orientation])
+    exif, xmp = _upright(exif, xmp)
+
+    icc = _profile(image, notes)
+    alpha = None
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        deep, grey = True, True
+        values, alpha = _reduced(image)
+        pixels = np.repeat(values[..., None], 3, axis=2)
+    elif image.mode not in _READ_MODES:
+        raise ImageError(f"the pixel type is {image.mode!r}, expected 8 or 16 bits per channel of grey, RGB or CMYK")
+    else:
+        if image.mode == "CMYK":
+            image, icc = _cmyk_to_srgb(image, icc, notes), None
+        grey = image.mode in _GREY_MODES
+        if image.has_transparency_data:
+            image = _in_mode(image, "LA" if grey else "RGBA")
+            alpha = np.array(image.getchannel("A"))
+        pixels = _array(_in_mode(image, "RGB"))
+    if deep:
+        notes.append("16 bits per channel were reduced to 8")
+    if icc is not None and _profile_space(icc) != ("GRAY" if grey else "RGB "):
+        notes.append(f"the ICC profile is for {_profile_space(icc).strip()} pixels and was dropped")
+        icc = None
+    notes += [_line(warning.message) for warning in caught if warning.category is UserWarning]
+    return Picture(pixels, grey, alpha, icc, exif, xmp, tuple(notes))
+
+
+def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+    """image.convert(mode) without the copy where nothing is to be done."""
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _array(image: Image.Image) -> NDArray[np.uint8]:
+    """uint8 (H, W, 3) of an RGB image, in strips: np.asarray makes several copies of the picture on the way."""
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for top in range(0, image.height, 256):
+        bottom = min(top + 256, image.height)
+        pixels[top:bottom] = np.asarray(image.crop((0, top, image.width, bottom)))
+    return pixels
+
+
+def _reduced(image: Image.Image) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
+    """Grey values and alpha of a picture with 16 bits per pixel (12 in some TIFFs), rounded to 8 bits."""
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(258, (16,))[0]  # bits per sample
+    maximum = (1 << bits) - 1
+    values = np.asarray(image).astype(np.uint32)
+    transparent = image.info.get("transparency")
+    alpha = None if transparent is None else np.where(values == transparent, 0, 255).astype(np.uint8)
+    if tags.get(262) == 0:  # photometric interpretation "white is zero", which Pillow follows for 8 bits only
+        values = maximum - values
+    return ((values * 255 + maximum // 2) // maximum).astype(np.uint8), alpha
+
+
+def _cmyk_to_srgb(image: Image.Image, icc: bytes | None, notes: list[str]) -> Image.Image:
+    if icc is not None and _profile_space(icc) == "CMYK":
+        try:
+            converted = ImageCms.profileToProfile(
+                image, ImageCms.ImageCmsProfile(io.BytesIO(icc)), ImageCms.createProfile("sRGB"), outputMode="RGB"
+            )
+        except (ImageCms.PyCMSError, OSError) as error:
+            notes.append(f"the CMYK profile cannot be used: {_line(error)}")
+        else:
+            assert converted is not None  # only None when converting in place
+            notes.append("CMYK was converted to sRGB by the ICC profile of the picture")
+            return converted
+    notes.append("CMYK was converted to RGB by the plain formula, because there is no ICC profile to go by")
+    return image.convert("RGB")
+
+
+def _profile(image: Image.Image, notes: list[str]) -> bytes | None:
+    icc = image.info.get("icc_profile")
+    if not icc:
+        return None
+    if len(icc) < 128 or icc[36:40] != b"acsp":
+        notes.append("the ICC profile is damaged and was dropped")
+        return None
+    return bytes(icc)
+
+
+def _profile_space(icc: bytes) -> str:
+    """The colour space of the pixels that a profile is for: "RGB ", "GRAY", "CMYK" or another four characters."""
+    return icc[16:20].decode("latin-1")
+
+
+def _exif(image: Image.Image, notes: list[str]) -> bytes | None:
+    """EXIF data of an opened file, starting with the TIFF header."""
+    if image.format == "TIFF":
+        if 0x8769 in image.getexif():  # the sub-directory with the exposure and so on
+            notes.append("EXIF data of TIFF files is not kept")
+        return None
+    exif = image.info.get("exif")
+    if not exif:
+        return None
+    exif = bytes(exif).removeprefix(_EXIF_PREFIX)
+    try:
+        Image.Exif().load(exif)
+    except Exception:  # noqa: BLE001 - as in _pillow()
+        notes.append("the EXIF data is damaged and was dropped")
+        return None
+    return exif
+
+
+def _xmp(image: Image.Image) -> bytes | None:
+    xmp = image.info.get("xmp")
+    if not xmp:
+        return None
+    return xmp.encode() if isinstance(xmp, str) else bytes(xmp)
+
+
+def _exif_orientation(exif: bytes | None) -> tuple[int, int]:
+    """Where the orientation is in the EXIF data, and its value; (0, 0) if it is not there."""
+    if exif is None:
+        return 0, 0
+    order = "<" if exif[:2] == b"II" else ">"
+    try:
+        (directory,) = struct.unpack_from(order + "L", exif, 4)
+        (entries,) = struct.unpack_from(order + "H", exif, directory)
+        for entry in range(directory + 2, directory + 2 + 12 * entries, 12):
+            tag, kind, count, value = struct.unpack_from(order + "HHLH", exif, entry)
+            if (tag, kind, count) == (_ORIENTATION_TAG, 3, 1):
+                return entry + 8, value
+    except struct.error:
+        pass
+    return 0, 0
+
+
+def _xmp_orientation(xmp: bytes | None) -> int:
+    found = _XMP_ORIENTATION.search(xmp or b"")
+    return int(found[2]) if found else 0
+
+
+def _upright(exif: bytes | None, xmp: bytes | None) -> tuple[bytes | None, bytes | None]:
+    """The metadata with orientation 1. All other bytes stay: to write EXIF anew loses what cameras hide in it."""
+    place, value = _exif_orientation(exif)
+    if exif is not None and value:
+        exif = exif[:place] + struct.pack("<H" if exif[:2] == b"II" else ">H", 1) + exif[place + 2 :]
+    if xmp is not None:
+        xmp = _XMP_ORIENTATION.sub(rb"\g<1>1", xmp)
+    return exif, xmp

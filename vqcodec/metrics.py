@@ -1,0 +1,107 @@
+"""How good and how large: PSNR, MS-SSIM and bits per pixel, all on uint8 pictures.
+
+MS-SSIM: Wang, Simoncelli & Bovik, "Multi-scale structural similarity for image quality assessment", 2003.
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+_SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # table of the paper, finest scale first
+_WINDOW = 11
+_SIGMA = 1.5
+_C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+
+_taps = np.exp(-((np.arange(_WINDOW) - _WINDOW // 2) ** 2) / (2 * _SIGMA**2))
+_KERNEL = tuple(float(tap) for tap in _taps / _taps.sum())
+
+
+def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
+    """Peak signal-to-noise ratio over all channels together.
+
+    Args:
+        a, b: uint8 (H, W, 3).
+
+    Returns:
+        10 log10(255^2 / MSE) in dB; infinity if the pictures are equal.
+
+    Raises:
+        ValueError: the shapes differ, or are not of that form.
+    """
+    _check(a, b)
+    # Row by row: a picture of 100 megapixels in wider integers would take gigabytes.
+    squares = sum(int(np.square(x.astype(np.int32) - y).sum(dtype=np.int64)) for x, y in zip(a, b, strict=True))
+    return math.inf if squares == 0 else 10 * math.log10(255**2 * a.size / squares)
+
+
+def ms_ssim(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
+    """Multi-scale structural similarity: per channel, then the mean of the three.
+
+    Five scales, a Gaussian window of 11 x 11 with sigma 1.5 that stays inside the picture, means of 2 x 2 pixels
+    between scales (an odd last row or column counts twice), negative contrast terms taken as 0. Where the short side is
+    below 161 pixels, the scales on which the window does not fit are left out and the other weights divided by their sum.
+
+    Args:
+        a, b: uint8 (H, W, 3).
+
+    Returns:
+        At most 1, which only equal pictures reach; nan if the short side is below 11 pixels.
+
+    Raises:
+        ValueError: the shapes differ, or are not of that form.
+    """
+    _check(a, b)
+    scales, side = 0, min(a.shape[:2])
+    while side >= _WINDOW and scales < len(_SCALE_WEIGHTS):
+        scales, side = scales + 1, (side + 1) // 2
+    if scales == 0:
+        return math.nan
+    weights = np.array(_SCALE_WEIGHTS[:scales])
+    weights /= weights.sum()
+    return float(np.mean([_channel_ms_ssim(a[..., c], b[..., c], weights) for c in range(3)]))
+
+
+def bits_per_pixel(nbytes: int, width: int, height: int) -> float:
+    """Bits of a file of nbytes bytes per pixel of its width x height picture."""
+    return 8 * nbytes / (width * height)
+
+
+def _check(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> None:
+    if a.shape != b.shape or a.ndim != 3 or a.shape[2] != 3 or a.dtype != np.uint8 or b.dtype != np.uint8:
+        raise ValueError(
+            f"pictures are {a.dtype} {a.shape} and {b.dtype} {b.shape}, expected uint8 (H, W, 3) of the same size"
+        )
+
+
+def _channel_ms_ssim(a: NDArray[np.uint8], b: NDArray[np.uint8], weights: NDArray[np.float64]) -> float:
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    product = 1.0
+    for scale, weight in enumerate(weights):
+        if scale > 0:
+            x, y = _halved(x), _halved(y)
+        mean_x, mean_y = _blurred(x), _blurred(y)
+        both = mean_x * mean_y
+        squares = mean_x**2 + mean_y**2
+        covariance = _blurred(x * y) - both
+        variances = _blurred(x**2 + y**2) - squares
+        term = (2 * covariance + _C2) / (variances + _C2)  # contrast and structure
+        if scale == len(weights) - 1:
+            term *= (2 * both + _C1) / (squares + _C1)  # luminance, on the coarsest scale only
+        product *= max(float(term.mean()), 0.0) ** float(weight)
+    return product
+
+
+def _blurred(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(H, W) -> (H - 10, W - 10), filtered along one axis after the other."""
+    rows = x.shape[0] - _WINDOW + 1
+    down = sum((tap * x[i : i + rows] for i, tap in enumerate(_KERNEL)), start=np.zeros((rows, x.shape[1])))
+    columns = x.shape[1] - _WINDOW + 1
+    return sum((tap * down[:, i : i + columns] for i, tap in enumerate(_KERNEL)), start=np.zeros((rows, columns)))
+
+
+def _halved(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(H, W) -> (ceil(H / 2), ceil(W / 2)), means of 2 x 2."""
+    x = np.pad(x, ((0, x.shape[0] % 2), (0, x.shape[1] % 2)), mode="edge")
+    quarters: NDArray[np.float64] = (x[::2, ::2] + x[1::2, ::2] + x[::2, 1::2] + x[1::2, 1::2]) / 4
+    return quarters
