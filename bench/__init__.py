@@ -1,0 +1,1 @@
+"""The benchmark: scripts and their modules, not part of the installed package."""

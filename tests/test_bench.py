@@ -1,0 +1,330 @@
+"""The benchmark: BD-rate on curves with a known answer, SSIMULACRA2 against its reference, and small real runs."""
+
+import io
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench is not installed
+
+pytest.importorskip("matplotlib", reason="needs the extra 'bench': pip install -e '.[bench]'")
+pytest.importorskip("imagecodecs", reason="needs the extra 'bench': pip install -e '.[bench]'")
+
+from bench import codecs, measures, rate_distortion, report, results, speed
+from bench.bd_rate import Curve, bd_rate, pchip
+from bench.ssimulacra2 import ssimulacra2
+from vqcodec.metrics import psnr as measured_psnr
+
+Array = NDArray[np.float64]
+PSNR = measures.MEASURES["psnr"]
+
+
+def line(offset: float, slope: float, quality: Array) -> Curve:
+    """A curve whose logarithm of rate is linear in quality."""
+    return Curve(np.exp(offset + slope * quality), quality)
+
+
+def photo(width: int, height: int) -> NDArray[np.uint8]:
+    """Smooth colours with an edge and some grain."""
+    y, x = np.mgrid[:height, :width] / max(width, height)
+    planes = [np.sin(5 * x + 3 * y), np.cos(4 * x * y + 1), np.where(x + y > 0.7, 0.6, -0.4)]
+    noise = np.random.default_rng(1).normal(0, 0.05, (height, width, 3))
+    return np.clip(127.5 + 110 * (np.stack(planes, axis=-1) + noise), 0, 255).astype(np.uint8)
+
+
+# BD-rate
+
+
+def test_equal_saving_everywhere() -> None:
+    anchor = line(-5, 0.15, np.linspace(26, 40, 9))
+    test = line(-5 + np.log(0.8), 0.15, np.linspace(28, 44, 5))
+    found = bd_rate(anchor, test)
+    assert found is not None
+    assert found.percent == pytest.approx(-20, abs=1e-9)
+    assert (found.low, found.high) == (28, 40)
+
+
+def test_different_slopes() -> None:
+    anchor, test = line(-5, 0.15, np.linspace(26, 40, 9)), line(-5.5, 0.16, np.linspace(30, 42, 7))
+    found = bd_rate(anchor, test)
+    assert found is not None
+    # the mean of a linear difference is its value in the middle, 35 dB
+    assert found.percent == pytest.approx(100 * (np.exp(-0.5 + 0.01 * 35) - 1), abs=1e-6)
+
+
+def test_opposite_direction_is_the_reciprocal() -> None:
+    a = Curve(np.array([0.1, 0.3, 0.8, 2.0]), np.array([27.0, 30.0, 34.0, 39.0]))
+    b = Curve(np.array([0.15, 0.3, 0.7, 1.4]), np.array([28.0, 31.0, 34.5, 38.0]))
+    forth, back = bd_rate(a, b), bd_rate(b, a)
+    assert forth is not None and back is not None
+    assert (1 + forth.percent / 100) * (1 + back.percent / 100) == pytest.approx(1, abs=1e-9)
+
+
+def test_close_to_the_cubic_of_vceg_m33() -> None:
+    # The usual test data of Bjontegaard scripts; there a cubic polynomial through four points is integrated.
+    rate1, psnr1 = np.array([85.95, 157.11, 309.58, 686.76]), np.array([31.42, 34.24, 37.18, 40.28])
+    rate2, psnr2 = np.array([112.75, 204.93, 407.8, 893.34]), np.array([31.24, 34.17, 37.21, 40.39])
+    low, high = 31.42, 40.28
+    integrals = [np.polyint(np.polyfit(psnr, np.log(rate), 3)) for rate, psnr in ((rate1, psnr1), (rate2, psnr2))]
+    areas = [np.polyval(i, high) - np.polyval(i, low) for i in integrals]
+    expected = 100 * (np.exp((areas[1] - areas[0]) / (high - low)) - 1)
+    found = bd_rate(Curve(rate1, psnr1), Curve(rate2, psnr2))
+    assert found is not None
+    assert found.percent == pytest.approx(expected, abs=0.3)
+
+
+def test_rate_window() -> None:
+    anchor, test = line(-5, 0.15, np.linspace(20, 44, 9)), line(-5.5, 0.16, np.linspace(20, 44, 9))
+    low, high = (np.log(rate) + 5.5 for rate in (0.15, 0.8))
+    found = bd_rate(anchor, test, rates=(0.15, 0.8))
+    assert found is not None
+    assert (found.low, found.high) == pytest.approx((low / 0.16, high / 0.16))
+    middle = (low + high) / 2 / 0.16
+    assert found.percent == pytest.approx(100 * (np.exp(-0.5 + 0.01 * middle) - 1), abs=1e-6)
+    assert bd_rate(anchor, test, rates=(50, 60)) is None
+
+
+def test_no_common_range() -> None:
+    assert bd_rate(line(-5, 0.15, np.linspace(20, 25, 3)), line(-5, 0.15, np.linspace(26, 30, 3))) is None
+
+
+def test_curve_leaves_out_what_no_one_would_use() -> None:
+    curve = Curve.of([0.5, 0.1, 0.3, 0.4, None, 0.9, 1.0], [34.0, 28.0, 32.0, 31.0, 33.0, None, float("inf")])
+    assert curve is not None
+    assert curve.rate.tolist() == [0.1, 0.3, 0.5]
+    assert curve.quality.tolist() == [28, 32, 34]
+    assert Curve.of([0.1, 0.2], [30.0, 29.0]) is None
+
+
+def test_pchip_is_exact_on_its_points_and_monotone() -> None:
+    x, y = np.array([0.0, 1, 1.2, 4, 9]), np.array([0.0, 0.1, 3, 3.1, 10])
+    assert pchip(x, y, x).tolist() == pytest.approx(y.tolist())
+    assert (np.diff(pchip(x, y, np.linspace(0, 9, 1000))) >= 0).all()
+
+
+# SSIMULACRA2: scores that the reference program gives for these pictures (test data of the Rust port fast-ssim2)
+
+
+def reference_noise(width: int, height: int, state: int) -> NDArray[np.uint8]:
+    values = []
+    for _ in range(width * height * 3):
+        state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
+        values.append(state >> 33 & 255)
+    return np.array(values, np.uint8).reshape(height, width, 3)
+
+
+def test_ssimulacra2_agrees_with_the_reference() -> None:
+    grey = np.full((64, 64, 3), 128, np.uint8)
+    ramp = np.broadcast_to((np.arange(64) * 255 // 63)[None, :, None], (64, 64, 3)).astype(np.uint8)
+    assert ssimulacra2(ramp, grey) == pytest.approx(-64.56872148, abs=0.05)
+    assert ssimulacra2(reference_noise(64, 64, 42), grey) == pytest.approx(-47.33572558, abs=0.05)
+    assert ssimulacra2(grey, grey + np.uint8(50)) == pytest.approx(-8.75942256, abs=0.1)
+
+
+def test_ssimulacra2_edges() -> None:
+    picture = photo(33, 21)
+    assert ssimulacra2(picture, picture) == 100
+    assert np.isnan(ssimulacra2(picture[:7], picture[:7]))
+    with pytest.raises(ValueError, match="one shape"):
+        ssimulacra2(picture, picture[:20])
+
+
+# Codecs
+
+
+@pytest.mark.parametrize("key", [key for key in codecs.KEYS if key != "vqcodec"])
+def test_classic_codecs_give_more_for_more(key: str) -> None:
+    codec = codecs.get(key)
+    pixels = photo(71, 48)
+    low, high = (codec.encode(pixels, codec.qualities[i]) for i in (1, -1))
+    assert len(low) < len(high)
+    decoded = [codec.decode(data) for data in (low, high)]
+    assert all(d.shape == pixels.shape and d.dtype == np.uint8 for d in decoded)
+    assert 15 < measured_psnr(pixels, decoded[0]) < measured_psnr(pixels, decoded[1])
+
+
+def test_missing_weights_and_unknown_names(tmp_path: Path) -> None:
+    with pytest.raises(codecs.CodecUnavailableError):
+        codecs.get("vqcodec", weights=tmp_path / "none.safetensors")
+    with pytest.raises(ValueError, match="unknown codec 'gif'"):
+        codecs.get("gif")
+    with pytest.raises(ValueError, match="unknown metric 'vmaf'"):
+        measures.function("vmaf", None)
+    with pytest.raises(measures.MeasureUnavailableError, match="alexnet_features"):
+        measures.function("lpips", tmp_path)
+
+
+def test_nearest_quality_is_the_best_of_all() -> None:
+    codec = codecs.get("jpeg")
+    pixels = photo(80, 56)
+    for size in (1, 900, 1500, 10**6):
+        quality, data = codecs.nearest_quality(codec, pixels, size)
+        assert data == codec.encode(pixels, quality)
+        assert codec.scale is not None
+        best = min(abs(len(codec.encode(pixels, q)) - size) for q in codec.scale)
+        assert abs(len(data) - size) == best
+
+
+# The aim
+
+
+def result(key: str, qualities: list[float], bpp: list[float], psnr: list[float]) -> results.Result:
+    return results.Result(key, key, "", {"quality": qualities, "bpp": bpp, "psnr-rgb": psnr})
+
+
+def test_aim_against_jpeg() -> None:
+    psnr = [26.0, 30.0, 34.0, 38.0]
+    jpeg = result("jpeg", [1, 2, 3, 4], [0.2, 0.5, 1.2, 2.4], psnr)
+    saved = results.aim([jpeg, result("vqcodec", [1, 2, 3, 4], [0.15, 0.375, 0.9, 1.8], psnr)], PSNR)
+    assert saved is not None and saved.value is not None
+    assert saved.value.percent == pytest.approx(-25, abs=1e-6)
+    assert saved.average_holds and saved.levels_hold
+    assert [level.jpeg_bpp for level in saved.levels] == pytest.approx([0.2, 0.5, 1.2, 2.4])
+
+    worse_once = results.aim([jpeg, result("vqcodec", [1, 2, 3], [0.15, 0.25, 1.3], [26.0, 30.0, 34.0])], PSNR)
+    assert worse_once is not None
+    assert [level.holds for level in worse_once.levels] == [True, True, False]
+    assert any("FAILS" in text for text in rate_distortion.aim_lines(worse_once))
+
+    assert results.aim([jpeg], PSNR) is None
+    assert "not checked" in rate_distortion.aim_lines(None)[0]
+
+
+def test_published_curves(tmp_path: Path) -> None:
+    columns = {"bpp": [0.2, 0.5, 1.0], "psnr-rgb": [26.0, 30.0, 34.0]}
+    (tmp_path / "jpeg.json").write_text(json.dumps({"name": "JPEG", "description": "d", "results": columns}))
+    entry = {
+        "name": "HPCM-Large",
+        "repo": "r",
+        "path": "p",
+        "metrics": ["bpp", "psnr-rgb"],
+        "points": [[0.1, 29], [0.4, 34]],
+    }
+    (tmp_path / "extra-published.json").write_text(json.dumps({"entries": [entry, {"name": "other"}]}))
+    found = results.published(tmp_path)
+    assert [r.title for r in found] == ["JPEG, published", "HPCM-Large, published"]
+    curve = found[1].curve(PSNR)
+    assert curve is not None and curve.rate.tolist() == [0.1, 0.4]
+    compared = results.comparisons(found, [PSNR])
+    assert [(c.test, c.anchor) for c in compared] == [("HPCM-Large, published", "JPEG, published")]
+
+
+# Whole runs
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the scripts set it; this puts it back
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    Image.fromarray(photo(96, 64)).save(pictures / "a.png")
+    Image.fromarray(photo(64, 72)).save(pictures / "b.png")
+    (pictures / "notes.txt").write_text("not a picture")
+    yield pictures
+
+
+def test_rate_distortion_run(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out"
+    arguments = [str(folder), "-o", str(output), "--codecs", "jpeg,webp", "--qualities", "jpeg=20,50,90"]
+    assert rate_distortion.main([*arguments, "--qualities", "webp=10,50,90"]) == 0
+    printed = capsys.readouterr()
+    assert "BD-rate by PSNR" in printed.out and "not checked" in printed.out
+    assert "lpips: left out" in printed.err
+
+    content = json.loads((output / "jpeg.json").read_text("utf-8"))
+    assert {"name", "description", "results"} <= content.keys()
+    assert content["name"] == "JPEG"
+    columns = content["results"]
+    assert columns["quality"] == [20, 50, 90]
+    expected = {"quality", "bpp", "psnr-rgb", "ms-ssim-rgb", "ssimulacra2", "encoding_time", "decoding_time"}
+    assert columns.keys() == expected
+    assert columns["bpp"] == sorted(columns["bpp"]) and columns["psnr-rgb"] == sorted(columns["psnr-rgb"])
+
+    # the same numbers from Pillow alone
+    bpp, psnr = [], []
+    for picture in (photo(96, 64), photo(64, 72)):
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, "JPEG", quality=50)
+        bpp.append(8 * len(buffer.getvalue()) / picture[..., 0].size)
+        error = np.asarray(Image.open(buffer), np.float64) - picture
+        psnr.append(10 * np.log10(255**2 / np.mean(error**2)))
+    assert columns["bpp"][1] == pytest.approx(np.mean(bpp))
+    assert columns["psnr-rgb"][1] == pytest.approx(np.mean(psnr))
+    assert [p["picture"] for p in content["pictures"]] == ["a.png"] * 3 + ["b.png"] * 3
+
+    assert {file.name for file in output.iterdir()} == {
+        *("jpeg.json", "webp.json", "bd_rate.json", "report.html"),
+        *("psnr.png", "ms-ssim.png", "ssimulacra2.png"),
+    }
+    pairs = {
+        (c["test"], c["anchor"], c["measure"]) for c in json.loads((output / "bd_rate.json").read_text())["bd_rate"]
+    }
+    assert ("WebP", "JPEG", "psnr") in pairs
+    page = (output / "report.html").read_text("utf-8")
+    assert "http" not in page and "//" not in re.sub(r'"data:[^"]*"', "", page)
+    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert len(sources) == 3 + 2 * 2 * 2 and all(source.startswith("data:image/") for source in sources)
+
+
+def test_processes_give_the_same_files(folder: Path) -> None:
+    pictures = rate_distortion.find_pictures([folder])
+    settings = rate_distortion.Settings({"jpeg": (30.0, 60.0)}, ("psnr",), None, None)
+    alone, together = (rate_distortion.measure_all("jpeg", pictures, settings, jobs) for jobs in (1, 2))
+    assert [(r.picture, r.quality, r.bytes, r.values) for r in alone] == [
+        (r.picture, r.quality, r.bytes, r.values) for r in together
+    ]
+
+
+def test_published_curves_belong_to_the_whole_kodak_set(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert rate_distortion.load_published(rate_distortion.find_pictures([folder]), folder) == []
+    assert "24 Kodak pictures" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.png"], "missing.png: no such file or folder"),
+        (["--codecs", "gif"], "unknown codec 'gif'"),
+        (["--codecs", "jpeg", "--qualities", "jpeg=high"], "expected CODEC=NUMBER"),
+        (["--codecs", "jpeg", "--qualities", "10,20"], "unknown codec '10,20'"),
+    ],
+)
+def test_wrong_arguments(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert rate_distortion.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_report_escapes_text() -> None:
+    table = report.Table(["<a>"], [["x & y", report.Cell("1", "<2>")]])
+    page = report.render("T<t>", "lead", [report.Section("S", ["p <b>"], tables=[("", table)])])
+    assert "T&lt;t&gt;" in page and "p &lt;b&gt;" in page and "<small>&lt;2&gt;</small>" in page
+    assert "<a>" not in page
+
+
+def test_speed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    output = tmp_path / "speed.json"
+    weights = str(tmp_path / "none.safetensors")
+    arguments = ["-o", str(output), "--sizes", "40x24", "--repeats", "1", "--threads", "1", "--weights", weights]
+    assert speed.main(arguments) == 0
+    printed = capsys.readouterr()
+    assert "vqcodec: left out" in printed.err and "40x24" in printed.out
+    measured = json.loads(output.read_text())["measurements"]
+    assert [(m["codec"], m["direction"]) for m in measured] == [("jxl", "encode"), ("jxl", "decode")]
+    assert all(m["seconds"] > 0 and m["peak_mib"] >= m["start_mib"] > 1 and m["bytes"] > 50 for m in measured)
+
+
+def test_sample_photo_has_the_size_asked_for() -> None:
+    assert speed.sample(1300, 30).shape == (30, 1300, 3)
+    big = speed.sample(1030, 1220)
+    np.testing.assert_array_equal(big[:, 511], big[:, 512])  # mirrored, no seam
