@@ -1,0 +1,496 @@
+"""Compress and decompress; each reads top to bottom as the list of stages.
+
+    compress      picture -> pad -> latents -> per slice: estimate, choose codes, range-code -> container
+    decompress    container -> per tile: range-decode codes -> per slice: estimate + codes -> pixels -> crop
+
+The entropy coding works tile by tile, on integers, and only with codes; the float networks work on the assembled
+grids, in windows that overlap by more than the networks reach, so that tiles leave no seams in the picture.
+"""
+
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from vqcodec import bitstream, image, weights
+from vqcodec.bitstream import Chunk, Container, Header, tile_boxes
+from vqcodec.entropy import Decoder, Encoder
+from vqcodec.errors import ChecksumError, FormatError, ImageError, WeightsError
+from vqcodec.image import Picture
+from vqcodec.models.counts import CodeTables, flag_counts
+from vqcodec.models.joint import CHOICE_BIAS, grid, look_up, rows
+from vqcodec.models.prior import PHASES, SlicePrior, phases_of, rates
+from vqcodec.models.vqvae import PIXEL_SCALE, Slice
+from vqcodec.weights import Model
+
+DEFAULT_QUALITY = 50
+TILE = 1024
+# Side of the windows in which large pictures pass through the float networks: bounds memory.
+WINDOW = 2048
+
+# Turns the parameters of one pass, (N, P, D + 3), into its indices, int64 (N, P): by choosing or by decoding.
+CodePass = Callable[[int, Tensor], Tensor]
+
+
+def compress(
+    picture: Image.Image | NDArray[np.uint8] | Picture,
+    *,
+    quality: int = DEFAULT_QUALITY,
+    weights: str | Path | None = None,
+    device: str = "auto",
+    tile: int = TILE,
+    verify: bool = False,
+) -> bytes:
+    """Compress a picture to the bytes of a .vqz file.
+
+    Args:
+        picture: a Pillow image of any mode that `image.from_pil` takes, uint8 (H, W), (H, W, 3) or (H, W, 4), or a
+            Picture.
+        quality: 1 (smallest) to 100 (best).
+        weights: a weights file; None for the packaged photo model.
+        device: "auto", "cpu" or "cuda".
+        tile: side of the independently coded tiles, a multiple of 64 up to 16320; 0 codes the picture as one tile.
+        verify: decode the codes again and compare.
+
+    Raises:
+        ValueError: quality or tile out of range. ImageError: unsupported picture. WeightsError: no such weights.
+    """
+    if not 1 <= quality <= 100:
+        raise ValueError(f"quality must be 1 to 100, got {quality}")
+    source = _as_picture(picture)
+    model = _load(weights, device)
+    if tile and (tile % bitstream.TILE_UNIT or tile % model.config.multiple):
+        raise ValueError(f"tile must be a multiple of {max(bitstream.TILE_UNIT, model.config.multiple)}, got {tile}")
+    height, width = source.pixels.shape[:2]
+    header = Header(width, height, quality, model.id, model.config.layers, tile, source.grey)
+    with torch.inference_mode():
+        segments, codes = _encode(model, header, source.pixels)
+        if verify and any(
+            not torch.equal(a, b) for a, b in zip(codes, _decode_codes(model, header, segments)[0], strict=True)
+        ):
+            raise FormatError("verification failed: the file would not decode to the codes it was made from")
+    return bitstream.write(header, _chunks(source), segments)
+
+
+def decompress(
+    data: bytes,
+    *,
+    weights: str | Path | None = None,
+    device: str = "auto",
+    partial: bool = False,
+    max_pixels: int | None = bitstream.DEFAULT_MAX_PIXELS,
+) -> Image.Image:
+    """Decode the bytes of a .vqz file to a Pillow image of mode L, LA, RGB or RGBA.
+
+    Args and Raises: as `decode_picture`.
+    """
+    return image.to_pil(
+        decode_picture(data, weights=weights, device=device, partial=partial, max_pixels=max_pixels)
+    )
+
+
+def decode_picture(
+    data: bytes,
+    *,
+    weights: str | Path | None = None,
+    device: str = "auto",
+    partial: bool = False,
+    max_pixels: int | None = bitstream.DEFAULT_MAX_PIXELS,
+) -> Picture:
+    """Decode the bytes of a .vqz file.
+
+    Args:
+        data: the whole file, or its beginning with `partial`.
+        weights: the weights file that it was made with; None for the packaged photo model.
+        device: "auto", "cpu" or "cuda".
+        partial: decode what is there of a cut or damaged file, coarser; the notes of the picture say what is missing.
+        max_pixels: refuse larger pictures before anything is allocated; None for no limit.
+
+    Raises:
+        FormatError: not a .vqz file, damaged, cut, or too large. WeightsError: made with other weights.
+    """
+    container = bitstream.read(data, max_pixels=max_pixels, partial=partial)
+    model = _load(weights, device)
+    codes, problems = decode_codes(container, model)
+    with torch.inference_mode():
+        pixels = _reconstruct(model, container.header, codes)
+    chunks = {chunk.kind: chunk.data for chunk in container.chunks}
+    return Picture(
+        pixels,
+        grey=container.header.grey,
+        alpha=_read_alpha(chunks.get("ALPH"), container.header),
+        icc=chunks.get("ICCP"),
+        exif=chunks.get("EXIF"),
+        xmp=chunks.get("XMP "),
+        notes=(*container.problems, *problems),
+    )
+
+
+def decode_codes(container: Container, model: Model) -> tuple[list[Tensor], tuple[str, ...]]:
+    """The code indices of a file: the part of decoding that is exact on every machine.
+
+    Returns:
+        per level, coarse first, int16 (h, w, P) of the padded picture; code 0 where a segment is missing. And a line
+        for each tile whose segments are intact but do not decode.
+
+    Raises:
+        WeightsError: the file was made with other weights. ChecksumError: as above, without `partial`.
+    """
+    header = container.header
+    if header.weights_id != model.id:
+        raise WeightsError(f"made with weights {header.weights_id.hex()}, these are {model.id.hex()}")
+    if header.layers != model.config.layers:
+        raise FormatError(f"the file has {header.layers} layers, its weights have {model.config.layers}")
+    with torch.inference_mode():
+        return _decode_codes(model, header, container.segments)
+
+
+# Codes <-> segments
+
+
+@dataclass
+class _TileState:
+    """What the prior knows of one tile between slices: its state, and where the tile lies on the level's grid."""
+
+    box: tuple[int, int, int, int]
+    state: Tensor | None = None
+
+    def window(self, stride: int) -> tuple[slice, slice]:
+        top, left, height, width = self.box
+        return (slice(top // stride, -(-(top + height) // stride)), slice(left // stride, -(-(left + width) // stride)))
+
+
+def _tiles(model: Model, header: Header) -> list[_TileState]:
+    """Tiles, each padded to whole positions of the coarsest level."""
+    unit = model.config.multiple
+    return [
+        _TileState((top, left, -(-height // unit) * unit, -(-width // unit) * unit))
+        for top, left, height, width in tile_boxes(header)
+    ]
+
+
+def _grids(model: Model, header: Header) -> list[tuple[int, int]]:
+    """Height and width of every level's grid over the padded picture."""
+    unit = model.config.multiple
+    height, width = -(-header.height // unit) * unit, -(-header.width // unit) * unit
+    return [(height // stage.stride, width // stage.stride) for stage in model.config.levels]
+
+
+def _code_slice(part: SlicePrior, tables: CodeTables, state: Tensor, quality: Tensor, step: CodePass) -> tuple[
+    Tensor, Tensor
+]:  # fmt: skip
+    """One slice of one tile: the loop that encoder and decoder share, the coding step passed in.
+
+    Args:
+        part, tables: the slice's prior and integer tables. state: of the prior, (1, C, h, w). quality: int64 (1,).
+        step: called for each pass.
+
+    Returns:
+        (state, indices): the state after the slice, and int64 (h, w, P).
+    """
+    height, width = state.shape[2:]
+    planes, _, features = tables.inputs.shape
+    state, context = part.prepare(state, quality)
+    known = torch.zeros(1, planes * features, height, width, device=state.device)
+    known = known.contiguous(memory_format=torch.channels_last)
+    indices = torch.zeros(height, width, planes, dtype=torch.int64, device=state.device)
+    for phase in phases_of(height, width):
+        row, column = PHASES[phase]
+        k = step(phase, part.parameters_at(phase, context, known))
+        h, w = -(-(height - row) // 2), -(-(width - column) // 2)
+        indices[row::2, column::2] = k.reshape(h, w, planes)
+        known[:, :, row::2, column::2] = grid(look_up(tables.inputs, k), 1, h, w)
+    return part.update(state, known), indices
+
+
+def _put(coder: Encoder, tables: CodeTables, parameters: Tensor, k: Tensor) -> None:
+    """Encode the symbols k, int64 (N, P), of one pass: all flags, then the values plane by plane."""
+    other = k > 0
+    coder.put(other.reshape(-1).cpu().numpy(), flag_counts(parameters.reshape(-1, parameters.shape[-1])))
+    for plane in other.any(0).nonzero()[:, 0].tolist():
+        chosen = other[:, plane]
+        values = k[chosen, plane].cpu().numpy() - 1
+        coder.put(values, tables.value_counts(plane, parameters[chosen, plane]))
+
+
+def _get(coder: Decoder, tables: CodeTables, parameters: Tensor) -> Tensor:
+    """The inverse of `_put`."""
+    planes = parameters.shape[1]
+    flags = coder.get(flag_counts(parameters.reshape(-1, parameters.shape[-1])))
+    k = torch.from_numpy(flags.astype(np.int64)).reshape(-1, planes).to(parameters.device)
+    for plane in (k > 0).any(0).nonzero()[:, 0].tolist():
+        chosen = k[:, plane] > 0
+        values = coder.get(tables.value_counts(plane, parameters[chosen, plane]))
+        k[chosen, plane] = torch.from_numpy(values.astype(np.int64) + 1).to(k.device)
+    return k
+
+
+def _decode_codes(
+    model: Model, header: Header, segments: tuple[bytes | None, ...] | list[bytes]
+) -> tuple[list[Tensor], tuple[str, ...]]:
+    quality = torch.tensor([header.quality], device=model.device)
+    codes = [
+        torch.zeros(h, w, sum(s.planes for s in stage.slices), dtype=torch.int16)
+        for (h, w), stage in zip(_grids(model, header), model.config.levels, strict=True)
+    ]
+    tiles = _tiles(model, header)
+    for number, tile in enumerate(tiles):
+        own = segments[number :: len(tiles)]
+        coders: dict[int, Decoder] = {}
+        for level, stage in enumerate(model.config.levels):
+            prior = model.prior.levels[level]
+            window = tile.window(stage.stride)
+            h, w = (s.stop - s.start for s in window)
+            tile.state = prior.begin(tile.state, quality, 1, h, w)  # type: ignore[operator]
+            first = 0
+            for index, piece in enumerate(stage.slices):
+                data = own[piece.layer]
+                if data is None:
+                    break
+                coder = coders.setdefault(piece.layer, Decoder(data))
+                tables = model.tables.slice(level, index)
+
+                def step(_: int, p: Tensor, coder: Decoder = coder, tables: CodeTables = tables) -> Tensor:
+                    return _get(coder, tables, p)
+
+                part = prior.slices[index]  # type: ignore[index,union-attr]
+                tile.state, indices = _code_slice(part, tables, tile.state, quality, step)
+                codes[level][(*window, slice(first, first + piece.planes))] = indices.to(torch.int16).cpu()
+                first += piece.planes
+            else:
+                continue
+            break  # without this slice nothing after it in the tile can be decoded
+        tile.state = None
+    return codes, ()
+
+
+# Pixels <-> codes
+
+
+def _encode(model: Model, header: Header, pixels: NDArray[np.uint8]) -> tuple[list[bytes], list[Tensor]]:
+    """Choose and code: pixels uint8 (H, W, 3) -> segments in file order, and the codes as `decode_codes` returns."""
+    quality = torch.tensor([header.quality], device=model.device)
+    weight = model.config.lambda_of((header.quality - 1) / 99)
+    latents = _analyse(model, pixels, quality)
+    tiles = _tiles(model, header)
+    coders = [[Encoder() for _ in range(header.layers)] for _ in tiles]
+    codes: list[Tensor] = []
+    estimate: Tensor | None = None
+    for level, z in enumerate(latents):
+        estimate = _begin(model, level, estimate, z.shape, quality)
+        prior = model.prior.levels[level]
+        stride = model.config.levels[level].stride
+        level_codes = []
+        for tile in tiles:
+            h, w = (s.stop - s.start for s in tile.window(stride))
+            tile.state = prior.begin(tile.state, quality, 1, h, w)  # type: ignore[operator]
+        for index, config in enumerate(model.config.levels[level].slices):
+            piece: Slice = model.vqvae.slices[level][index]  # type: ignore[index,assignment]
+            estimate = _refine(model, level, index, estimate, quality)
+            steps = piece.steps(quality)
+            scale = steps.repeat_interleave(piece.dim, 1)[:, :, None, None]
+            v = (z[:, piece.start : piece.stop] - estimate[:, piece.start : piece.stop]) / scale
+            importance = weight * (steps * PIXEL_SCALE) ** 2 / 3
+            tables = model.tables.slice(level, index)
+            indices = torch.zeros(*z.shape[2:], piece.planes, dtype=torch.int64, device=model.device)
+            for tile, own in zip(tiles, coders, strict=True):
+                window = tile.window(stride)
+                here = v[(slice(None), slice(None), *window)]
+
+                def step(
+                    phase: int,
+                    parameters: Tensor,
+                    here: Tensor = here,
+                    piece: Slice = piece,
+                    tables: CodeTables = tables,
+                    importance: Tensor = importance,
+                    coder: Encoder = own[config.layer],
+                ) -> Tensor:
+                    row, column = PHASES[phase]
+                    target = rows(here[:, :, row::2, column::2], piece.planes)
+                    k = piece.codebook.choose(
+                        target, rates(parameters), importance.expand(len(target), -1), CHOICE_BIAS
+                    )
+                    _put(coder, tables, parameters, k)
+                    return k
+
+                assert tile.state is not None
+                part = prior.slices[index]  # type: ignore[index,union-attr]
+                tile.state, indices[window] = _code_slice(part, tables, tile.state, quality, step)
+            _add_codes(estimate, piece, scale, indices)
+            level_codes.append(indices.to(torch.int16).cpu())
+        codes.append(torch.cat(level_codes, -1))
+    segments = [own[layer].finish() for layer in range(header.layers) for own in coders]
+    return segments, codes
+
+
+def _reconstruct(model: Model, header: Header, codes: list[Tensor]) -> NDArray[np.uint8]:
+    """Codes as from `decode_codes` -> pixels uint8 (H, W, 3)."""
+    quality = torch.tensor([header.quality], device=model.device)
+    estimate: Tensor | None = None
+    for level, level_codes in enumerate(codes):
+        shape = (1, model.config.levels[level].channels, *level_codes.shape[:2])
+        estimate = _begin(model, level, estimate, shape, quality)
+        first = 0
+        for index in range(len(model.config.levels[level].slices)):
+            piece: Slice = model.vqvae.slices[level][index]  # type: ignore[index,assignment]
+            estimate = _refine(model, level, index, estimate, quality)
+            scale = piece.steps(quality).repeat_interleave(piece.dim, 1)[:, :, None, None]
+            indices = level_codes[:, :, first : first + piece.planes].to(model.device)
+            _add_codes(estimate, piece, scale, indices.long())
+            first += piece.planes
+    assert estimate is not None
+    return _synthesise(model, estimate, header, quality)
+
+
+def _add_codes(estimate: Tensor, piece: Slice, scale: Tensor, indices: Tensor) -> None:
+    """Add a slice's code vectors, int64 (h, w, P), to its channels of the estimate (1, C, h, w), in place."""
+    height, width, planes = indices.shape
+    vectors = grid(piece.codebook.lookup(indices.reshape(-1, planes)), 1, height, width)
+    estimate[:, piece.start : piece.stop] += vectors * scale
+
+
+def _begin(model: Model, level: int, coarser: Tensor | None, shape: Any, quality: Tensor) -> Tensor:
+    """The estimate of a level before its first slice, writable."""
+    if coarser is None:
+        return torch.zeros(shape, device=model.device).contiguous(memory_format=torch.channels_last)
+    return model.vqvae.descend(level - 1, coarser, quality).contiguous(memory_format=torch.channels_last)
+
+
+def _refine(model: Model, level: int, index: int, estimate: Tensor, quality: Tensor) -> Tensor:
+    """`VQVAE.refine` over the whole grid, in windows if it is large."""
+    stride = model.config.levels[level].stride
+    if estimate.shape[2] * estimate.shape[3] * stride**2 <= WINDOW**2:
+        return model.vqvae.refine(level, index, estimate, quality)
+    refined = torch.empty_like(estimate)
+    for inner, outer, part in _windows(*estimate.shape[2:], max(1, WINDOW // stride), 1):
+        cut = estimate[(slice(None), slice(None), *outer)]
+        refined[(slice(None), slice(None), *inner)] = model.vqvae.refine(level, index, cut, quality)[
+            (slice(None), slice(None), *part)
+        ]
+    return refined
+
+
+def _analyse(model: Model, pixels: NDArray[np.uint8], quality: Tensor) -> list[Tensor]:
+    """Pixels (H, W, 3) -> latents of each level over the padded picture."""
+    unit = model.config.multiple
+    height, width = pixels.shape[:2]
+    down, right = -height % unit, -width % unit
+    coarse = (height + down) // unit, (width + right) // unit
+    latents: list[Tensor] = []
+    for inner, outer, part in _windows(*coarse, max(1, WINDOW // unit), -(-model.vqvae.encoder_reach() // unit)):
+        ys, xs = (slice(s.start * unit, s.stop * unit) for s in outer)
+        cut = torch.from_numpy(pixels[ys, xs]).to(model.device).permute(2, 0, 1)[None].float()
+        pad = (0, xs.stop - xs.start - cut.shape[3], 0, ys.stop - ys.start - cut.shape[2])
+        cut = functional.pad(cut, pad, mode="replicate").contiguous(memory_format=torch.channels_last)
+        found = model.vqvae.analyse(cut, quality)
+        if not latents:
+            if outer == (slice(0, coarse[0]), slice(0, coarse[1])):
+                return found
+            latents = [_empty(z, unit // stage.stride, coarse) for z, stage in zip(found, model.config.levels, strict=True)]
+        for whole, z, stage in zip(latents, found, model.config.levels, strict=True):
+            ratio = unit // stage.stride
+            target = tuple(slice(s.start * ratio, s.stop * ratio) for s in inner)
+            origin = tuple(slice(s.start * ratio, s.stop * ratio) for s in part)
+            whole[(slice(None), slice(None), *target)] = z[(slice(None), slice(None), *origin)]
+    return latents
+
+
+def _empty(z: Tensor, ratio: int, coarse: tuple[int, int]) -> Tensor:
+    shape = (1, z.shape[1], coarse[0] * ratio, coarse[1] * ratio)
+    return torch.empty(shape, device=z.device).contiguous(memory_format=torch.channels_last)
+
+
+def _synthesise(model: Model, estimate: Tensor, header: Header, quality: Tensor) -> NDArray[np.uint8]:
+    """The finest level's estimate -> pixels, cropped to the picture and rounded."""
+    pixels = np.empty((header.height, header.width, 3), np.uint8)
+    stride = model.config.levels[-1].stride
+    level = len(model.config.levels) - 1
+    reach = -(-model.vqvae.decoder_reach() // stride)
+    for inner, outer, part in _windows(*estimate.shape[2:], max(1, WINDOW // stride), reach):
+        decoded = model.vqvae.descend(level, estimate[(slice(None), slice(None), *outer)], quality)[0]
+        ys, xs = (slice(s.start * stride, s.stop * stride) for s in part)
+        ready = decoded[:, ys, xs].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+        top, left = inner[0].start * stride, inner[1].start * stride
+        target = pixels[top : top + ready.shape[0], left : left + ready.shape[1]]
+        target[...] = ready[: target.shape[0], : target.shape[1]]
+    if header.grey:
+        pixels[...] = np.rint(pixels.mean(2, keepdims=True, dtype=np.float32)).astype(np.uint8)
+    return pixels
+
+
+_Box = tuple[slice, slice]
+
+
+def _windows(height: int, width: int, size: int, reach: int) -> Iterator[tuple[_Box, _Box, _Box]]:
+    """Cover a grid: (inner, outer, part) with outer = inner widened by `reach` inside the grid, part = inner in outer.
+
+    The grid is one window if it is not much larger than one.
+    """
+    if height * width <= size * size:
+        size = max(height, width)
+
+    def spans(length: int) -> list[tuple[slice, slice, slice]]:
+        found = []
+        for start in range(0, length, size):
+            stop = min(start + size, length)
+            low, high = max(0, start - reach), min(length, stop + reach)
+            found.append((slice(start, stop), slice(low, high), slice(start - low, stop - low)))
+        return found
+
+    for y in spans(height):
+        for x in spans(width):
+            yield (y[0], x[0]), (y[1], x[1]), (y[2], x[2])
+
+
+# Pictures and metadata
+
+
+def _as_picture(picture: Image.Image | NDArray[np.uint8] | Picture) -> Picture:
+    if isinstance(picture, Picture):
+        return picture
+    if isinstance(picture, np.ndarray):
+        channels = picture.shape[2] if picture.ndim == 3 else 1
+        if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or channels not in (1, 3, 4) or not picture.size:
+            raise ImageError(f"expected uint8 (H, W), (H, W, 3) or (H, W, 4), got {picture.dtype} {picture.shape}")
+        picture = Image.fromarray(picture[:, :, 0] if picture.ndim == 3 and channels == 1 else picture)
+    return image.from_pil(picture)
+
+
+def _load(path: str | Path | None, device: str) -> Model:
+    return weights.load(weights.find(path), device)
+
+
+def _chunks(picture: Picture) -> list[Chunk]:
+    chunks = [
+        Chunk(kind, data)
+        for kind, data in (("ICCP", picture.icc), ("EXIF", picture.exif), ("XMP ", picture.xmp))
+        if data
+    ]
+    if picture.alpha is not None:
+        buffer = io.BytesIO()
+        Image.fromarray(picture.alpha).save(buffer, "PNG", optimize=True)
+        chunks.append(Chunk("ALPH", buffer.getvalue()))
+    return chunks
+
+
+def _read_alpha(data: bytes | None, header: Header) -> NDArray[np.uint8] | None:
+    if data is None:
+        return None
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as png:
+            if png.size != (header.width, header.height) or png.mode != "L":
+                raise ChecksumError(f"alpha is {png.mode} {png.size}, the picture {(header.width, header.height)}")
+            return np.asarray(png).copy()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ChecksumError(f"alpha cannot be read: {error}") from None
+
+

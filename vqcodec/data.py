@@ -1,0 +1,159 @@
+"""Folders of pictures -> batches of crops.
+
+Each picture is decoded once and kept as uint8 while the cache has room; a thread cuts the next batches while the
+model works on this one.
+"""
+
+import hashlib
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vqcodec import image
+from vqcodec.errors import ImageError, TrainingError
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".ppm"})
+CACHE_BYTES = 4 << 30
+MAX_PIXELS = 100_000_000
+
+Pixels = NDArray[np.uint8]
+
+
+def find_pictures(inputs: Iterable[Path]) -> list[Path]:
+    """Picture files named or found in folders (recursively), sorted, without repeats.
+
+    Raises:
+        TrainingError: an input does not exist, or there is no picture at all.
+    """
+    found: set[Path] = set()
+    for path in inputs:
+        if path.is_dir():
+            found.update(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        elif path.is_file():
+            found.add(path)
+        else:
+            raise TrainingError(f"no such file or folder: {path}")
+    if not found:
+        raise TrainingError("no pictures found: expected files ending in " + ", ".join(sorted(SUFFIXES)))
+    return sorted(found)
+
+
+def split(pictures: Sequence[Path], validation: int) -> tuple[list[Path], list[Path]]:
+    """Set aside about `validation` pictures, chosen by a hash of the file's bytes.
+
+    The choice does not depend on the other pictures or on folder names, so that a run resumed on more data never
+    validates on what it was trained on. With a single picture both parts are that picture.
+
+    Returns:
+        (training pictures, validation pictures), neither empty.
+    """
+    if len(pictures) == 1:
+        return list(pictures), list(pictures)
+    ranked = sorted(pictures, key=lambda p: hashlib.sha256(p.read_bytes()).digest())
+    held = set(ranked[: max(1, min(validation, len(ranked) // 10))])
+    return [p for p in pictures if p not in held], [p for p in pictures if p in held]
+
+
+class Pictures:
+    """Decoded pictures by index, cached in memory up to `cache_bytes`; unreadable ones are dropped with a warning."""
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        on_warning: Callable[[str], None] | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        self._paths = list(paths)
+        self._warn = on_warning or (lambda _: None)
+        self._room = cache_bytes
+        self._cache: dict[Path, Pixels] = {}
+        self._bad: set[Path] = set()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def get(self, index: int) -> Pixels | None:
+        """Picture `index` as uint8 (H, W, 3), or None if it cannot be read."""
+        path = self._paths[index]
+        cached = self._cache.get(path)
+        if cached is not None or path in self._bad:
+            return cached
+        try:
+            pixels = image.load(path.read_bytes(), max_pixels=MAX_PIXELS).pixels
+        except (ImageError, OSError) as error:
+            with self._lock:
+                self._bad.add(path)
+                if len(self._bad) == len(self._paths):
+                    raise TrainingError("none of the pictures could be read") from error
+            self._warn(f"{path}: {error}: skipped")
+            return None
+        with self._lock:
+            if pixels.nbytes <= self._room:
+                self._room -= pixels.nbytes
+                self._cache[path] = pixels
+        return pixels
+
+
+def crop(pixels: Pixels, size: int, rng: np.random.Generator) -> Pixels:
+    """A random (size, size, 3) crop, mirrored half of the time; a smaller picture is padded by replication."""
+    height, width = pixels.shape[:2]
+    top = int(rng.integers(max(1, height - size + 1)))
+    left = int(rng.integers(max(1, width - size + 1)))
+    cut = pixels[top : top + size, left : left + size]
+    if cut.shape[:2] != (size, size):
+        cut = np.pad(cut, ((0, size - cut.shape[0]), (0, size - cut.shape[1]), (0, 0)), mode="edge")
+    return cut[:, ::-1] if rng.random() < 0.5 else cut
+
+
+def batches(pictures: Pictures, *, batch: int, size: int, seed: int, threads: int = 1) -> Iterator[Pixels]:
+    """Endless batches, uint8 (B, size, size, 3); every picture once before any comes again.
+
+    Args:
+        pictures: where crops come from.
+        batch: crops a batch.
+        size: crop side in pixels.
+        seed: order, places and mirroring; give each process of a distributed run its own.
+        threads: decoding threads.
+    """
+    ready: queue.Queue[Pixels | BaseException] = queue.Queue(maxsize=4)
+    stopped = threading.Event()
+
+    def fill() -> None:
+        rng = np.random.default_rng(seed)
+        crops: list[Pixels] = []
+        try:
+            with ThreadPoolExecutor(threads) as pool:
+                while True:
+                    order = rng.permutation(len(pictures))
+                    for start in range(0, len(order), batch):
+                        for pixels in pool.map(pictures.get, (int(i) for i in order[start : start + batch])):
+                            if pixels is not None:
+                                crops.append(crop(pixels, size, rng))
+                        while len(crops) >= batch:
+                            item, crops = np.stack(crops[:batch]), crops[batch:]
+                            while not stopped.is_set():
+                                try:
+                                    ready.put(item, timeout=0.2)
+                                    break
+                                except queue.Full:
+                                    continue
+                            if stopped.is_set():
+                                return
+        except BaseException as error:
+            ready.put(error)
+
+    threading.Thread(target=fill, daemon=True, name="vqcodec-crops").start()
+    try:
+        while True:
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()

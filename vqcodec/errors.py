@@ -1,0 +1,65 @@
+"""The exceptions of vqcodec.
+
+    VqcodecError
+    +-- FormatError            the bytes are not a .vqz file this version can read
+    |   +-- NotVqzError        wrong magic
+    |   +-- VersionError       a format version this program does not know
+    |   +-- HeaderError        a header field outside its allowed values, or a wrong header check
+    |   +-- TruncatedError     the file ends before it should
+    |   +-- ChecksumError      a chunk or segment is damaged
+    |   +-- TrailingDataError  bytes after the last segment
+    |   +-- LimitError         a size in the file exceeds a limit
+    +-- WeightsError           weights missing, unreadable, or not the ones a file was made with
+    +-- ImageError             a picture that cannot be read, or that the codec does not support
+    +-- TrainingError          nothing to train on, or a run that cannot be resumed
+
+Messages are one line and name what was found and what was expected; the command line adds the file's name.
+"""
+
+
+class VqcodecError(Exception):
+    """Base class of every error that a user, a caller or a file can cause."""
+
+
+class FormatError(VqcodecError):
+    """The bytes are not a .vqz file that this version can read."""
+
+
+class NotVqzError(FormatError):
+    """The bytes do not start with the .vqz magic number."""
+
+
+class VersionError(FormatError):
+    """The file has a format version that this program does not know."""
+
+
+class HeaderError(FormatError):
+    """A header field is outside its allowed values, or the header check does not match."""
+
+
+class TruncatedError(FormatError):
+    """The file ends before its last segment does."""
+
+
+class ChecksumError(FormatError):
+    """A metadata chunk or a segment is damaged: its CRC-32 does not match."""
+
+
+class TrailingDataError(FormatError):
+    """There are bytes after the last segment."""
+
+
+class LimitError(FormatError):
+    """A size stated in the file exceeds the limit set by the caller or by the format."""
+
+
+class WeightsError(VqcodecError):
+    """Weights are missing, unreadable, or not the ones a file was made with."""
+
+
+class ImageError(VqcodecError):
+    """A picture cannot be read, or is of a kind that the codec does not support."""
+
+
+class TrainingError(VqcodecError):
+    """There is nothing to train on, or a run cannot be resumed."""

@@ -1,0 +1,225 @@
+"""The one configuration of a model: frozen dataclasses, stored as JSON inside the weights file."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vqcodec.errors import WeightsError
+
+QUALITIES = 100
+
+
+@dataclass(frozen=True)
+class SliceConfig:
+    """Code planes that are coded together: equal code length and codebook size.
+
+    Attributes:
+        planes: number of code planes P.
+        dim: code length D; the slice covers P * D latent channels.
+        codes: codebook size K of every plane.
+        layer: progressive layer of the file that carries the slice (0 is the coarsest).
+    """
+
+    planes: int
+    dim: int
+    codes: int
+    layer: int
+
+    @property
+    def channels(self) -> int:
+        return self.planes * self.dim
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One resolution of the encoder and of the decoder.
+
+    Attributes:
+        stride: picture pixels per grid position, in each direction.
+        channels: channels of the feature map at this resolution.
+        hidden: channels inside a residual block.
+        encoder_blocks, decoder_blocks: residual blocks on each side.
+        slices: the code planes quantised at this resolution; empty for a stage that is only passed through.
+    """
+
+    stride: int
+    channels: int
+    hidden: int
+    encoder_blocks: int
+    decoder_blocks: int
+    slices: tuple[SliceConfig, ...] = ()
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """Widths of the integer PixelCNN.
+
+    Attributes:
+        channels: channels of the context state.
+        embedding: channels that the codes of one slice are reduced to before the within-slice context.
+        blocks: gated residual blocks before each slice.
+    """
+
+    channels: int = 96
+    embedding: int = 64
+    blocks: int = 1
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that determines the shape of a model.
+
+    Attributes:
+        name: for people; has no effect.
+        stages: fine to coarse; strides grow by whole factors.
+        prior: the entropy model.
+        lambda_range: distortion weights of quality 1 and 100, in bits per pixel per unit of squared error on the
+            0..255 scale; qualities between are spaced evenly in log(lambda).
+        codebook: how codebooks learn, "gradient" (van den Oord et al. 2017, eq. 3) or "ema" (their appendix A.1).
+        commitment: weight beta of the commitment loss.
+    """
+
+    name: str
+    stages: tuple[StageConfig, ...]
+    prior: PriorConfig = PriorConfig()
+    lambda_range: tuple[float, float] = (0.0005, 0.1)
+    codebook: str = "gradient"
+    commitment: float = 0.0
+
+    def __post_init__(self) -> None:
+        strides = [1, *(stage.stride for stage in self.stages)]
+        if any(b % a or b <= a for a, b in zip(strides, strides[1:], strict=False)):
+            raise ValueError(f"strides must grow by whole factors, got {strides[1:]}")
+        if not self.stages or not self.stages[-1].slices:
+            raise ValueError("the coarsest stage must have code planes")
+        for stage in self.stages:
+            covered = sum(s.channels for s in stage.slices)
+            if stage.slices and covered != stage.channels:
+                raise ValueError(f"slices cover {covered} of {stage.channels} channels at stride {stage.stride}")
+        layers = [s.layer for stage in self.levels for s in stage.slices]
+        if layers != sorted(layers) or sorted(set(layers)) != list(range(self.layers)):
+            raise ValueError(f"layers must be 0, 1, 2, ... in coding order, got {layers}")
+        if self.codebook not in ("gradient", "ema"):
+            raise ValueError(f"codebook must be gradient or ema, got {self.codebook!r}")
+
+    @property
+    def levels(self) -> tuple[StageConfig, ...]:
+        """The stages that carry codes, coarse first: the order of coding."""
+        return tuple(stage for stage in reversed(self.stages) if stage.slices)
+
+    @property
+    def layers(self) -> int:
+        return max(s.layer for stage in self.stages for s in stage.slices) + 1
+
+    @property
+    def multiple(self) -> int:
+        """Pictures are padded to a multiple of this many pixels."""
+        return self.stages[-1].stride
+
+    def lambda_of(self, t: float) -> float:
+        """Distortion weight at t = (quality - 1) / 99; see `lambda_range`."""
+        low, high = self.lambda_range
+        return low * math.exp(t * math.log(high / low))
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> "Config":
+        """The inverse of `to_json`.
+
+        Raises:
+            WeightsError: the text is not a valid configuration.
+        """
+        try:
+            fields: dict[str, Any] = json.loads(text)
+            stages = tuple(
+                StageConfig(**{**s, "slices": tuple(SliceConfig(**p) for p in s["slices"])})
+                for s in fields.pop("stages")
+            )
+            prior = PriorConfig(**fields.pop("prior"))
+            fields["lambda_range"] = tuple(fields["lambda_range"])
+            return Config(stages=stages, prior=prior, **fields)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise WeightsError(f"not a model configuration: {error}") from None
+
+
+PHOTO = Config(
+    name="photo",
+    stages=(
+        StageConfig(stride=4, channels=48, hidden=64, encoder_blocks=2, decoder_blocks=3),
+        StageConfig(stride=8, channels=192, hidden=96, encoder_blocks=2, decoder_blocks=3),
+        StageConfig(
+            stride=16,
+            channels=288,
+            hidden=160,
+            encoder_blocks=2,
+            decoder_blocks=3,
+            slices=(
+                SliceConfig(planes=16, dim=1, codes=256, layer=1),
+                SliceConfig(planes=20, dim=2, codes=160, layer=1),
+                SliceConfig(planes=28, dim=2, codes=96, layer=2),
+                SliceConfig(planes=44, dim=4, codes=160, layer=3),
+            ),
+        ),
+        StageConfig(
+            stride=64,
+            channels=48,
+            hidden=96,
+            encoder_blocks=1,
+            decoder_blocks=1,
+            slices=(
+                SliceConfig(planes=3, dim=1, codes=2048, layer=0),
+                SliceConfig(planes=45, dim=1, codes=512, layer=0),
+            ),
+        ),
+    ),
+)
+
+# The paper's own layout (Razavi et al. 2019): one plane a level, K=512, strides 4 and 8.
+VQVAE2 = Config(
+    name="vqvae2",
+    stages=(
+        StageConfig(4, 64, 64, 2, 2, (SliceConfig(planes=1, dim=64, codes=512, layer=1),)),
+        StageConfig(8, 64, 64, 2, 2, (SliceConfig(planes=1, dim=64, codes=512, layer=0),)),
+    ),
+    codebook="ema",
+    commitment=0.25,
+)
+
+# Trains in a test: everything the photo model has, in miniature.
+TINY = Config(
+    name="tiny",
+    stages=(
+        StageConfig(4, 48, 16, 1, 1),
+        StageConfig(
+            8,
+            24,
+            16,
+            1,
+            1,
+            (SliceConfig(planes=8, dim=1, codes=64, layer=1), SliceConfig(planes=4, dim=4, codes=32, layer=2)),
+        ),
+        StageConfig(32, 12, 16, 1, 1, (SliceConfig(planes=12, dim=1, codes=512, layer=0),)),
+    ),
+    prior=PriorConfig(channels=16, embedding=16, blocks=1),
+)
+
+NAMED = {config.name: config for config in (PHOTO, VQVAE2, TINY)}
+
+
+def load_config(name: str) -> Config:
+    """A named configuration, or one from a JSON file.
+
+    Raises:
+        WeightsError: neither a known name nor a readable configuration file.
+    """
+    if name in NAMED:
+        return NAMED[name]
+    path = Path(name)
+    if not path.is_file():
+        raise WeightsError(f"no configuration {name!r}: known are {', '.join(NAMED)}, or give a JSON file")
+    return Config.from_json(path.read_text(encoding="utf-8"))

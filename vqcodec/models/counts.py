@@ -1,0 +1,133 @@
+"""Integer parameters -> integer counts: the probabilities that the range coder uses, exact on every machine.
+
+A symbol k of a plane is coded in two parts, with tables of integers that the weights file holds for each code:
+
+    flag    k = 0 or not: odds 2^(zero / 8)
+    value   k among 1..K-1: weight 2^(logit_k), where in units of 2^-27 of a bit
+            logit_k = mean * root * X_k - 2 * square * Q_k - 2 * linear * A_k + bias_k * 2^19
+            root = floor(2^(12 + s/32)), square = floor(2^(12 + s/16)), linear = floor(2^(13 + l/16))
+
+X, Q and A are the code vector, its squared and its absolute length. All products and sums are integers below 2^53, held
+in float64; the only division is between such integers. Both sides of the coder call these functions and no others.
+"""
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from vqcodec.models.config import Config, SliceConfig
+from vqcodec.models.quantizer import Codebook
+
+# The range coder's precision; it gives every symbol one more than its count, so that n counts sum to TOTAL - n.
+TOTAL = 1 << 24
+LOGIT_SHIFT = 21  # from 2^-27 bits to 1/64 of a bit
+WEIGHT_BITS = 20
+
+
+def power(exponent: int, bits: int) -> int:
+    """floor(2^(exponent / 64) * 2^bits), by integer square roots alone; 0 if that is below 1."""
+    total = exponent + 64 * bits
+    if total < 0:
+        return 0
+    value = 1 << total
+    for _ in range(6):  # the 64th root of 2^total
+        value = math.isqrt(value)
+    return value
+
+
+def _table(scale: int, bits: int) -> Tensor:
+    """floor(2^(bits + o * scale / 64)) for o = -127..127, indexed by o + 127."""
+    return torch.tensor([power(o * scale, bits) for o in range(-127, 128)], dtype=torch.float64)
+
+
+ROOT = _table(2, 12)
+SQUARE = _table(4, 12)
+LINEAR = _table(4, 13)
+# 2^(WEIGHT_BITS - i / 64): what a logit i units below the largest weighs.
+WEIGHTS = torch.tensor([power(-i, WEIGHT_BITS) for i in range(64 * WEIGHT_BITS + 2)], dtype=torch.float64)
+
+
+def _flags() -> NDArray[np.float32]:
+    rows = []
+    for o in range(-127, 128):
+        odds = power(8 * o, 16)
+        zero = (TOTAL - 2) * odds // (odds + (1 << 16))
+        rows.append((zero, TOTAL - 2 - zero))
+    return np.array(rows, np.float32)
+
+
+FLAGS = _flags()
+
+
+class CodeTables(nn.Module):
+    """The integer tables of one slice of code planes.
+
+    Buffers, integers held in floats: inputs (P, K, 2 D), see `Codebook.inputs`; values (P, D + 2, K - 1): X * 2^10,
+    -2 Q * 2^10, -2 A * 2^10; bias (P, K - 1), in 1/256 of a bit.
+    """
+
+    inputs: Tensor
+    values: Tensor
+    bias: Tensor
+
+    def __init__(self, piece: SliceConfig) -> None:
+        super().__init__()
+        self.register_buffer("inputs", torch.zeros(piece.planes, piece.codes, 2 * piece.dim))
+        self.register_buffer("values", torch.zeros(piece.planes, piece.dim + 2, piece.codes - 1, dtype=torch.float64))
+        self.register_buffer("bias", torch.zeros(piece.planes, piece.codes - 1, dtype=torch.float64))
+
+    def fill(self, book: Codebook) -> None:
+        """Round a trained codebook and its rate model to integers."""
+        self.inputs.copy_(book.inputs())
+        features = book.features()[:, 1:].transpose(1, 2).double()
+        features[:, -2:] *= -2
+        self.values.copy_((features * 1024).round())
+        self.bias.copy_((book.bias.detach()[:, 1:].double() * 256).round())
+
+    def value_counts(self, plane: int, parameters: Tensor) -> NDArray[np.float32]:
+        """Counts of the values 1..K-1 of symbols of one plane.
+
+        Args:
+            plane: of the slice. parameters: integers (n, D + 3) from the prior, any float dtype.
+
+        Returns:
+            float32, C-contiguous (n, K - 1): integers that sum to 2^24 - (K - 1) in each row.
+        """
+        o = parameters.double()
+        dim = o.shape[1] - 3
+        square, linear = (o[:, dim] + 127).long(), (o[:, dim + 1] + 127).long()
+        tables = [t.to(o.device) for t in (ROOT, SQUARE, LINEAR)]
+        coefficients = torch.cat(
+            [o[:, :dim] * tables[0][square][:, None], tables[1][square][:, None], tables[2][linear][:, None]], 1
+        )
+        logits = torch.addmm(self.bias[plane] * 2.0**19, coefficients, self.values[plane])
+        logits = torch.floor(logits.mul_(2.0**-LOGIT_SHIFT))
+        below = (logits.amax(1, keepdim=True) - logits).clamp_(max=len(WEIGHTS) - 1)
+        weights = torch.take(WEIGHTS.to(o.device), below.long())
+        total = TOTAL - weights.shape[1]
+        counts = torch.floor(weights * total / weights.sum(1, keepdim=True))
+        # What the floors left over goes to the first of the most probable values.
+        first = (below == 0).to(torch.int8).argmax(1, keepdim=True)
+        counts.scatter_add_(1, first, total - counts.sum(1, keepdim=True))
+        return np.ascontiguousarray(counts.float().cpu().numpy())
+
+
+def flag_counts(parameters: Tensor) -> NDArray[np.float32]:
+    """Counts of the flags of symbols: parameters (n, D + 3) -> float32 (n, 2), code 0 first, sum 2^24 - 2."""
+    return np.take(FLAGS, parameters[:, -1].cpu().numpy().astype(np.intp) + 127, axis=0)
+
+
+class Tables(nn.Module):
+    """The tables of all slices: `levels[level][slice]`, coarse level first."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList([nn.ModuleList([CodeTables(p) for p in s.slices]) for s in config.levels])
+
+    def slice(self, level: int, index: int) -> CodeTables:
+        tables = self.levels[level][index]  # type: ignore[index]
+        assert isinstance(tables, CodeTables)
+        return tables

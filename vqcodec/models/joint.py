@@ -1,0 +1,137 @@
+"""VQ-VAE and prior together: the rate-distortion loss that both are trained on.
+
+    loss = bits per pixel + lambda(quality) * squared error        (per picture, squared error on the 0..255 scale)
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vqcodec.models.config import Config
+from vqcodec.models.prior import PHASES, Prior, phases_of, rates
+from vqcodec.models.vqvae import PIXEL_SCALE, VQVAE, Slice
+
+# At an optimum the loss grows about as lambda^0.4 or lambda^0.5; this exponent lets all qualities count alike.
+BALANCE = 0.4
+# How much of the rate counts in the choice of codes; 1 would ignore that codes are context for later ones.
+CHOICE_BIAS = 0.5
+
+
+@dataclass
+class Losses:
+    """What one forward pass yields; tensors (B,) are detached.
+
+    Attributes:
+        total: scalar to minimise.
+        bpp: bits per pixel of each picture. mse: squared error of each, 0..255 scale.
+        cost: bpp + lambda * mse of each.
+        reconstruction: pixels (B, 3, H, W), float, not clipped.
+    """
+
+    total: Tensor
+    bpp: Tensor
+    mse: Tensor
+    cost: Tensor
+    reconstruction: Tensor
+
+
+def rows(x: Tensor, planes: int) -> Tensor:
+    """(B, P D, h, w) -> (B h w, P, D): one row a grid position, in raster order."""
+    return x.permute(0, 2, 3, 1).reshape(-1, planes, x.shape[1] // planes)
+
+
+def grid(x: Tensor, batch: int, height: int, width: int) -> Tensor:
+    """The inverse of `rows`: (B h w, P, D) -> (B, P D, h, w)."""
+    return x.reshape(batch, height, width, -1).permute(0, 3, 1, 2)
+
+
+class RateDistortion(nn.Module):
+    """The whole codec as one differentiable function."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.vqvae = VQVAE(config)
+        self.prior = Prior(config)
+
+    def forward(self, pixels: Tensor, quality: Tensor, rate_weight: float = 1.0) -> Losses:
+        """One pass of encoder, quantisers, prior and decoder.
+
+        Args:
+            pixels: float (B, 3, H, W), 0..255, H and W multiples of `Config.multiple`.
+            quality: float or int (B,), 1..100.
+            rate_weight: weight of the rate in the loss and in the choice of codes; below 1 while warming up.
+        """
+        batch, _, height, width = pixels.shape
+        t = (quality.float() - 1) / 99
+        low, high = self.config.lambda_range
+        weight = low * (high / low) ** t
+        balance = (weight / (low * high) ** 0.5) ** -BALANCE
+        bits = torch.zeros(batch, device=pixels.device)
+        loss = torch.zeros((), device=pixels.device)
+        state = estimate = None
+        latents = self.vqvae.analyse(pixels, quality)
+        for level, z in enumerate(latents):
+            z = z.float()
+            h, w = z.shape[2:]
+            estimate = torch.zeros_like(z) if estimate is None else self.vqvae.descend(level - 1, estimate, quality)
+            prior = self.prior.levels[level]
+            state = prior.begin(state, quality, batch, h, w)  # type: ignore[operator]
+            for index, piece in enumerate(self.vqvae.slices[level]):  # type: ignore[arg-type]
+                assert isinstance(piece, Slice)
+                estimate = self.vqvae.refine(level, index, estimate, quality)
+                part = prior.slices[index]  # type: ignore[index,union-attr]
+                state, context = part.prepare(state, quality)
+                book = piece.codebook
+                steps = piece.steps(quality)  # (B, P)
+                scale = steps.repeat_interleave(piece.dim, 1)[:, :, None, None]
+                v = (z[:, piece.start : piece.stop] - estimate[:, piece.start : piece.stop]) / scale
+                importance = (weight[:, None] * (steps.detach() * PIXEL_SCALE) ** 2 / 3).float()  # (B, P)
+                table = book.inputs()
+                indices = torch.zeros(batch, h, w, piece.planes, dtype=torch.int64, device=z.device)
+                known = torch.zeros(batch, table.shape[0] * table.shape[2], h, w, device=z.device)
+                for phase in phases_of(h, w):
+                    row, column = PHASES[phase]
+                    model = rates(part.parameters_at(phase, context, known))
+                    here = v[:, :, row::2, column::2]
+                    count = here.shape[2] * here.shape[3]
+                    share = (balance * rate_weight / (batch * height * width)).repeat_interleave(count)
+                    importances = importance.repeat_interleave(count, 0)
+                    rate, k, spent = book.quantise(
+                        rows(here, piece.planes), model, importances, CHOICE_BIAS * rate_weight, share
+                    )
+                    loss = loss + rate
+                    bits += spent.reshape(batch, -1).sum(1)
+                    indices[:, row::2, column::2] = k.reshape(batch, here.shape[2], here.shape[3], -1)
+                    known = known.clone()
+                    known[:, :, row::2, column::2] = grid(look_up(table, k), batch, here.shape[2], here.shape[3])
+                flat = rows(v, piece.planes)
+                chosen = book.lookup(indices.reshape(-1, piece.planes))
+                scaled = (balance[:, None] * importance).repeat_interleave(h * w, 0) / (batch * height * width)
+                # Codebook and commitment loss, van den Oord et al. 2017, eq. 3, second and third term.
+                if book.learn == "gradient":
+                    loss = loss + (scaled[..., None] * (flat.detach() - chosen).square()).sum()
+                if self.config.commitment:
+                    gap = (flat - chosen.detach()).square()
+                    loss = loss + self.config.commitment * (scaled[..., None] * gap).sum()
+                if self.training:
+                    book.update_averages(flat.detach(), indices.reshape(-1, piece.planes))
+                # Straight-through: the decoder sees the code, the encoder gets the decoder's gradient.
+                straight = grid(flat + (chosen - flat).detach(), batch, h, w)
+                decoded = estimate[:, piece.start : piece.stop] + straight * scale
+                estimate = torch.cat([estimate[:, : piece.start], decoded, estimate[:, piece.stop :]], 1)
+                state = part.update(state, known)
+        assert estimate is not None
+        reconstruction = self.vqvae.descend(len(latents) - 1, estimate, quality)
+        mse = (reconstruction - pixels).square().mean((1, 2, 3))
+        loss = loss + (balance * weight * mse).mean()
+        bpp = bits / (height * width)
+        return Losses(loss, bpp, mse.detach(), bpp + weight * mse.detach(), reconstruction)
+
+
+def look_up(table: Tensor, indices: Tensor) -> Tensor:
+    """Rows of a table per plane: (P, K, F) and int64 (N, P) -> (N, P, F)."""
+    planes, codes, features = table.shape
+    flat = indices + torch.arange(planes, device=indices.device) * codes
+    return nn.functional.embedding(flat, table.reshape(-1, features))

@@ -1,0 +1,318 @@
+"""Vectors <-> indices: codebooks, the entropy-constrained choice, and its gradients.
+
+A code plane quantises a vector v of D numbers, in units of the plane's step, to the index of one of K code vectors.
+The choice is entropy-constrained (Chou, Lookabaugh & Gray 1989, "Entropy-constrained vector quantization", eq. 7):
+
+    k* = argmin_k  weight * |v - e_k|^2 + bias * bits_k
+
+Index 0 of every plane is the code nearest to zero. The rate model of a symbol (`Rates`) is a significance flag
+(is it code 0?) and, if not, an exponential family over the other codes, in log2 units:
+
+    logit_k = drift . x_k - square * |x_k|^2 - linear * |x_k|_1 + bias_k        x_k = e_k / spread
+
+Everything here is float32 whatever autocast says: bf16 breaks the arg-min.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vqcodec.models.config import SliceConfig
+
+# Temperature, in squared steps, of the soft assignment that carries the rate's gradient to the encoder: at 0.5 a code
+# one step away from the nearest has 13 % of its weight.
+TEMPERATURE = 0.5
+# Entries of a K-wide tensor that are worked on at once: 2^17 floats, several such tensors fit the second-level cache.
+CHUNK = 1 << 16
+
+
+def lattice_points(codes: int, dim: int) -> Tensor:
+    """The structured start of a codebook: integer points by growing norm, the zero vector first.
+
+    Args:
+        codes: K. dim: D.
+
+    Returns:
+        float32 (K, D). For D = 1: 0, 1, -1, 2, -2, ...; for D > 16, where even the first shells are larger than any
+        codebook, the points after zero are random directions of unit norm.
+    """
+    if dim == 1:
+        k = torch.arange(codes)
+        return ((k + 1) // 2 * torch.where(k % 2 == 1, 1, -1))[:, None].float()
+    generator = torch.Generator().manual_seed(codes * 1000 + dim)
+    if dim > 16:
+        points = functional.normalize(torch.randn(codes, dim, generator=generator), dim=1)
+        points[0] = 0
+        return points
+    shells: list[Tensor] = []
+    count, norm = 0, 0
+    while count < codes:
+        shell = torch.tensor(list(_shell(norm, dim)), dtype=torch.float32).reshape(-1, dim)
+        shells.append(shell[torch.randperm(len(shell), generator=generator)])
+        count += len(shell)
+        norm += 1
+    return torch.cat(shells)[:codes]
+
+
+def _shell(norm: int, dim: int) -> Iterator[tuple[int, ...]]:
+    """All integer vectors of squared length `norm`."""
+    if dim == 1:
+        root = math.isqrt(norm)
+        if root * root == norm:
+            yield from ((root,), (-root,)) if root else ((0,),)
+        return
+    reach = math.isqrt(norm)
+    for first in range(-reach, reach + 1):
+        for rest in _shell(norm - first * first, dim - 1):
+            yield (first, *rest)
+
+
+@dataclass
+class Rates:
+    """The rate model of N rows of P planes; see the module's equation.
+
+    Attributes:
+        theta: float (N, P, D + 2), log2 units: drift (D), -square, -linear.
+        zero: float (N, P): log2 odds of code 0 against all others.
+    """
+
+    theta: Tensor
+    zero: Tensor
+
+
+class Codebook(nn.Module):
+    """P planes of K code vectors of length D (van den Oord et al. 2017; several planes: product quantisation).
+
+    Learns by the codebook loss (`gradient`, eq. 3 of the paper) or by exponential moving averages of its members
+    (`ema`, appendix A.1, with Laplace-smoothed counts).
+    """
+
+    usage: Tensor
+    sums: Tensor
+    spread: Tensor
+    steps: Tensor
+
+    def __init__(self, config: SliceConfig, learn: str = "gradient", decay: float = 0.99) -> None:
+        super().__init__()
+        start = lattice_points(config.codes, config.dim).expand(config.planes, -1, -1)
+        self.config, self.learn, self.decay = config, learn, decay
+        self.vectors = nn.Parameter(start.clone(), requires_grad=learn == "gradient")  # (P, K, D)
+        self.bias = nn.Parameter(torch.zeros(config.planes, config.codes))  # log2 units, part of the rate model
+        self.register_buffer("spread", torch.ones(config.planes))
+        self.register_buffer("usage", torch.zeros(config.planes, config.codes))
+        self.register_buffer("sums", torch.zeros(config.planes, config.codes, config.dim))
+        self.register_buffer("steps", torch.zeros(()))
+        # Logarithmic companding to the prior's int8 range: fine near zero, the farthest code at the bound.
+        self.compand = min(24.0, 127 / math.log2(1 + start.abs().max().item()))
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """Code vectors: int64 (N, P) -> float32 (N, P, D)."""
+        planes, codes, dim = self.vectors.shape
+        flat = indices + torch.arange(planes, device=indices.device) * codes
+        return functional.embedding(flat, self.vectors.reshape(-1, dim))
+
+    def nearest(self, v: Tensor) -> Tensor:
+        """Index of the nearest code: float (N, P, D) -> int64 (N, P)."""
+        scores = torch.baddbmm(
+            -self.vectors.square().sum(-1)[:, None], 2 * v.float().transpose(0, 1), self.vectors.transpose(1, 2)
+        )
+        return scores.argmax(-1).T
+
+    def features(self) -> Tensor:
+        """x_k, |x_k|^2 and |x_k|_1 of every code: float32 (P, K, D + 2)."""
+        x = self.vectors.detach() / self.spread[:, None, None]
+        return torch.cat([x, x.square().sum(-1, keepdim=True), x.abs().sum(-1, keepdim=True)], -1)
+
+    def inputs(self) -> Tensor:
+        """What the prior sees of each code: integers in [-127, 127], float32 (P, K, 2 D): value and magnitude."""
+        e = self.vectors.detach()
+        magnitude = (self.compand * torch.log2(1 + e.abs())).round().clamp(max=127)
+        return torch.cat([magnitude * e.sign(), magnitude], -1)
+
+    @torch.no_grad()
+    def choose(self, v: Tensor, rates: Rates, weight: Tensor, bias: float) -> Tensor:
+        """The entropy-constrained choice.
+
+        Args:
+            v: float (N, P, D), in steps.
+            rates: the rate model of every symbol.
+            weight: float (N, P), bits per unit of squared error in steps.
+            bias: how much of the rate counts: 1 is the Lagrangian optimum for one symbol on its own; less leaves room
+                for what this symbol does to the context of later ones.
+
+        Returns:
+            int64 (N, P).
+        """
+        indices = torch.empty(v.shape[:2], dtype=torch.int64, device=v.device)
+        features = self.features()
+        for planes in self._chunks(len(v)):
+            scores = _log_probabilities(
+                features[planes], self.bias.detach()[planes], rates.theta[:, planes], rates.zero[:, planes]
+            )[0]
+            scores.mul_(bias).add_(self._distances(v, planes).mul_(weight.T[planes, :, None]))
+            indices[:, planes] = scores.max(-1)[1].T
+        return indices
+
+    def quantise(
+        self, v: Tensor, rates: Rates, weight: Tensor, bias: float, share: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Choice and rate in training.
+
+        Args:
+            v, rates, weight, bias: as for `choose`.
+            share: float (N,), what one bit of each row adds to the loss.
+
+        Returns:
+            (loss, indices, bits): the scalar sum of share * bits, whose gradient reaches v through soft assignments,
+            the rate model through the chosen codes; int64 (N, P); and float32 (N,), without gradient.
+        """
+        with torch.autocast(v.device.type, enabled=False):
+            loss, indices, bits = _Quantise.apply(
+                v.float(), rates.theta.float(), rates.zero.float(), self.bias, self, weight, bias, share
+            )
+        return loss, indices, bits
+
+    def _chunks(self, rows: int) -> list[slice]:
+        planes, codes, _ = self.vectors.shape
+        step = max(1, CHUNK // max(1, rows * codes))
+        return [slice(i, min(i + step, planes)) for i in range(0, planes, step)]
+
+    def _distances(self, v: Tensor, planes: slice) -> Tensor:
+        """-|v - e|^2 up to a constant of the row: (p, N, K)."""
+        e = self.vectors.detach()[planes]
+        return torch.baddbmm(-e.square().sum(-1)[:, None], 2 * v[:, planes].transpose(0, 1), e.transpose(1, 2))
+
+    @torch.no_grad()
+    def update_averages(self, v: Tensor, indices: Tensor) -> None:
+        """Count the members of each code and, with `ema`, move it to their bias-corrected moving average."""
+        planes, codes, dim = self.vectors.shape
+        flat = (indices + torch.arange(planes, device=v.device) * codes).reshape(-1)
+        counts = torch.bincount(flat, minlength=planes * codes).float().reshape(planes, codes)
+        self.steps += 1
+        self.usage.lerp_(counts, 1 - self.decay)
+        if self.learn == "ema":
+            totals = torch.zeros(planes * codes, dim, device=v.device).index_add_(0, flat, v.float().reshape(-1, dim))
+            self.sums.lerp_(totals.reshape(planes, codes, dim), 1 - self.decay)
+            correction = 1 - self.decay**self.steps
+            usage, sums = self.usage / correction, self.sums / correction
+            total = usage.sum(1, keepdim=True)
+            # Laplace smoothing: a code without members would divide by zero; epsilon keeps the total unchanged.
+            smooth = (usage + 1e-5) / (total + codes * 1e-5) * total
+            alive = (usage > 1e-3)[..., None]
+            self.vectors.copy_(torch.where(alive, sums / smooth[..., None], self.vectors))
+
+    @torch.no_grad()
+    def revive(self, v: Tensor, threshold: float = 0.01) -> int:
+        """Put codes with fewer than `threshold` members per batch onto random vectors of the batch.
+
+        Returns:
+            How many codes were moved. Code 0 never is.
+        """
+        moved = 0
+        for plane in range(len(self.vectors)):
+            dead = (self.usage[plane] / (1 - self.decay ** self.steps.clamp(min=1)) < threshold).nonzero()[:, 0]
+            dead = dead[dead > 0]
+            if len(dead):
+                picks = v[torch.randint(len(v), (len(dead),), device=v.device), plane].float()
+                self.vectors[plane, dead] = picks
+                self.usage[plane, dead] = 1.0
+                self.sums[plane, dead] = picks
+                moved += len(dead)
+        return moved
+
+    @torch.no_grad()
+    def start_from(self, v: Tensor, rounds: int = 10) -> None:
+        """k-means start (Lloyd): codes from the rows v, float (N, P, D), N >= K; code 0 stays nearest to zero."""
+        _, codes, _ = self.vectors.shape
+        pick = torch.randperm(len(v), device=v.device)[:codes]
+        self.vectors[:, : len(pick)] = v[pick].float().transpose(0, 1)
+        for _ in range(rounds):
+            indices = self.nearest(v)
+            for plane in range(len(self.vectors)):
+                totals = torch.zeros_like(self.vectors[plane]).index_add_(0, indices[:, plane], v[:, plane].float())
+                counts = torch.bincount(indices[:, plane], minlength=codes)[:, None]
+                self.vectors[plane] = torch.where(counts > 0, totals / counts.clamp(min=1), self.vectors[plane])
+        order = self.vectors.square().sum(-1).argsort(1)
+        self.vectors.copy_(self.vectors.gather(1, order[..., None].expand_as(self.vectors)))
+
+
+def _log_probabilities(
+    features: Tensor, bias: Tensor, theta: Tensor, zero: Tensor, values: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """log2 p of all codes (p, N, K), and the distribution over the codes but 0, with 0 in its place (p, N, K)."""
+    logits = torch.baddbmm(bias[:, None], theta.transpose(0, 1), features.transpose(1, 2))
+    logits[..., 0] = -math.inf
+    logits -= logits.amax(-1, keepdim=True)
+    values = torch.exp2(logits, out=values)
+    total = values.sum(-1, keepdim=True)
+    softplus = _softplus2(zero).T[..., None]
+    logits -= torch.log2(total) + softplus
+    logits[..., 0] = zero.T - softplus[..., 0]
+    return logits, values.div_(total)
+
+
+def _softplus2(x: Tensor) -> Tensor:
+    """log2(1 + 2^x)."""
+    return functional.softplus(x * math.log(2)) / math.log(2)
+
+
+class _Quantise(torch.autograd.Function):
+    """`Codebook.quantise`: K-wide tensors live only inside forward, which also computes every gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        v: Tensor,
+        theta: Tensor,
+        zero: Tensor,
+        bias: Tensor,
+        book: Codebook,
+        weight: Tensor,
+        rate_bias: float,
+        share: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        features, vectors = book.features(), book.vectors.detach()
+        grad_v, grad_theta = torch.empty_like(v), torch.empty_like(theta)
+        grad_zero, grad_bias = torch.empty_like(zero), torch.zeros_like(bias)
+        indices = torch.empty(v.shape[:2], dtype=torch.int64, device=v.device)
+        bits = v.new_zeros(len(v))
+        for planes in book._chunks(len(v)):
+            f = features[planes]
+            logp, values = _log_probabilities(f, bias[planes], theta[:, planes], zero[:, planes])
+            distances = book._distances(v, planes)
+            scores = torch.mul(distances, weight.T[planes, :, None]).add_(logp, alpha=rate_bias)
+            k = scores.max(-1)[1]
+            indices[:, planes] = k.T
+            bits -= logp.gather(-1, k[..., None])[..., 0].sum(0)
+            # The soft assignment w = softmax(-|v - e|^2 / T) gives d E_w[bits] / dv = -2/T Cov_w(log2 p, e).
+            w = torch.softmax(distances.mul_(1 / TEMPERATURE), -1)
+            logp.clamp_(min=-40)  # a code that can hardly be coded must not dominate the covariance
+            mean_e = torch.bmm(w, vectors[planes])
+            w.mul_(logp)
+            soft = torch.bmm(w, vectors[planes]) - w.sum(-1, keepdim=True) * mean_e
+            grad_v[:, planes] = (soft * (-2 / TEMPERATURE) * share[None, :, None]).transpose(0, 1)
+            # The rate model learns from the chosen code: d bits / d theta = E_p[f] - f_k, for k other than 0.
+            other = (k > 0).float() * share
+            chosen = functional.embedding(
+                k + torch.arange(len(f), device=k.device)[:, None] * f.shape[1], f.reshape(-1, f.shape[-1])
+            )
+            grad_theta[:, planes] = ((torch.bmm(values, f) - chosen) * other[..., None]).transpose(0, 1)
+            grad_zero[:, planes] = (
+                torch.sigmoid(zero[:, planes] * math.log(2)) - (k == 0).T.float()
+            ) * share[:, None]
+            grad_bias[planes] = torch.bmm(other[:, None], values)[:, 0].scatter_add(1, k, -other)
+        ctx.save_for_backward(grad_v, grad_theta, grad_zero, grad_bias)
+        ctx.mark_non_differentiable(indices, bits)
+        return (bits * share).sum(), indices, bits
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        g = grads[0]
+        grad_v, grad_theta, grad_zero, grad_bias = ctx.saved_tensors
+        return g * grad_v, g * grad_theta, g * grad_zero, g * grad_bias, None, None, None, None

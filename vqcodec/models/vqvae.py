@@ -1,0 +1,252 @@
+"""The hierarchical VQ-VAE: pixels -> latents per level, codes -> pixels (Razavi et al. 2019, "VQ-VAE-2").
+
+    encoder                                   decoder
+    pixels                                    pixels
+      | unshuffle, 1x1, blocks   stride 4       ^ blocks, 1x1, shuffle
+      | unshuffle, 1x1, blocks   stride 8       ^ blocks, 1x1, shuffle
+      | unshuffle, 1x1, blocks   stride 16      ^ blocks
+      |------------------ z bottom ---------> estimate <- slice <- slice <- ...   (codes of z - estimate)
+      | unshuffle, 1x1, blocks   stride 64      ^ 1x1, shuffle, blocks
+      '------------------ z top ------------> estimate <- slice <- slice <- 0
+
+A level's estimate starts from the coarser level (zero for the coarsest). Before each slice of code planes a residual
+block refines it from everything decoded so far; the slice then codes the difference to the latents of its channels,
+divided by a step that depends on the quality. The refinement works on floats: only indices reach the prior.
+
+KLT start (`start_from_pictures`): the 1x1 convolutions are the principal components of their inputs and every
+residual block ends in zeros, so the untrained network is a hierarchical Karhunen-Loeve transform codec.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vqcodec.models.config import Config, StageConfig
+from vqcodec.models.quantizer import Codebook
+
+# Pixels are centred and scaled to about unit range; latents are orthonormal combinations of such pixels.
+PIXEL_CENTRE, PIXEL_SCALE = 128.0, 64.0
+# Knots of the piecewise linear log step over t in [0, 1].
+KNOTS = 9
+
+
+def condition(quality: Tensor) -> Tensor:
+    """What the networks know of the quality: int64 or float (B,) in 1..100 -> (B, 6) smooth functions of it."""
+    t = (quality.float() - 1) / 99
+    angles = torch.acos((2 * t - 1).clamp(-1, 1))
+    return torch.stack([torch.cos(n * angles) for n in range(6)], 1)
+
+
+class ResidualBlock(nn.Module):
+    """x + 1x1(f(3x3(f(1x1(x / scale))))), with the hidden channels scaled and shifted by the quality.
+
+    The input is divided by each channel's standard deviation, so that weak channels are seen as well as strong ones;
+    the sum stays in float32 because latents are large against their steps.
+    """
+
+    scale: Tensor
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(channels))
+        self.reduce = nn.Conv2d(channels, hidden, 1)
+        self.spatial = nn.Conv2d(hidden, hidden, 3, padding=1)
+        self.expand = nn.Conv2d(hidden, channels, 1)
+        self.quality = nn.Linear(6, 2 * hidden)
+        for weight in (self.expand.weight, self.expand.bias, self.quality.weight, self.quality.bias):
+            assert weight is not None
+            nn.init.zeros_(weight)
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """x: (B, C, h, w); cond: (B, 6) from `condition`."""
+        gain, shift = self.quality(cond)[:, :, None, None].chunk(2, 1)
+        # Scaling the weights instead of x saves a pass over the largest tensor here.
+        y = functional.conv2d(x, self.reduce.weight * self.scale[:, None, None], self.reduce.bias)
+        y = functional.leaky_relu(y, 0.1)
+        y = functional.leaky_relu(torch.addcmul(shift, self.spatial(y), 1 + gain), 0.1)
+        return x + self.expand(y).float()
+
+
+class Linear1x1(nn.Conv2d):
+    """A 1x1 convolution without bias that is computed in float32 whatever autocast says."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            y = functional.linear(x.float().permute(0, 2, 3, 1), self.weight.flatten(1))
+        return y.permute(0, 3, 1, 2)  # channels-last in memory
+
+
+class Stage(nn.Module):
+    """Both directions of one resolution; `ratio` is the factor to the next finer one."""
+
+    def __init__(self, config: StageConfig, finer: StageConfig | None) -> None:
+        super().__init__()
+        self.ratio = config.stride // (finer.stride if finer else 1)
+        inputs = (finer.channels if finer else 3) * self.ratio**2
+        self.analysis = Linear1x1(inputs, config.channels)
+        self.encoder = nn.ModuleList(
+            [ResidualBlock(config.channels, config.hidden) for _ in range(config.encoder_blocks)]
+        )
+        self.decoder = nn.ModuleList(
+            [ResidualBlock(config.channels, config.hidden) for _ in range(config.decoder_blocks)]
+        )
+        self.synthesis = Linear1x1(config.channels, inputs)
+
+    def encode(self, x: Tensor, cond: Tensor) -> Tensor:
+        x = self.analysis(functional.pixel_unshuffle(x, self.ratio))
+        for block in self.encoder:
+            x = block(x, cond)
+        return x
+
+    def decode(self, x: Tensor, cond: Tensor) -> Tensor:
+        for block in self.decoder:
+            x = block(x, cond)
+        return functional.pixel_shuffle(self.synthesis(x), self.ratio)
+
+
+class Slice(nn.Module):
+    """Estimate, steps and codebooks of one slice of code planes, which covers channels `start` to `stop`."""
+
+    def __init__(self, config: Config, stage: StageConfig, index: int) -> None:
+        super().__init__()
+        piece = stage.slices[index]
+        self.start = sum(s.channels for s in stage.slices[:index])
+        self.stop = self.start + piece.channels
+        self.planes, self.dim = piece.planes, piece.dim
+        # Nothing to refine an estimate of zero from: the first slice of the coarsest level has no block.
+        first = stage is config.levels[0] and index == 0
+        self.refine = None if first else ResidualBlock(stage.channels, stage.hidden)
+        self.codebook = Codebook(piece, config.codebook)
+        lambdas = torch.tensor([config.lambda_of(k / (KNOTS - 1)) for k in range(KNOTS)])
+        # Close to the best step of a uniform quantiser at each lambda, by trial on the untrained codec.
+        steps = (10 / lambdas).sqrt() / PIXEL_SCALE
+        self.log_steps = nn.Parameter(steps.log()[:, None].repeat(1, piece.planes))
+
+    def steps(self, quality: Tensor) -> Tensor:
+        """Quantiser step of every plane: (B, P), in latent units."""
+        position = (quality.float() - 1) / 99 * (KNOTS - 1)
+        low = position.long().clamp(max=KNOTS - 2)
+        fraction = (position - low)[:, None]
+        return torch.lerp(self.log_steps[low], self.log_steps[low + 1], fraction).exp()
+
+
+class VQVAE(nn.Module):
+    """Encoder, decoder and codebooks; see the module's drawing.
+
+    Levels are numbered coarse first, as `Config.levels`.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        finer = (None, *config.stages)
+        self.stages = nn.ModuleList([Stage(s, f) for s, f in zip(config.stages, finer, strict=False)])
+        self.slices = nn.ModuleList(
+            [
+                nn.ModuleList([Slice(config, stage, index) for index in range(len(stage.slices))])
+                for stage in config.levels
+            ]
+        )
+
+    def analyse(self, pixels: Tensor, quality: Tensor) -> list[Tensor]:
+        """Pixels (B, 3, H, W), 0..255, H and W multiples of `Config.multiple` -> latents of each level."""
+        cond = condition(quality)
+        x = (pixels - PIXEL_CENTRE) / PIXEL_SCALE
+        latents = []
+        for stage, config in zip(self.stages, self.config.stages, strict=True):
+            x = stage.encode(x, cond)  # type: ignore[operator]
+            if config.slices:
+                latents.append(x)
+        return latents[::-1]
+
+    def refine(self, level: int, index: int, estimate: Tensor, quality: Tensor) -> Tensor:
+        """The estimate of a level's latents (B, C, h, w) before slice `index` is coded, or, with the index after the
+        last one, as it is."""
+        block = self.slices[level][index].refine  # type: ignore[index]
+        return estimate if block is None else block(estimate, condition(quality))
+
+    def descend(self, level: int, estimate: Tensor, quality: Tensor) -> Tensor:
+        """From a level's final estimate to the start of the next finer one, or to pixels 0..255 from the finest."""
+        cond = condition(quality)
+        x = estimate
+        position = [bool(s.slices) for s in self.config.stages]
+        index = [i for i, coded in enumerate(position) if coded][::-1][level]
+        while True:
+            x = self.stages[index].decode(x, cond)  # type: ignore[operator]
+            index -= 1
+            if index < 0:
+                return x * PIXEL_SCALE + PIXEL_CENTRE
+            if self.config.stages[index].slices:
+                return x
+
+    def encoder_reach(self) -> int:
+        """How many pixels away a latent still sees the picture."""
+        return sum(c.encoder_blocks * c.stride for c in self.config.stages)
+
+    def decoder_reach(self) -> int:
+        """How many pixels away a position of the finest level's estimate still changes the picture."""
+        finest = self.config.levels[-1].stride
+        return sum(c.decoder_blocks * c.stride for c in self.config.stages if c.stride <= finest)
+
+    def macs_per_pixel(self) -> float:
+        """Multiply-accumulate operations of the decoder per picture pixel."""
+        total = 0.0
+        for stage, config in zip(self.stages, self.config.stages, strict=True):
+            convs = [c for block in stage.decoder for c in block.modules()] + [stage.synthesis]  # type: ignore[union-attr,operator]
+            total += sum(c.weight.numel() for c in convs if isinstance(c, nn.Conv2d)) / config.stride**2
+        for level, config in zip(self.slices, self.config.levels, strict=True):
+            total += sum(c.weight.numel() for c in level.modules() if isinstance(c, nn.Conv2d)) / config.stride**2
+        return total
+
+    @torch.no_grad()
+    def start_from_pictures(self, pixels: Tensor) -> None:
+        """KLT start from training crops, float (B, 3, H, W), 0..255, sides multiples of `Config.multiple`.
+
+        Sets the pointwise convolutions, the input scale of every residual block, and the spread of every plane.
+        """
+        x = (pixels - PIXEL_CENTRE) / PIXEL_SCALE
+        latents = []
+        for stage, config in zip(self.stages, self.config.stages, strict=True):
+            inputs = functional.pixel_unshuffle(x, stage.ratio)  # type: ignore[arg-type]
+            components = principal_components(inputs, config.channels)
+            stage.analysis.weight.copy_(components[:, :, None, None])  # type: ignore[union-attr,operator]
+            stage.synthesis.weight.copy_(components.T[:, :, None, None])  # type: ignore[union-attr,operator]
+            x = functional.conv2d(inputs, components[:, :, None, None])
+            deviation = x.square().mean((0, 2, 3)).sqrt()
+            blocks = [*stage.encoder, *stage.decoder]  # type: ignore[misc]
+            if config.slices:
+                latents.append(x)
+                level = self.config.levels.index(config)
+                blocks += [s.refine for s in self.slices[level] if s.refine is not None]  # type: ignore[union-attr]
+                for piece in self.slices[level]:  # type: ignore[union-attr]
+                    energy = deviation[piece.start : piece.stop].reshape(piece.planes, piece.dim).mean(1)
+                    middle = piece.steps(torch.tensor([50]))[0]
+                    piece.codebook.spread.copy_(torch.exp2((energy / middle / 2).clamp(min=1).log2().round()))
+            for block in blocks:
+                block.scale.copy_(1 / (deviation + 0.05 * deviation.max() / math.sqrt(len(deviation)) + 1e-4))
+
+
+def principal_components(x: Tensor, count: int, limit: int = 768) -> Tensor:
+    """Leading principal directions of the channels of x (B, C, h, w), about the origin: orthonormal rows (count, C).
+
+    With more than `limit` channels only as many are looked at: the inputs are an unshuffled map whose channels come
+    in decreasing energy, so the later ones of every group hold next to nothing of what the leading directions span.
+    """
+    channels = x.shape[1]
+    keep = torch.arange(channels)
+    if channels > limit:
+        # pixel_unshuffle orders channels (c, row, column): the first ones belong to the strongest input channels.
+        keep = keep[:limit]
+    flat = x[:, keep].transpose(0, 1).reshape(len(keep), -1).double()
+    _, vectors = torch.linalg.eigh(flat @ flat.T / flat.shape[1])
+    rows = torch.zeros(count, channels)
+    found = vectors.flip(1).T[:count].float()
+    # A direction and its negative are equally good; fix the sign so that starts are reproducible.
+    found = found * found.sum(1, keepdim=True).sign().where(found.sum(1, keepdim=True) != 0, torch.ones(()))
+    rows[: len(found), keep] = found
+    return rows

@@ -1,0 +1,405 @@
+"""Training as one function: pictures in, weights file out.
+
+    start    KLT start from training crops
+    train    tokenizer and prior together on the rate-distortion loss, the prior under fake quantisation
+    export   the averaged weights, the prior as integers, validated as they will run
+
+The schedule follows the clock: `minutes` is divided into a short warm-up, a long part at falling learning rate, and a
+last part on larger crops. A checkpoint beside the output survives any interruption; `resume` goes on from it. Under
+torchrun the same function trains data-parallel, one process a device.
+"""
+
+import copy
+import csv
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, distributed, nn
+
+from vqcodec import data, weights
+from vqcodec.errors import TrainingError
+from vqcodec.models.config import Config, load_config
+from vqcodec.models.joint import RateDistortion
+
+BATCH = 8  # crops a step, over all processes
+CROP, LARGE_CROP = 256, 384
+LARGE_FROM = 0.85  # share of the time after which crops are large
+LEARNING_RATE = 1e-3
+WARM_UP_STEPS = 100
+RATE_WARM_UP = 0.4  # share of the time over which the rate weight rises
+RATE_START = 0.1
+AVERAGE_DECAY = 0.999
+CLIP_NORM = 1.0
+CHECKPOINT_SECONDS = 180
+REPORT_SECONDS = 2.0
+VALIDATIONS = 12  # a run, evenly spaced in time
+VALIDATION_PICTURES = 32
+VALIDATION_QUALITIES = (10, 30, 50, 70, 90)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        stage: "start", "train", "validate" or "export". step: optimiser steps done.
+        elapsed, remaining: seconds of the run's budget.
+        bpp, psnr: moving averages over training crops of all qualities (bits per pixel, dB). loss: of the last step.
+        perplexity: codes in effective use per plane, averaged over planes.
+    """
+
+    stage: str
+    step: int
+    elapsed: float
+    remaining: float
+    bpp: float
+    psnr: float
+    loss: float
+    perplexity: float
+
+
+def train(
+    pictures: Sequence[Path],
+    output: Path,
+    *,
+    config: str | Path = "photo",
+    minutes: float = 180,
+    resume: bool = False,
+    device: str = "auto",
+    seed: int = 0,
+    on_progress: Callable[[Progress], None] | None = None,
+    on_warning: Callable[[str], None] | None = None,
+) -> None:
+    """Train a model on pictures and write a weights file.
+
+    Beside `output` lie the checkpoint (.ckpt, removed by nobody), the log (.csv: one line a validation) and a sheet
+    of validation pictures before and after (.png).
+
+    Args:
+        pictures: files and folders. output: the weights file, .safetensors.
+        config: name of a configuration or a JSON file. minutes: budget of the whole run, earlier parts included.
+        resume: go on from the checkpoint. device: "auto", "cpu" or "cuda". seed: of crops and initial weights.
+        on_progress, on_warning: called now and then with a `Progress`, and with one line for each picture skipped.
+
+    Raises:
+        TrainingError: no pictures, no checkpoint to resume from, or one of another configuration.
+        WeightsError: unknown configuration or device.
+    """
+    settings = load_config(str(config))
+    with _process_group() as (rank, world):
+        target = _device(device, rank)
+        torch.manual_seed(seed)
+        run = _Run(settings, output, target, rank, world, minutes * 60, seed, on_progress, on_warning)
+        paths = data.find_pictures(pictures)
+        run.open_data(paths)
+        if resume:
+            run.load()
+        else:
+            run.start()
+        run.loop()
+        if rank == 0:
+            run.export()
+
+
+class _process_group:  # noqa: N801 (used as a function)
+    """Joins the process group that torchrun announces, if it does: yields (rank, world size)."""
+
+    def __enter__(self) -> tuple[int, int]:
+        self.joined = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+        if not self.joined:
+            return 0, 1
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        distributed.init_process_group(backend, timeout=timedelta(minutes=20))
+        return distributed.get_rank(), distributed.get_world_size()
+
+    def __exit__(self, *_: object) -> None:
+        if self.joined:
+            distributed.destroy_process_group()
+
+
+def _device(name: str, rank: int) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise TrainingError("no CUDA device is available")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
+    return torch.device(name)
+
+
+class _Run:
+    """The state of one training run; its methods are the stages that `train` names."""
+
+    def __init__(
+        self,
+        config: Config,
+        output: Path,
+        device: torch.device,
+        rank: int,
+        world: int,
+        budget: float,
+        seed: int,
+        on_progress: Callable[[Progress], None] | None,
+        on_warning: Callable[[str], None] | None,
+    ) -> None:
+        self.config, self.output, self.device = config, output, device
+        self.rank, self.world, self.budget, self.seed = rank, world, budget, seed
+        self.on_progress = on_progress if rank == 0 else None
+        self.on_warning = on_warning if rank == 0 else None
+        self.model = RateDistortion(config).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.average = copy.deepcopy(self.model).requires_grad_(False)
+        self.optimiser = torch.optim.Adam(self.model.parameters(), LEARNING_RATE, betas=(0.9, 0.98))
+        self.step, self.spent = 0, 0.0
+        self.bpp = self.psnr = self.loss = math.nan
+        self.before: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
+
+    # Stages
+
+    def open_data(self, paths: list[Path]) -> None:
+        training, held = data.split(paths, VALIDATION_PICTURES)
+        self.pictures = data.Pictures(training, self.on_warning)
+        rng = np.random.default_rng(0)
+        size = max(CROP, self.config.multiple)
+        crops = (data.Pictures(held, self.on_warning).get(i) for i in range(len(held)))
+        self.validation = [data.crop(p, size, rng) for p in crops if p is not None]
+        if not self.validation:
+            raise TrainingError("none of the pictures set aside for validation could be read")
+
+    def start(self) -> None:
+        self._report("start")
+        size = max(CROP, self.config.multiple)
+        stream = data.batches(self.pictures, batch=BATCH, size=size, seed=self.seed)
+        crops = np.concatenate([next(stream) for _ in range(8)])
+        stream.close()  # type: ignore[attr-defined]
+        model = self.model.cpu()
+        pixels = torch.from_numpy(crops).permute(0, 3, 1, 2).float()
+        model.vqvae.start_from_pictures(pixels)
+        self.model.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.average.load_state_dict(self.model.state_dict())
+        if self.rank == 0:
+            self.before = self._sheet_row()
+            self._validate()
+
+    def loop(self) -> None:
+        """Optimise until the budget is spent."""
+        trained: nn.Module = self.model
+        if self.world > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            trained = nn.parallel.DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
+        torch.set_flush_denormal(True)  # subnormal products slow CPUs down several times and mean nothing here
+        begun = time.monotonic() - self.spent
+        reported = saved = validated = time.monotonic()
+        stream: Iterator[Any] | None = None
+        large = False
+        while True:
+            share = self._agree((time.monotonic() - begun) / self.budget)
+            self.spent = time.monotonic() - begun
+            if share >= 1:
+                break
+            if stream is None or large != (share >= LARGE_FROM):
+                large = share >= LARGE_FROM
+                stream = self._batches(large)
+            self._set_rates(share)
+            crops = torch.from_numpy(next(stream)).to(self.device).permute(0, 3, 1, 2).float()
+            self._optimise(trained, crops, min(1.0, RATE_START + (1 - RATE_START) * share / RATE_WARM_UP))
+            now = time.monotonic()
+            if self.rank == 0 and now - reported > REPORT_SECONDS:
+                reported = now
+                self._report("train")
+            if self.rank == 0 and now - saved > CHECKPOINT_SECONDS:
+                self._save()
+                saved = time.monotonic()
+            if self.rank == 0 and now - validated > self.budget / VALIDATIONS:
+                self._validate()
+                validated = time.monotonic()
+        if self.rank == 0:
+            self._validate()
+            self._save()
+
+    def export(self) -> None:
+        """Write the weights file and the sheet."""
+        self._report("export")
+        self._write_sheet()
+        rows = self._rows()
+        notes = {
+            "minutes": round(self.spent / 60, 1),
+            "steps": self.step,
+            "processes": self.world,
+            "pictures": len(self.pictures),
+            "validation": rows[-1] if rows else {},
+        }
+        weights.save_model(self.output, self.config, self.average.vqvae, self.average.prior, notes)
+
+    # One step
+
+    def _batches(self, large: bool) -> Iterator[Any]:
+        size = max(LARGE_CROP if large else CROP, self.config.multiple)
+        size -= size % self.config.multiple
+        batch = max(1, round(BATCH / self.world * min(1.0, (CROP / size) ** 2)))
+        # Every process and every resumption draws its own crops.
+        seed = self.seed + 1000 * self.rank + self.step + (1 << 20) * large
+        return data.batches(self.pictures, batch=batch, size=size, seed=seed)
+
+    def _agree(self, share: float) -> float:
+        """All processes must take the same number of steps: the first one's clock counts."""
+        if self.world == 1:
+            return share
+        clock = torch.tensor([share], device=self.device)
+        distributed.broadcast(clock, 0)
+        return float(clock)
+
+    def _set_rates(self, share: float) -> None:
+        rate = LEARNING_RATE * min(1.0, (self.step + 1) / WARM_UP_STEPS)
+        rate *= 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share))
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+
+    def _optimise(self, trained: nn.Module, pixels: Tensor, rate_weight: float) -> None:
+        trained.train()
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        # Stratified: every batch sees low and high qualities.
+        places = (torch.arange(len(pixels)) + torch.rand(len(pixels))) / len(pixels)
+        quality = (1 + 99 * places[torch.randperm(len(pixels))]).to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            losses = trained(pixels, quality, rate_weight)
+        self.optimiser.zero_grad(set_to_none=True)
+        losses.total.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
+        if torch.isfinite(norm):
+            self.optimiser.step()
+        self.step += 1
+        decay = min(AVERAGE_DECAY, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            for mean, value in zip(self.average.state_dict().values(), self.model.state_dict().values(), strict=True):
+                if mean.is_floating_point():
+                    mean.lerp_(value, 1 - decay)
+                else:
+                    mean.copy_(value)
+        bpp = float(losses.bpp.mean())
+        ratio = float((10 * torch.log10(255**2 / losses.mse.clamp(min=1e-3))).mean())
+        keep = 0.98 if math.isfinite(self.bpp) else 0.0
+        self.bpp = bpp + (keep * (self.bpp - bpp) if keep else 0.0)
+        self.psnr = ratio + (keep * (self.psnr - ratio) if keep else 0.0)
+        self.loss = float(losses.total.detach())
+
+    # Validation and the sheet
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        """Append a line to the log: bpp, PSNR and cost of the averaged weights at a few qualities."""
+        if self.on_progress:
+            self._report("validate")
+        self.average.eval()
+        row: dict[str, float] = {"step": self.step, "minutes": round(self.spent / 60, 2)}
+        total = 0.0
+        for quality in VALIDATION_QUALITIES:
+            bpp, ratio, cost = 0.0, 0.0, 0.0
+            for start in range(0, len(self.validation), BATCH):
+                losses = self._forward(self.validation[start : start + BATCH], quality)
+                bpp += float(losses.bpp.sum())
+                cost += float(losses.cost.sum())
+                ratio += float((10 * torch.log10(255**2 / losses.mse.clamp(min=1e-3))).sum())
+            count = len(self.validation)
+            row[f"bpp_{quality}"] = round(bpp / count, 5)
+            row[f"psnr_{quality}"] = round(ratio / count, 4)
+            row[f"cost_{quality}"] = round(cost / count, 5)
+            total += math.log(cost / count)
+        # The geometric mean counts a gain of one percent alike at every quality.
+        row["cost"] = round(math.exp(total / len(VALIDATION_QUALITIES)), 5)
+        row["perplexity"] = round(self._perplexity(), 2)
+        log = self.output.with_suffix(".csv")
+        fresh = self.step == 0 or not log.exists()
+        with log.open("w" if fresh else "a", newline="") as file:
+            writer = csv.DictWriter(file, list(row))
+            if fresh:
+                writer.writeheader()
+            writer.writerow(row)
+
+    def _forward(self, crops: Sequence[Any], quality: int) -> Any:
+        pixels = torch.from_numpy(np.stack(crops)).to(self.device).permute(0, 3, 1, 2).float()
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            return self.average(pixels, torch.full((len(crops),), quality, device=self.device))
+
+    def _perplexity(self) -> float:
+        values = []
+        for level in self.model.vqvae.slices:
+            for piece in level:  # type: ignore[attr-defined]
+                share = piece.codebook.usage / piece.codebook.usage.sum(1, keepdim=True).clamp(min=1e-9)
+                values.append(torch.exp(-(share * share.clamp(min=1e-12).log()).sum(1)))
+        return float(torch.cat(values).mean())
+
+    @torch.no_grad()
+    def _sheet_row(self) -> list[np.ndarray[Any, np.dtype[np.uint8]]]:
+        losses = self._forward(self.validation[:6], 30)
+        pixels = losses.reconstruction.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        return list(pixels)
+
+    def _write_sheet(self) -> None:
+        """Rows: original, before training, after; columns: validation crops, quality 30."""
+        original, after = self.validation[:6], self._sheet_row()
+        before = self.before or [np.full_like(p, 128) for p in original]
+        rows = [np.concatenate(list(row), axis=1) for row in (original, before, after)]
+        Image.fromarray(np.concatenate(rows, axis=0)).save(self.output.with_suffix(".png"))
+
+    def _rows(self) -> list[dict[str, str]]:
+        with self.output.with_suffix(".csv").open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    # Checkpoints
+
+    def _checkpoint(self) -> Path:
+        return self.output.with_suffix(".ckpt")
+
+    def _save(self) -> None:
+        """Everything that resuming needs, as safetensors, replaced atomically."""
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
+        for index, state in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"adam.{index}.{k}": v for k, v in state.items()}
+        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+        facts = {"step": self.step, "spent": self.spent, "bpp": self.bpp, "psnr": self.psnr}
+        metadata = {"config": self.config.to_json(), "facts": json.dumps(facts)}
+        temporary = self._checkpoint().with_suffix(".ckpt.tmp")
+        save_file(tensors, temporary, metadata)
+        os.replace(temporary, self._checkpoint())
+
+    def load(self) -> None:
+        path = self._checkpoint()
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata()
+                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(f"cannot resume from {path}: {error}") from None
+        if metadata["config"] != self.config.to_json():
+            raise TrainingError(f"{path} is of another configuration")
+        for prefix, module in (("model.", self.model), ("average.", self.average)):
+            module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("adam."):
+                _, index, key = name.split(".")
+                state.setdefault(int(index), {})[key] = tensor
+        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
+        facts = json.loads(metadata["facts"])
+        self.step, self.spent, self.bpp, self.psnr = facts["step"], facts["spent"], facts["bpp"], facts["psnr"]
+
+    def _report(self, stage: str) -> None:
+        if self.on_progress:
+            remaining = max(0.0, self.budget - self.spent)
+            self.on_progress(
+                Progress(stage, self.step, self.spent, remaining, self.bpp, self.psnr, self.loss, self._perplexity())
+            )

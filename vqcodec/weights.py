@@ -1,0 +1,193 @@
+"""Find, verify, load and save a weights file.
+
+A weights file is a safetensors file: encoder and decoder in half precision (codebooks and steps in single), the prior
+and its tables as the integers they compute with, and, in the metadata, the configuration as JSON and training notes.
+Its id is the first four bytes of the SHA-256 of the whole file; every .vqz file names the weights it needs by this id.
+"""
+
+import functools
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from vqcodec.errors import WeightsError
+from vqcodec.models.config import Config
+from vqcodec.models.counts import Tables
+from vqcodec.models.prior import Prior, QualityBias
+from vqcodec.models.quantizer import Codebook
+from vqcodec.models.vqvae import VQVAE, Slice
+
+DEFAULT = "photo.safetensors"
+FORMAT = "vqcodec weights 1"
+ID_BYTES = 4
+
+
+class Model:
+    """A loaded weights file, ready to run.
+
+    Attributes:
+        config: the configuration. vqvae, prior, tables: the networks and integer tables, on `device`, not trainable.
+        id: the four bytes that name these weights in a .vqz file.
+    """
+
+    def __init__(
+        self, config: Config, vqvae: VQVAE, prior: Prior, tables: Tables, weights_id: bytes, device: torch.device
+    ) -> None:
+        self.config, self.id, self.device = config, weights_id, device
+        self.tables = tables.to(device)
+        self.vqvae = vqvae.requires_grad_(False).eval().to(device=device, memory_format=torch.channels_last)
+        self.prior = prior.requires_grad_(False).eval().to(device=device, memory_format=torch.channels_last)
+
+
+def find(weights: str | Path | None = None) -> Path:
+    """Path of a weights file: the one named, or the packaged default.
+
+    Raises:
+        WeightsError: there is none.
+    """
+    if weights is not None:
+        path = Path(weights)
+        if not path.is_file():
+            raise WeightsError(f"no weights file {weights}")
+        return path
+    here = Path(__file__).resolve().parent
+    for folder in (here / "weights_data", here.parent / "weights"):
+        if (folder / DEFAULT).is_file():
+            return folder / DEFAULT
+    raise WeightsError(f"the packaged weights {DEFAULT} are missing: reinstall vqcodec or give a weights file")
+
+
+def load(path: Path, device: str = "cpu") -> Model:
+    """Read a weights file; the last few are kept, so that many pictures in one process load it once.
+
+    Args:
+        path: a safetensors file written by `save_model`.
+        device: "cpu", "cuda" or "auto" (CUDA if there is one).
+
+    Raises:
+        WeightsError: not a readable weights file, or the device is not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise WeightsError("no CUDA device is available")
+    try:
+        stat = os.stat(path)
+    except OSError as error:
+        raise WeightsError(f"cannot read weights {path}: {error.strerror}") from None
+    return _load(path, device, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache(maxsize=2)
+def _load(path: Path, device: str, mtime: int, size: int) -> Model:
+    config, _, weights_id = _metadata(path)
+    vqvae, prior, tables = VQVAE(config), Prior(config), Tables(config)
+    prior.freeze()
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    for module, prefix in ((vqvae, "vqvae."), (prior, "prior."), (tables, "tables.")):
+        state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        try:
+            problems = module.load_state_dict(state, strict=False)
+        except RuntimeError as error:
+            raise WeightsError(f"weights {path} do not fit their configuration: {error}") from None
+        missing = sorted(set(problems.missing_keys) - _not_stored(module))
+        if missing or problems.unexpected_keys:
+            raise WeightsError(f"weights {path} lack {missing} and have unknown {problems.unexpected_keys}")
+    return Model(config, vqvae, prior, tables, weights_id, torch.device(device))
+
+
+def _metadata(path: Path) -> tuple[Config, dict[str, str], bytes]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        weights_id = hashlib.sha256(path.read_bytes()).digest()[:ID_BYTES]
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"cannot read weights {path}: {error}") from None
+    if metadata.get("format") != FORMAT:
+        raise WeightsError(f"{path} is not a vqcodec weights file: format {metadata.get('format')!r}, not {FORMAT!r}")
+    return Config.from_json(metadata["config"]), metadata, weights_id
+
+
+def _not_stored(module: torch.nn.Module) -> set[str]:
+    """Names of the tensors that only training needs."""
+    names = set()
+    for prefix, part in module.named_modules():
+        if isinstance(part, Codebook):
+            names |= {f"{prefix}.{name}" for name in ("usage", "sums", "steps")}
+        if isinstance(part, QualityBias):
+            names.add(f"{prefix}.curve")
+    return names
+
+
+def save_model(path: Path, config: Config, vqvae: VQVAE, prior: Prior, notes: dict[str, Any]) -> bytes:
+    """Freeze the prior (in place) and write a weights file, atomically.
+
+    Args:
+        path: target. config: of the model. vqvae, prior: the trained networks.
+        notes: anything JSON about how they were trained, shown by `describe`.
+
+    Returns:
+        The id of the weights.
+    """
+    prior.freeze()
+    tables = Tables(config)
+    for level, pieces in enumerate(vqvae.slices):
+        for index, piece in enumerate(pieces):  # type: ignore[arg-type]
+            tables.slice(level, index).fill(piece.codebook.cpu())
+    tensors: dict[str, Tensor] = {}
+    for prefix, module in (("vqvae", vqvae), ("prior", prior), ("tables", tables)):
+        skipped = _not_stored(module)
+        single = {
+            f"{name}.{tensor}"
+            for name, part in module.named_modules()
+            for tensor in ("log_steps", "vectors", "bias", "spread", "scale")
+            if isinstance(part, Slice | Codebook)
+        }
+        for name, tensor in module.state_dict().items():
+            if name not in skipped:
+                narrow = tensor.half() if prefix == "vqvae" and name not in single else tensor
+                stored = narrow if prefix == "vqvae" else _narrow_integers(tensor)
+                tensors[f"{prefix}.{name}"] = stored.detach().cpu().contiguous()
+    data = save(tensors, {"format": FORMAT, "config": config.to_json(), "notes": json.dumps(notes, sort_keys=True)})
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return hashlib.sha256(data).digest()[:ID_BYTES]
+
+
+def _narrow_integers(tensor: Tensor) -> Tensor:
+    """Integers held in floats, in the smallest type that holds them all."""
+    largest = int(tensor.abs().max()) if tensor.numel() else 0
+    assert bool((tensor == tensor.round()).all())
+    return tensor.to(torch.int8 if largest < 1 << 7 else torch.int16 if largest < 1 << 15 else torch.int32)
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What a weights file says of itself: id, configuration, sizes, operations per pixel, training notes.
+
+    Raises:
+        WeightsError: not a readable weights file.
+    """
+    config, metadata, weights_id = _metadata(path)
+    vqvae, prior = VQVAE(config), Prior(config)
+    return {
+        "id": weights_id.hex(),
+        "bytes": path.stat().st_size,
+        "name": config.name,
+        "parameters": sum(p.numel() for m in (vqvae, prior) for p in m.parameters()),
+        "decoder_kmac_per_pixel": round(vqvae.macs_per_pixel() / 1000, 2),
+        "prior_kmac_per_pixel": round(prior.macs_per_pixel(config) / 1000, 2),
+        "notes": json.loads(metadata.get("notes", "{}")),
+        "config": json.loads(metadata["config"]),
+    }
