@@ -197,7 +197,7 @@ class _Run:
         trained: nn.Module = self.model
         if self.world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            trained = nn.parallel.DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
+            trained = nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
         torch.set_flush_denormal(True)  # subnormal products slow CPUs down several times and mean nothing here
         begun = time.monotonic() - self.spent
         reported = saved = validated = time.monotonic()

@@ -183,7 +183,7 @@ def activate(state: Tensor) -> Tensor:
 class SlicePrior(nn.Module):
     """The part of the prior that belongs to one slice of code planes."""
 
-    def __init__(self, config: Config, piece: SliceConfig) -> None:
+    def __init__(self, config: Config, piece: SliceConfig, last: bool) -> None:
         super().__init__()
         width, embedding = config.prior.channels, config.prior.embedding
         self.planes, self.dim = piece.planes, piece.dim
@@ -194,7 +194,8 @@ class SlicePrior(nn.Module):
         self.near = IntegerConv(inputs, embedding)
         self.phases = nn.ModuleList([IntegerConv(embedding, 2 * width, 3) for _ in PHASES[1:]])
         self.head = IntegerConv(width, piece.planes * (piece.dim + 3), scale=0.1)
-        self.absorb = IntegerConv(inputs, width, bits=STATE_BITS, scale=0.5)
+        # Nothing is coded after the last slice.
+        self.absorb = None if last else IntegerConv(inputs, width, bits=STATE_BITS, scale=0.5)
 
     def prepare(self, state: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
         """State (B, C, h, w) -> the state after this slice's blocks, and the context of its symbols (B, 2 C, h, w)."""
@@ -225,7 +226,7 @@ class SlicePrior(nn.Module):
 
     def update(self, state: Tensor, inputs: Tensor) -> Tensor:
         """Absorb the slice's codes, as inputs (B, 2 P D, h, w), into the state."""
-        return state + self.absorb.run(inputs)
+        return state if self.absorb is None else state + self.absorb.run(inputs)
 
 
 class LevelPrior(nn.Module):
@@ -240,7 +241,10 @@ class LevelPrior(nn.Module):
         if level:
             # From the coarser level's state: every coarse position becomes ratio x ratio finer ones.
             self.expand = IntegerConv(width, width * self.ratio**2, bits=STATE_BITS)
-        self.slices = nn.ModuleList([SlicePrior(config, piece) for piece in stage.slices])
+        finest = level == len(config.levels) - 1
+        self.slices = nn.ModuleList(
+            [SlicePrior(config, piece, finest and piece is stage.slices[-1]) for piece in stage.slices]
+        )
 
     def begin(self, coarser: Tensor | None, quality: Tensor, batch: int, height: int, width: int) -> Tensor:
         """The state before the first slice, (B, C, h, w); `coarser` is the final state of the coarser level."""

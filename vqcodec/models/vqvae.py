@@ -69,15 +69,15 @@ class ResidualBlock(nn.Module):
         return x + self.expand(y).float()
 
 
-class Linear1x1(nn.Conv2d):
+class Linear1x1(nn.Linear):
     """A 1x1 convolution without bias that is computed in float32 whatever autocast says."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, 1, bias=False)
+        super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            y = functional.linear(x.float().permute(0, 2, 3, 1), self.weight.flatten(1))
+            y = functional.linear(x.float().permute(0, 2, 3, 1), self.weight)
         return y.permute(0, 3, 1, 2)  # channels-last in memory
 
 
@@ -198,7 +198,7 @@ class VQVAE(nn.Module):
         total = 0.0
         for stage, config in zip(self.stages, self.config.stages, strict=True):
             convs = [c for block in stage.decoder for c in block.modules()] + [stage.synthesis]  # type: ignore[union-attr,operator]
-            total += sum(c.weight.numel() for c in convs if isinstance(c, nn.Conv2d)) / config.stride**2
+            total += sum(c.weight.numel() for c in convs if isinstance(c, nn.Conv2d | Linear1x1)) / config.stride**2
         for level, config in zip(self.slices, self.config.levels, strict=True):
             total += sum(c.weight.numel() for c in level.modules() if isinstance(c, nn.Conv2d)) / config.stride**2
         return total
@@ -214,8 +214,8 @@ class VQVAE(nn.Module):
         for stage, config in zip(self.stages, self.config.stages, strict=True):
             inputs = functional.pixel_unshuffle(x, stage.ratio)  # type: ignore[arg-type]
             components = principal_components(inputs, config.channels)
-            stage.analysis.weight.copy_(components[:, :, None, None])  # type: ignore[union-attr,operator]
-            stage.synthesis.weight.copy_(components.T[:, :, None, None])  # type: ignore[union-attr,operator]
+            stage.analysis.weight.copy_(components)  # type: ignore[union-attr,operator]
+            stage.synthesis.weight.copy_(components.T)  # type: ignore[union-attr,operator]
             x = functional.conv2d(inputs, components[:, :, None, None])
             deviation = x.square().mean((0, 2, 3)).sqrt()
             blocks = [*stage.encoder, *stage.decoder]  # type: ignore[misc]
