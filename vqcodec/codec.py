@@ -92,9 +92,7 @@ def decompress(
 
     Args and Raises: as `decode_picture`.
     """
-    return image.to_pil(
-        decode_picture(data, weights=weights, device=device, partial=partial, max_pixels=max_pixels)
-    )
+    return image.to_pil(decode_picture(data, weights=weights, device=device, partial=partial, max_pixels=max_pixels))
 
 
 def decode_picture(
@@ -246,10 +244,10 @@ def _decode_codes(
         own = segments[number :: len(tiles)]
         coders: dict[int, Decoder] = {}
         for level, stage in enumerate(model.config.levels):
-            prior = model.prior.levels[level]
+            prior = model.prior.level(level)
             window = tile.window(stage.stride)
             h, w = (s.stop - s.start for s in window)
-            tile.state = prior.begin(tile.state, quality, 1, h, w)  # type: ignore[operator]
+            tile.state = prior.begin(tile.state, quality, 1, h, w)
             first = 0
             for index, piece in enumerate(stage.slices):
                 data = own[piece.layer]
@@ -261,7 +259,7 @@ def _decode_codes(
                 def step(_: int, p: Tensor, coder: Decoder = coder, tables: CodeTables = tables) -> Tensor:
                     return _get(coder, tables, p)
 
-                part = prior.slices[index]  # type: ignore[index,union-attr]
+                part = prior.slice(index)
                 tile.state, indices = _code_slice(part, tables, tile.state, quality, step)
                 codes[level][(*window, slice(first, first + piece.planes))] = indices.to(torch.int16).cpu()
                 first += piece.planes
@@ -286,14 +284,14 @@ def _encode(model: Model, header: Header, pixels: NDArray[np.uint8]) -> tuple[li
     estimate: Tensor | None = None
     for level, z in enumerate(latents):
         estimate = _begin(model, level, estimate, z.shape, quality)
-        prior = model.prior.levels[level]
+        prior = model.prior.level(level)
         stride = model.config.levels[level].stride
         level_codes = []
         for tile in tiles:
             h, w = (s.stop - s.start for s in tile.window(stride))
-            tile.state = prior.begin(tile.state, quality, 1, h, w)  # type: ignore[operator]
+            tile.state = prior.begin(tile.state, quality, 1, h, w)
         for index, config in enumerate(model.config.levels[level].slices):
-            piece: Slice = model.vqvae.slices[level][index]  # type: ignore[index,assignment]
+            piece = model.vqvae.slice(level, index)
             estimate = _refine(model, level, index, estimate, quality)
             steps = piece.steps(quality)
             scale = steps.repeat_interleave(piece.dim, 1)[:, :, None, None]
@@ -323,7 +321,7 @@ def _encode(model: Model, header: Header, pixels: NDArray[np.uint8]) -> tuple[li
                     return k
 
                 assert tile.state is not None
-                part = prior.slices[index]  # type: ignore[index,union-attr]
+                part = prior.slice(index)
                 tile.state, indices[window] = _code_slice(part, tables, tile.state, quality, step)
             _add_codes(estimate, piece, scale, indices)
             level_codes.append(indices.to(torch.int16).cpu())
@@ -341,7 +339,7 @@ def _reconstruct(model: Model, header: Header, codes: list[Tensor]) -> NDArray[n
         estimate = _begin(model, level, estimate, shape, quality)
         first = 0
         for index in range(len(model.config.levels[level].slices)):
-            piece: Slice = model.vqvae.slices[level][index]  # type: ignore[index,assignment]
+            piece = model.vqvae.slice(level, index)
             estimate = _refine(model, level, index, estimate, quality)
             scale = piece.steps(quality).repeat_interleave(piece.dim, 1)[:, :, None, None]
             indices = level_codes[:, :, first : first + piece.planes].to(model.device)
@@ -371,7 +369,7 @@ def _refine(model: Model, level: int, index: int, estimate: Tensor, quality: Ten
     if estimate.shape[2] * estimate.shape[3] * stride**2 <= WINDOW**2:
         return model.vqvae.refine(level, index, estimate, quality)
     refined = torch.empty_like(estimate)
-    for inner, outer, part in _windows(*estimate.shape[2:], max(1, WINDOW // stride), 1):
+    for inner, outer, part in _windows(estimate.shape[2], estimate.shape[3], max(1, WINDOW // stride), 1):
         cut = estimate[(slice(None), slice(None), *outer)]
         refined[(slice(None), slice(None), *inner)] = model.vqvae.refine(level, index, cut, quality)[
             (slice(None), slice(None), *part)
@@ -395,7 +393,9 @@ def _analyse(model: Model, pixels: NDArray[np.uint8], quality: Tensor) -> list[T
         if not latents:
             if outer == (slice(0, coarse[0]), slice(0, coarse[1])):
                 return found
-            latents = [_empty(z, unit // stage.stride, coarse) for z, stage in zip(found, model.config.levels, strict=True)]
+            latents = [
+                _empty(z, unit // stage.stride, coarse) for z, stage in zip(found, model.config.levels, strict=True)
+            ]
         for whole, z, stage in zip(latents, found, model.config.levels, strict=True):
             ratio = unit // stage.stride
             target = tuple(slice(s.start * ratio, s.stop * ratio) for s in inner)
@@ -415,7 +415,7 @@ def _synthesise(model: Model, estimate: Tensor, header: Header, quality: Tensor)
     stride = model.config.levels[-1].stride
     level = len(model.config.levels) - 1
     reach = -(-model.vqvae.decoder_reach() // stride)
-    for inner, outer, part in _windows(*estimate.shape[2:], max(1, WINDOW // stride), reach):
+    for inner, outer, part in _windows(estimate.shape[2], estimate.shape[3], max(1, WINDOW // stride), reach):
         decoded = model.vqvae.descend(level, estimate[(slice(None), slice(None), *outer)], quality)[0]
         ys, xs = (slice(s.start * stride, s.stop * stride) for s in part)
         ready = decoded[:, ys, xs].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
@@ -492,5 +492,3 @@ def _read_alpha(data: bytes | None, header: Header) -> NDArray[np.uint8] | None:
             return np.asarray(png).copy()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ChecksumError(f"alpha cannot be read: {error}") from None
-
-

@@ -121,7 +121,7 @@ def batches(pictures: Pictures, *, batch: int, size: int, seed: int, threads: in
         seed: order, places and mirroring; give each process of a distributed run its own.
         threads: decoding threads.
     """
-    ready: queue.Queue[Pixels | BaseException] = queue.Queue(maxsize=4)
+    ready: queue.Queue[Pixels | Exception] = queue.Queue(maxsize=4)
     stopped = threading.Event()
 
     def fill() -> None:
@@ -145,14 +145,14 @@ def batches(pictures: Pictures, *, batch: int, size: int, seed: int, threads: in
                                     continue
                             if stopped.is_set():
                                 return
-        except BaseException as error:
+        except Exception as error:  # noqa: BLE001 (raised again in the consumer)
             ready.put(error)
 
     threading.Thread(target=fill, daemon=True, name="vqcodec-crops").start()
     try:
         while True:
             item = ready.get()
-            if isinstance(item, BaseException):
+            if isinstance(item, Exception):
                 raise item
             yield item
     finally:

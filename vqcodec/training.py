@@ -32,6 +32,7 @@ from vqcodec import data, weights
 from vqcodec.errors import TrainingError
 from vqcodec.models.config import Config, load_config
 from vqcodec.models.joint import RateDistortion
+from vqcodec.models.vqvae import channels_last
 
 BATCH = 8  # crops a step, over all processes
 CROP, LARGE_CROP = 256, 384
@@ -158,7 +159,7 @@ class _Run:
         self.rank, self.world, self.budget, self.seed = rank, world, budget, seed
         self.on_progress = on_progress if rank == 0 else None
         self.on_warning = on_warning if rank == 0 else None
-        self.model = RateDistortion(config).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = channels_last(RateDistortion(config), device)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         self.optimiser = torch.optim.Adam(self.model.parameters(), LEARNING_RATE, betas=(0.9, 0.98))
         self.step, self.spent = 0, 0.0
@@ -186,7 +187,7 @@ class _Run:
         model = self.model.cpu()
         pixels = torch.from_numpy(crops).permute(0, 3, 1, 2).float()
         model.vqvae.start_from_pictures(pixels)
-        self.model.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        channels_last(self.model, self.device)
         self.average.load_state_dict(self.model.state_dict())
         if self.rank == 0:
             self.before = self._sheet_row()
@@ -335,8 +336,8 @@ class _Run:
 
     def _perplexity(self) -> float:
         values = []
-        for level in self.model.vqvae.slices:
-            for piece in level:  # type: ignore[attr-defined]
+        for level in range(len(self.config.levels)):
+            for piece in self.model.vqvae.level_slices(level):
                 share = piece.codebook.usage / piece.codebook.usage.sum(1, keepdim=True).clamp(min=1e-9)
                 values.append(torch.exp(-(share * share.clamp(min=1e-12).log()).sum(1)))
         return float(torch.cat(values).mean())

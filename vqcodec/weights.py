@@ -22,7 +22,7 @@ from vqcodec.models.config import Config
 from vqcodec.models.counts import Tables
 from vqcodec.models.prior import Prior, QualityBias
 from vqcodec.models.quantizer import Codebook
-from vqcodec.models.vqvae import VQVAE, Slice
+from vqcodec.models.vqvae import VQVAE, Slice, channels_last
 
 DEFAULT = "photo.safetensors"
 FORMAT = "vqcodec weights 1"
@@ -42,8 +42,8 @@ class Model:
     ) -> None:
         self.config, self.id, self.device = config, weights_id, device
         self.tables = tables.to(device)
-        self.vqvae = vqvae.requires_grad_(False).eval().to(device=device, memory_format=torch.channels_last)
-        self.prior = prior.requires_grad_(False).eval().to(device=device, memory_format=torch.channels_last)
+        self.vqvae = channels_last(vqvae.requires_grad_(False).eval(), device)
+        self.prior = channels_last(prior.requires_grad_(False).eval(), device)
 
 
 def find(weights: str | Path | None = None) -> Path:
@@ -139,8 +139,8 @@ def save_model(path: Path, config: Config, vqvae: VQVAE, prior: Prior, notes: di
     """
     prior.freeze()
     tables = Tables(config)
-    for level, pieces in enumerate(vqvae.slices):
-        for index, piece in enumerate(pieces):  # type: ignore[arg-type]
+    for level in range(len(config.levels)):
+        for index, piece in enumerate(vqvae.level_slices(level)):
             tables.slice(level, index).fill(piece.codebook.cpu())
     tensors: dict[str, Tensor] = {}
     for prefix, module in (("vqvae", vqvae), ("prior", prior), ("tables", tables)):

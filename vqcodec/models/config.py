@@ -1,6 +1,7 @@
 """The one configuration of a model: frozen dataclasses, stored as JSON inside the weights file."""
 
 import dataclasses
+import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ class Config:
 
     def __post_init__(self) -> None:
         strides = [1, *(stage.stride for stage in self.stages)]
-        if any(b % a or b <= a for a, b in zip(strides, strides[1:], strict=False)):
+        if any(b % a or b <= a for a, b in itertools.pairwise(strides)):
             raise ValueError(f"strides must grow by whole factors, got {strides[1:]}")
         if not self.stages or not self.stages[-1].slices:
             raise ValueError("the coarsest stage must have code planes")

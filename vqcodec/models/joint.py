@@ -1,6 +1,6 @@
 """VQ-VAE and prior together: the rate-distortion loss that both are trained on.
 
-    loss = bits per pixel + lambda(quality) * squared error        (per picture, squared error on the 0..255 scale)
+loss = bits per pixel + lambda(quality) * squared error        (per picture, squared error on the 0..255 scale)
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vqcodec.models.config import Config
 from vqcodec.models.prior import PHASES, Prior, phases_of, rates
-from vqcodec.models.vqvae import PIXEL_SCALE, VQVAE, Slice
+from vqcodec.models.vqvae import PIXEL_SCALE, VQVAE
 
 # At an optimum the loss grows about as lambda^0.4 or lambda^0.5; this exponent lets all qualities count alike.
 BALANCE = 0.4
@@ -76,12 +76,11 @@ class RateDistortion(nn.Module):
             z = z.float()
             h, w = z.shape[2:]
             estimate = torch.zeros_like(z) if estimate is None else self.vqvae.descend(level - 1, estimate, quality)
-            prior = self.prior.levels[level]
-            state = prior.begin(state, quality, batch, h, w)  # type: ignore[operator]
-            for index, piece in enumerate(self.vqvae.slices[level]):  # type: ignore[arg-type]
-                assert isinstance(piece, Slice)
+            prior = self.prior.level(level)
+            state = prior.begin(state, quality, batch, h, w)
+            for index, piece in enumerate(self.vqvae.level_slices(level)):
                 estimate = self.vqvae.refine(level, index, estimate, quality)
-                part = prior.slices[index]  # type: ignore[index,union-attr]
+                part = prior.slice(index)
                 state, context = part.prepare(state, quality)
                 book = piece.codebook
                 steps = piece.steps(quality)  # (B, P)

@@ -54,7 +54,10 @@ class _Floor(torch.autograd.Function):
 
 
 def floor(x: Tensor) -> Tensor:
-    return _Floor.apply(x) if x.requires_grad else torch.floor(x)  # type: ignore[no-any-return]
+    if x.requires_grad:
+        y: Tensor = _Floor.apply(x)  # type: ignore[no-untyped-call]
+        return y
+    return torch.floor(x)
 
 
 def clamp8(x: Tensor) -> Tensor:
@@ -112,7 +115,7 @@ class IntegerConv(nn.Conv2d):
         pad = self.padding[0] if padding is None else padding
         assert self.bias is not None
         if self.frozen:
-            out = functional.conv2d(x, self.weight, None, stride, pad)
+            out = _convolve_exactly(x, self.weight, stride, pad)
             scale = self.powers[self.exponent.long()]
             return torch.floor(out * scale[:, None, None]) + self.bias[:, None, None]
         integers, exponent = self._integers()
@@ -121,6 +124,20 @@ class IntegerConv(nn.Conv2d):
         out = functional.conv2d(x, weight, None, stride, pad).float()
         bias = self.bias + (self.bias.detach().round() - self.bias.detach())
         return floor(out * 2.0**self.bits) + bias[:, None, None]
+
+
+def _convolve_exactly(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    """A convolution of integers without transform-domain algorithms, whose intermediate values are not integers.
+
+    CPU libraries sum products directly. CUDA libraries may choose Winograd or FFT, so there the sum is a matrix product
+    of unfolded inputs, whose operands are exact in TF32 as well.
+    """
+    if not x.is_cuda:
+        return functional.conv2d(x, weight, None, stride, padding)
+    kernel = weight.shape[2]
+    height = (x.shape[2] + 2 * padding - kernel) // stride + 1
+    columns = functional.unfold(x, kernel, padding=padding, stride=stride)
+    return (weight.flatten(1) @ columns).reshape(len(x), len(weight), height, -1)
 
 
 class QualityBias(nn.Module):
@@ -200,7 +217,8 @@ class SlicePrior(nn.Module):
     def prepare(self, state: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
         """State (B, C, h, w) -> the state after this slice's blocks, and the context of its symbols (B, 2 C, h, w)."""
         for block in self.blocks:
-            state = block.run(state, quality)  # type: ignore[operator]
+            assert isinstance(block, GatedBlock)
+            state = block.run(state, quality)
         return state, self.context.run(activate(state)) + self.quality.at(quality)
 
     def parameters_at(self, phase: int, context: Tensor, known: Tensor) -> Tensor:
@@ -219,7 +237,9 @@ class SlicePrior(nn.Module):
         if phase:
             seen = clamp8(self.near.run(known))
             seen = functional.pad(seen, (1, 1, 1, 1))[:, :, row:, column:]
-            near = self.phases[phase - 1].run(seen, stride=2, padding=0)  # type: ignore[operator]
+            conv = self.phases[phase - 1]
+            assert isinstance(conv, IntegerConv)
+            near = conv.run(seen, stride=2, padding=0)
             hidden = hidden + near[:, :, : hidden.shape[2], : hidden.shape[3]]
         out = clamp8(self.head.run(gate(hidden)))
         return out.permute(0, 2, 3, 1).reshape(-1, self.planes, self.dim + 3)
@@ -246,6 +266,11 @@ class LevelPrior(nn.Module):
             [SlicePrior(config, piece, finest and piece is stage.slices[-1]) for piece in stage.slices]
         )
 
+    def slice(self, index: int) -> SlicePrior:
+        part = self.slices[index]
+        assert isinstance(part, SlicePrior)
+        return part
+
     def begin(self, coarser: Tensor | None, quality: Tensor, batch: int, height: int, width: int) -> Tensor:
         """The state before the first slice, (B, C, h, w); `coarser` is the final state of the coarser level."""
         bias = self.start.at(quality) * 2.0**STATE_BITS
@@ -262,6 +287,11 @@ class Prior(nn.Module):
         super().__init__()
         self.levels = nn.ModuleList([LevelPrior(config, level) for level in range(len(config.levels))])
 
+    def level(self, index: int) -> LevelPrior:
+        level = self.levels[index]
+        assert isinstance(level, LevelPrior)
+        return level
+
     def freeze(self) -> None:
         """Turn fake quantisation into integers, in place."""
         for part in self.modules():
@@ -271,12 +301,13 @@ class Prior(nn.Module):
     def macs_per_pixel(self, config: Config) -> float:
         """Multiply-accumulate operations per picture pixel."""
         total = 0.0
-        for level, stage in zip(self.levels, config.levels, strict=True):
+        for index, stage in enumerate(config.levels):
+            level = self.level(index)
             for name, part in level.named_modules():
                 if isinstance(part, IntegerConv):
                     once = part.weight.numel() / stage.stride**2
                     if name == "expand":
-                        once /= level.ratio**2  # type: ignore[operator]
+                        once /= level.ratio**2
                     # Each phase convolution runs at a quarter of the positions; `near` runs before three phases.
                     total += once / 4 if "phases" in name else once * 3 if name.endswith("near") else once
         return total

@@ -13,7 +13,6 @@ Index 0 of every plane is the code nearest to zero. The rate model of a symbol (
 Everything here is float32 whatever autocast says: bf16 breaks the arg-min.
 """
 
-import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from vqcodec.models.config import SliceConfig
 # one step away from the nearest has 13 % of its weight.
 TEMPERATURE = 0.5
 # Entries of a K-wide tensor that are worked on at once: 2^17 floats, several such tensors fit the second-level cache.
-CHUNK = 1 << 16
+CHUNK = 1 << 17
 
 
 def lattice_points(codes: int, dim: int) -> Tensor:
@@ -173,7 +172,7 @@ class Codebook(nn.Module):
             the rate model through the chosen codes; int64 (N, P); and float32 (N,), without gradient.
         """
         with torch.autocast(v.device.type, enabled=False):
-            loss, indices, bits = _Quantise.apply(
+            loss, indices, bits = _Quantise.apply(  # type: ignore[no-untyped-call]
                 v.float(), rates.theta.float(), rates.zero.float(), self.bias, self, weight, bias, share
             )
         return loss, indices, bits
@@ -303,9 +302,7 @@ class _Quantise(torch.autograd.Function):
                 k + torch.arange(len(f), device=k.device)[:, None] * f.shape[1], f.reshape(-1, f.shape[-1])
             )
             grad_theta[:, planes] = ((torch.bmm(values, f) - chosen) * other[..., None]).transpose(0, 1)
-            grad_zero[:, planes] = (
-                torch.sigmoid(zero[:, planes] * math.log(2)) - (k == 0).T.float()
-            ) * share[:, None]
+            grad_zero[:, planes] = (torch.sigmoid(zero[:, planes] * math.log(2)) - (k == 0).T.float()) * share[:, None]
             grad_bias[planes] = torch.bmm(other[:, None], values)[:, 0].scatter_add(1, k, -other)
         ctx.save_for_backward(grad_v, grad_theta, grad_zero, grad_bias)
         ctx.mark_non_differentiable(indices, bits)

@@ -18,6 +18,7 @@ residual block ends in zeros, so the untrained network is a hierarchical Karhune
 """
 
 import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,8 @@ class ResidualBlock(nn.Module):
         y = functional.conv2d(x, self.reduce.weight * self.scale[:, None, None], self.reduce.bias)
         y = functional.leaky_relu(y, 0.1)
         y = functional.leaky_relu(torch.addcmul(shift, self.spatial(y), 1 + gain), 0.1)
-        return x + self.expand(y).float()
+        y = self.expand(y)
+        return x + y.float()
 
 
 class Linear1x1(nn.Linear):
@@ -153,13 +155,30 @@ class VQVAE(nn.Module):
             ]
         )
 
+    def stage(self, index: int) -> Stage:
+        """Stage `index`, fine to coarse."""
+        stage = self.stages[index]
+        assert isinstance(stage, Stage)
+        return stage
+
+    def slice(self, level: int, index: int) -> Slice:
+        """Slice `index` of a level."""
+        piece = self.slices[level][index]  # type: ignore[index]
+        assert isinstance(piece, Slice)
+        return piece
+
+    def level_slices(self, level: int) -> list[Slice]:
+        """All slices of a level, in coding order."""
+        return [self.slice(level, index) for index in range(len(self.config.levels[level].slices))]
+
     def analyse(self, pixels: Tensor, quality: Tensor) -> list[Tensor]:
         """Pixels (B, 3, H, W), 0..255, H and W multiples of `Config.multiple` -> latents of each level."""
         cond = condition(quality)
         x = (pixels - PIXEL_CENTRE) / PIXEL_SCALE
         latents = []
         for stage, config in zip(self.stages, self.config.stages, strict=True):
-            x = stage.encode(x, cond)  # type: ignore[operator]
+            assert isinstance(stage, Stage)
+            x = stage.encode(x, cond)
             if config.slices:
                 latents.append(x)
         return latents[::-1]
@@ -167,22 +186,22 @@ class VQVAE(nn.Module):
     def refine(self, level: int, index: int, estimate: Tensor, quality: Tensor) -> Tensor:
         """The estimate of a level's latents (B, C, h, w) before slice `index` is coded, or, with the index after the
         last one, as it is."""
-        block = self.slices[level][index].refine  # type: ignore[index]
-        return estimate if block is None else block(estimate, condition(quality))
+        block = self.slice(level, index).refine
+        if block is None:
+            return estimate
+        refined: Tensor = block(estimate, condition(quality))
+        return refined
 
     def descend(self, level: int, estimate: Tensor, quality: Tensor) -> Tensor:
         """From a level's final estimate to the start of the next finer one, or to pixels 0..255 from the finest."""
         cond = condition(quality)
         x = estimate
-        position = [bool(s.slices) for s in self.config.stages]
-        index = [i for i, coded in enumerate(position) if coded][::-1][level]
-        while True:
-            x = self.stages[index].decode(x, cond)  # type: ignore[operator]
-            index -= 1
-            if index < 0:
-                return x * PIXEL_SCALE + PIXEL_CENTRE
-            if self.config.stages[index].slices:
+        start = self.config.stages.index(self.config.levels[level])
+        for index in range(start, -1, -1):
+            x = self.stage(index).decode(x, cond)
+            if index and self.config.stages[index - 1].slices:
                 return x
+        return x * PIXEL_SCALE + PIXEL_CENTRE
 
     def encoder_reach(self) -> int:
         """How many pixels away a latent still sees the picture."""
@@ -195,12 +214,17 @@ class VQVAE(nn.Module):
 
     def macs_per_pixel(self) -> float:
         """Multiply-accumulate operations of the decoder per picture pixel."""
+
+        def once(*modules: nn.Module) -> int:
+            convs = (c for m in modules for c in m.modules() if isinstance(c, nn.Conv2d | Linear1x1))
+            return sum(c.weight.numel() for c in convs)
+
         total = 0.0
-        for stage, config in zip(self.stages, self.config.stages, strict=True):
-            convs = [c for block in stage.decoder for c in block.modules()] + [stage.synthesis]  # type: ignore[union-attr,operator]
-            total += sum(c.weight.numel() for c in convs if isinstance(c, nn.Conv2d | Linear1x1)) / config.stride**2
-        for level, config in zip(self.slices, self.config.levels, strict=True):
-            total += sum(c.weight.numel() for c in level.modules() if isinstance(c, nn.Conv2d)) / config.stride**2
+        for index, config in enumerate(self.config.stages):
+            stage = self.stage(index)
+            total += once(stage.decoder, stage.synthesis) / config.stride**2
+        for level, config in enumerate(self.config.levels):
+            total += once(*self.level_slices(level)) / config.stride**2
         return total
 
     @torch.no_grad()
@@ -210,25 +234,24 @@ class VQVAE(nn.Module):
         Sets the pointwise convolutions, the input scale of every residual block, and the spread of every plane.
         """
         x = (pixels - PIXEL_CENTRE) / PIXEL_SCALE
-        latents = []
-        for stage, config in zip(self.stages, self.config.stages, strict=True):
-            inputs = functional.pixel_unshuffle(x, stage.ratio)  # type: ignore[arg-type]
+        for index, config in enumerate(self.config.stages):
+            stage = self.stage(index)
+            inputs = functional.pixel_unshuffle(x, stage.ratio)
             components = principal_components(inputs, config.channels)
-            stage.analysis.weight.copy_(components)  # type: ignore[union-attr,operator]
-            stage.synthesis.weight.copy_(components.T)  # type: ignore[union-attr,operator]
+            stage.analysis.weight.copy_(components)
+            stage.synthesis.weight.copy_(components.T)
             x = functional.conv2d(inputs, components[:, :, None, None])
             deviation = x.square().mean((0, 2, 3)).sqrt()
-            blocks = [*stage.encoder, *stage.decoder]  # type: ignore[misc]
+            blocks: list[nn.Module | None] = [*stage.encoder, *stage.decoder]
             if config.slices:
-                latents.append(x)
-                level = self.config.levels.index(config)
-                blocks += [s.refine for s in self.slices[level] if s.refine is not None]  # type: ignore[union-attr]
-                for piece in self.slices[level]:  # type: ignore[union-attr]
+                for piece in self.level_slices(self.config.levels.index(config)):
+                    blocks.append(piece.refine)
                     energy = deviation[piece.start : piece.stop].reshape(piece.planes, piece.dim).mean(1)
                     middle = piece.steps(torch.tensor([50]))[0]
                     piece.codebook.spread.copy_(torch.exp2((energy / middle / 2).clamp(min=1).log2().round()))
             for block in blocks:
-                block.scale.copy_(1 / (deviation + 0.05 * deviation.max() / math.sqrt(len(deviation)) + 1e-4))
+                if isinstance(block, ResidualBlock):
+                    block.scale.copy_(1 / (deviation + 0.05 * deviation.max() / math.sqrt(len(deviation)) + 1e-4))
 
 
 def principal_components(x: Tensor, count: int, limit: int = 768) -> Tensor:
@@ -250,3 +273,11 @@ def principal_components(x: Tensor, count: int, limit: int = 768) -> Tensor:
     found = found * found.sum(1, keepdim=True).sign().where(found.sum(1, keepdim=True) != 0, torch.ones(()))
     rows[: len(found), keep] = found
     return rows
+
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def channels_last(module: ModuleT, device: torch.device) -> ModuleT:
+    """Move a module to a device, 4-dimensional weights in channels-last memory: several times faster on CPUs."""
+    return module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
