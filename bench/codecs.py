@@ -213,13 +213,13 @@ def _jxl(weights: Path | None, device: str, threads: int) -> Codec:
 def _vqcodec(weights: Path | None, device: str, threads: int) -> Codec:
     try:
         import vqcodec.codec
-
         import vqcodec.weights
         from vqcodec.errors import VqcodecError
     except ImportError as error:
         raise CodecUnavailableError(f"vqcodec cannot be imported: {error}") from error
     try:
         path = vqcodec.weights.find(weights)
+        weights_id = vqcodec.weights.describe(path)["id"]
     except VqcodecError as error:
         raise CodecUnavailableError(str(error)) from error
 
@@ -233,7 +233,7 @@ def _vqcodec(weights: Path | None, device: str, threads: int) -> Codec:
         "vqcodec",
         "vqcodec",
         ".vqz",
-        f"weights {path.name}, id {vqcodec.weights.describe(path)['id']}",
+        f"weights {path.name}, id {weights_id}",
         f"vqcodec {vqcodec.__version__}",
         (1, 15, 30, 45, 60, 75, 90, 100),
         range(1, 101),

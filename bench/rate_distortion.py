@@ -34,6 +34,7 @@ from bench import codecs, measures, plots, report
 from bench.bd_rate import BdRate, bd_rate
 from bench.measures import MEASURES, Measure
 from bench.results import AIM_RATES, Aim, Comparison, Result, Row, aim, comparisons, published
+from vqcodec.errors import VqcodecError
 from vqcodec.metrics import psnr
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -88,7 +89,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = []
     for codec in chosen:
         start = time.perf_counter()
-        rows = measure_all(codec.key, pictures, settings, options.jobs)
+        try:
+            rows = measure_all(codec.key, pictures, settings, options.jobs)
+        except VqcodecError as error:
+            print(f"rate_distortion: {codec.title}: {error}", file=sys.stderr)
+            return 1
         results.append(Result.of(codec.key, codec.title, f"{codec.settings}. {codec.version}", rows))
         note = f"{len(pictures)} pictures, {len(qualities[codec.key])} qualities"
         print(f"{codec.title}: {note}, {time.perf_counter() - start:.0f} s", file=sys.stderr)

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bench import codecs
+from vqcodec.errors import VqcodecError
 
 SIZES = "256x256,768x512,1536x1024,3000x2000,6000x4000"
 QUALITIES = {"vqcodec": 50.0, "jxl": 2.0}  # jxl: Butteraugli distance
@@ -68,7 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     os.environ["OMP_NUM_THREADS"] = str(options.threads)  # for the processes that measure
     if options.measure:
-        print(json.dumps(asdict(_measure(options))))
+        try:
+            print(json.dumps(asdict(_measure(options))))
+        except VqcodecError as error:
+            print(f"speed: {error}", file=sys.stderr)
+            return 1
         return 0
 
     measured: list[Measurement] = []
@@ -140,7 +145,9 @@ def _in_own_process(
     command += ["--device", options.device]
     command += ["--threads", str(options.threads), "--repeats", str(options.repeats)]
     command += ["--weights", str(options.weights)] if options.weights else []
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(done.returncode)  # it has said why
     return Measurement(**json.loads(done.stdout))
 
 

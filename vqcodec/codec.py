@@ -212,22 +212,17 @@ def _code_slice(part: SlicePrior, tables: CodeTables, state: Tensor, quality: Te
 def _put(coder: Encoder, tables: CodeTables, parameters: Tensor, k: Tensor) -> None:
     """Encode the symbols k, int64 (N, P), of one pass: all flags, then the values plane by plane."""
     other = k > 0
-    coder.put(other.reshape(-1).cpu().numpy(), flag_counts(parameters.reshape(-1, parameters.shape[-1])))
-    for plane in other.any(0).nonzero()[:, 0].tolist():
-        chosen = other[:, plane]
-        values = k[chosen, plane].cpu().numpy() - 1
-        coder.put(values, tables.value_counts(plane, parameters[chosen, plane]))
+    coder.put(other.reshape(-1).cpu().numpy(), flag_counts(parameters))
+    coder.put(k.T[other.T].cpu().numpy() - 1, tables.value_counts(parameters, other))
 
 
 def _get(coder: Decoder, tables: CodeTables, parameters: Tensor) -> Tensor:
     """The inverse of `_put`."""
-    planes = parameters.shape[1]
-    flags = coder.get(flag_counts(parameters.reshape(-1, parameters.shape[-1])))
-    k = torch.from_numpy(flags.astype(np.int64)).reshape(-1, planes).to(parameters.device)
-    for plane in (k > 0).any(0).nonzero()[:, 0].tolist():
-        chosen = k[:, plane] > 0
-        values = coder.get(tables.value_counts(plane, parameters[chosen, plane]))
-        k[chosen, plane] = torch.from_numpy(values.astype(np.int64) + 1).to(k.device)
+    flags = coder.get(flag_counts(parameters))
+    k = torch.from_numpy(flags.astype(np.int64)).reshape(parameters.shape[:2]).to(parameters.device)
+    other = k > 0
+    values = coder.get(tables.value_counts(parameters, other))
+    k.T[other.T] += torch.from_numpy(values.astype(np.int64)).to(k.device)
     return k
 
 

@@ -87,37 +87,48 @@ class CodeTables(nn.Module):
         self.values.copy_((features * 1024).round())
         self.bias.copy_((book.bias.detach()[:, 1:].double() * 256).round())
 
-    def value_counts(self, plane: int, parameters: Tensor) -> NDArray[np.float32]:
-        """Counts of the values 1..K-1 of symbols of one plane.
+    def value_counts(self, parameters: Tensor, other: Tensor) -> NDArray[np.float32]:
+        """Counts of the values 1..K-1 of those symbols of one pass whose flag says that they have one.
 
         Args:
-            plane: of the slice. parameters: integers (n, D + 3) from the prior, any float dtype.
+            parameters: integers (N, P, D + 3) from the prior, any float dtype. other: bool (N, P).
 
         Returns:
-            float32, C-contiguous (n, K - 1): integers that sum to 2^24 - (K - 1) in each row.
+            float32, C-contiguous (n, K - 1), plane by plane and within a plane in the order of N: integers that sum
+            to 2^24 - (K - 1) in each row.
         """
-        o = parameters.double()
+        o = parameters.transpose(0, 1)[other.T].double()
         dim = o.shape[1] - 3
-        square, linear = (o[:, dim] + 127).long(), (o[:, dim + 1] + 127).long()
-        tables = [t.to(o.device) for t in (ROOT, SQUARE, LINEAR)]
-        coefficients = torch.cat(
-            [o[:, :dim] * tables[0][square][:, None], tables[1][square][:, None], tables[2][linear][:, None]], 1
-        )
-        logits = torch.addmm(self.bias[plane] * 2.0**19, coefficients, self.values[plane])
-        logits = torch.floor(logits.mul_(2.0**-LOGIT_SHIFT))
-        below = (logits.amax(1, keepdim=True) - logits).clamp_(max=len(WEIGHTS) - 1)
-        weights = torch.take(WEIGHTS.to(o.device), below.long())
-        total = TOTAL - weights.shape[1]
-        counts = torch.floor(weights * total / weights.sum(1, keepdim=True))
-        # What the floors left over goes to the first of the most probable values.
-        first = (below == 0).to(torch.int8).argmax(1, keepdim=True)
-        counts.scatter_add_(1, first, total - counts.sum(1, keepdim=True))
-        return np.ascontiguousarray(counts.float().cpu().numpy())
+        root, square, linear, weights = (t.to(o.device) for t in (ROOT, SQUARE, LINEAR, WEIGHTS))
+        s, a = (o[:, dim] + 127).long(), (o[:, dim + 1] + 127).long()
+        coefficients = torch.cat([o[:, :dim] * root[s][:, None], square[s][:, None], linear[a][:, None]], 1)
+        members = other.sum(0).tolist()
+        counts = torch.empty(len(o), self.bias.shape[1], device=o.device)
+        start = 0
+        for plane, count in enumerate(members):
+            rows = slice(start, start := start + count)
+            if count:
+                logits = torch.addmm(self.bias[plane] * 2.0**19, coefficients[rows], self.values[plane])
+                _counts(logits, weights, counts[rows])
+        return counts.cpu().numpy()
+
+
+def _counts(logits: Tensor, weights: Tensor, counts: Tensor) -> None:
+    """Logits in 2^-27 bits, float64 (n, m), overwritten -> counts, float32 (n, m)."""
+    logits.mul_(2.0**-LOGIT_SHIFT).floor_()
+    below = torch.sub(logits.amax(1, keepdim=True), logits, out=logits).clamp_(max=len(weights) - 1).int()
+    scaled = torch.index_select(weights, 0, below.flatten()).reshape(below.shape)
+    total = TOTAL - scaled.shape[1]
+    sums = scaled.sum(1, keepdim=True)
+    counts.copy_(scaled.mul_(total).div_(sums).floor_())
+    # What the floors left over goes to the first of the most probable values.
+    first = below.argmin(1, keepdim=True)
+    counts.scatter_add_(1, first, total - counts.sum(1, keepdim=True, dtype=torch.float64).float())
 
 
 def flag_counts(parameters: Tensor) -> NDArray[np.float32]:
-    """Counts of the flags of symbols: parameters (n, D + 3) -> float32 (n, 2), code 0 first, sum 2^24 - 2."""
-    return np.take(FLAGS, parameters[:, -1].cpu().numpy().astype(np.intp) + 127, axis=0)
+    """Counts of the flags of one pass: parameters (N, P, D + 3) -> float32 (N P, 2), code 0 first, sum 2^24 - 2."""
+    return np.take(FLAGS, parameters[..., -1].flatten().cpu().numpy().astype(np.intp) + 127, axis=0)
 
 
 class Tables(nn.Module):

@@ -112,7 +112,7 @@ class IntegerConv(nn.Conv2d):
         Args:
             x: the input. stride, padding: of the convolution; padding None keeps the size.
         """
-        pad = self.padding[0] if padding is None else padding
+        pad = self.kernel_size[0] // 2 if padding is None else padding
         assert self.bias is not None
         if self.frozen:
             out = _convolve_exactly(x, self.weight, stride, pad)

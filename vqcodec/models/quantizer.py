@@ -118,10 +118,7 @@ class Codebook(nn.Module):
 
     def nearest(self, v: Tensor) -> Tensor:
         """Index of the nearest code: float (N, P, D) -> int64 (N, P)."""
-        scores = torch.baddbmm(
-            -self.vectors.square().sum(-1)[:, None], 2 * v.float().transpose(0, 1), self.vectors.transpose(1, 2)
-        )
-        return scores.argmax(-1).T
+        return _distances(v.float(), self.vectors.detach()).argmax(-1).T
 
     def features(self) -> Tensor:
         """x_k, |x_k|^2 and |x_k|_1 of every code: float32 (P, K, D + 2)."""
@@ -148,14 +145,25 @@ class Codebook(nn.Module):
         Returns:
             int64 (N, P).
         """
-        indices = torch.empty(v.shape[:2], dtype=torch.int64, device=v.device)
+        # Code 0 is certain where its cost is below that of a free code at the least distance any other can have.
+        length = v.norm(dim=-1)
+        nearest = self.vectors[:, 1:].norm(dim=-1).amin(1)
+        cost = weight * (v - self.vectors[:, 0]).square().sum(-1) + bias * (_softplus2(rates.zero) - rates.zero)
+        open_rows = cost >= weight * (nearest - length).clamp(min=0).square()
+        indices = torch.zeros(v.shape[:2], dtype=torch.int64, device=v.device)
         features = self.features()
-        for planes in self._chunks(len(v)):
-            scores = _log_probabilities(
-                features[planes], self.bias.detach()[planes], rates.theta[:, planes], rates.zero[:, planes]
-            )[0]
-            scores.mul_(bias).add_(self._distances(v, planes).mul_(weight.T[planes, :, None]))
-            indices[:, planes] = scores.max(-1)[1].T
+        for plane in range(v.shape[1]):
+            rows = open_rows[:, plane].nonzero()[:, 0]
+            if len(rows):
+                scores = _log_probabilities(
+                    features[plane, None],
+                    self.bias.detach()[plane, None],
+                    rates.theta[rows, plane, None],
+                    rates.zero[rows, plane, None],
+                )[0]
+                distances = _distances(v[rows, plane, None], self.vectors.detach()[plane, None])
+                scores.mul_(bias).add_(distances.mul_(weight[None, rows, plane, None]))
+                indices[rows, plane] = scores.max(-1)[1][0]
         return indices
 
     def quantise(
@@ -181,11 +189,6 @@ class Codebook(nn.Module):
         planes, codes, _ = self.vectors.shape
         step = max(1, CHUNK // max(1, rows * codes))
         return [slice(i, min(i + step, planes)) for i in range(0, planes, step)]
-
-    def _distances(self, v: Tensor, planes: slice) -> Tensor:
-        """-|v - e|^2 up to a constant of the row: (p, N, K)."""
-        e = self.vectors.detach()[planes]
-        return torch.baddbmm(-e.square().sum(-1)[:, None], 2 * v[:, planes].transpose(0, 1), e.transpose(1, 2))
 
     @torch.no_grad()
     def update_averages(self, v: Tensor, indices: Tensor) -> None:
@@ -256,6 +259,11 @@ def _log_probabilities(
     return logits, values.div_(total)
 
 
+def _distances(v: Tensor, vectors: Tensor) -> Tensor:
+    """-|v - e|^2 up to a constant of the row: (N, p, D) and (p, K, D) -> (p, N, K)."""
+    return torch.baddbmm(-vectors.square().sum(-1)[:, None], 2 * v.transpose(0, 1), vectors.transpose(1, 2))
+
+
 def _softplus2(x: Tensor) -> Tensor:
     """log2(1 + 2^x)."""
     return functional.softplus(x * math.log(2)) / math.log(2)
@@ -284,7 +292,7 @@ class _Quantise(torch.autograd.Function):
         for planes in book._chunks(len(v)):
             f = features[planes]
             logp, values = _log_probabilities(f, bias[planes], theta[:, planes], zero[:, planes])
-            distances = book._distances(v, planes)
+            distances = _distances(v[:, planes], vectors[planes])
             scores = torch.mul(distances, weight.T[planes, :, None]).add_(logp, alpha=rate_bias)
             k = scores.max(-1)[1]
             indices[:, planes] = k.T
