@@ -399,8 +399,8 @@ def aim_lines(reached: Aim | None) -> list[str]:
     return lines
 
 
-def _verdict(holds: bool) -> str:
-    return "holds" if holds else "FAILS"
+def _verdict(holds: bool | None) -> str:
+    return "not comparable" if holds is None else "holds" if holds else "FAILS"
 
 
 def build_report(

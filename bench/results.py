@@ -196,14 +196,15 @@ def comparisons(results: Sequence[Result], measures: Sequence[Measure]) -> list[
 class AimLevel:
     """One operating point beside JPEG at the same PSNR.
 
-    `jpeg_bpp` is None outside the PSNR range of the JPEG curve. Above it, the point is still compared with JPEG's last one.
+    Outside the PSNR range of the JPEG curve `jpeg_bpp` is None. There `holds` is True for fewer bits than JPEG's best point,
+    False for more than its worst one, and else None: the two cannot be compared.
     """
 
     quality: float
     bpp: float
     psnr: float
     jpeg_bpp: float | None
-    holds: bool
+    holds: bool | None
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,8 @@ class Aim:
 
     @property
     def levels_hold(self) -> bool:
-        return all(level.holds for level in self.levels)
+        verdicts = {level.holds for level in self.levels}
+        return True in verdicts and False not in verdicts
 
 
 def aim(results: Sequence[Result], psnr: Measure) -> Aim | None:
@@ -238,7 +240,8 @@ def aim(results: Sequence[Result], psnr: Measure) -> Aim | None:
         if jpeg.quality[0] <= value <= jpeg.quality[-1]:
             jpeg_bpp = float(jpeg.rate_at(value))
             levels.append(AimLevel(quality, bpp, value, jpeg_bpp, bpp <= jpeg_bpp))
-        else:  # better than JPEG's best: must not cost more; worse than its worst: must cost less
-            end = jpeg.rate[-1] if value > jpeg.quality[-1] else jpeg.rate[0]
-            levels.append(AimLevel(quality, bpp, value, None, bpp < end))
+        elif value > jpeg.quality[-1]:
+            levels.append(AimLevel(quality, bpp, value, None, True if bpp <= jpeg.rate[-1] else None))
+        else:
+            levels.append(AimLevel(quality, bpp, value, None, False if bpp >= jpeg.rate[0] else None))
     return Aim(bd_rate(jpeg, own, rates=AIM_RATES), tuple(levels))

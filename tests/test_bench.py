@@ -9,8 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
+
+import vqcodec
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench is not installed
 
@@ -21,6 +24,10 @@ from bench import codecs, measures, rate_distortion, report, results, speed
 from bench.bd_rate import Curve, bd_rate, pchip
 from bench.ssimulacra2 import ssimulacra2
 from vqcodec.metrics import psnr as measured_psnr
+from vqcodec.models.config import TINY
+from vqcodec.models.prior import Prior
+from vqcodec.models.vqvae import VQVAE
+from vqcodec.weights import save_model
 
 Array = NDArray[np.float64]
 PSNR = measures.MEASURES["psnr"]
@@ -193,6 +200,11 @@ def test_aim_against_jpeg() -> None:
     assert [level.holds for level in worse_once.levels] == [True, True, False]
     assert any("FAILS" in text for text in rate_distortion.aim_lines(worse_once))
 
+    beyond = results.aim([jpeg, result("vqcodec", [1, 2, 3, 4], [0.1, 0.2, 2.0, 2.5], [24.0, 24.1, 39.0, 40.0])], PSNR)
+    assert beyond is not None
+    assert [level.holds for level in beyond.levels] == [None, False, True, None]
+    assert not beyond.levels_hold
+
     assert results.aim([jpeg], PSNR) is None
     assert "not checked" in rate_distortion.aim_lines(None)[0]
 
@@ -271,6 +283,20 @@ def test_rate_distortion_run(folder: Path, tmp_path: Path, capsys: pytest.Captur
     assert "http" not in page and "//" not in re.sub(r'"data:[^"]*"', "", page)
     sources = re.findall(r'(?:src|href)="([^"]*)"', page)
     assert len(sources) == 3 + 2 * 2 * 2 and all(source.startswith("data:image/") for source in sources)
+
+
+def test_own_codec_is_measured_like_the_others(folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weights = tmp_path / "tiny.safetensors"
+    save_model(weights, TINY, VQVAE(TINY), Prior(TINY), {})
+    codec = codecs.get("vqcodec", weights=weights)
+    settings = rate_distortion.Settings({"vqcodec": (1.0, 80.0)}, ("psnr",), weights, None)
+    rows = rate_distortion.measure_picture("vqcodec", folder / "a.png", settings)
+    files = [vqcodec.compress(photo(96, 64), quality=quality, weights=weights) for quality in (1, 80)]
+    assert [row.bytes for row in rows] == [len(file) for file in files]
+    decoded = np.asarray(vqcodec.decompress(files[1], weights=weights))
+    np.testing.assert_array_equal(codec.decode(files[1]), decoded)
+    assert rows[1].values["psnr-rgb"] == pytest.approx(measured_psnr(photo(96, 64), decoded))
 
 
 def test_processes_give_the_same_files(folder: Path) -> None:
