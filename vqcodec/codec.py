@@ -74,7 +74,7 @@ def compress(
     with torch.inference_mode():
         segments, codes = _encode(model, header, source.pixels)
         if verify and any(
-            not torch.equal(a, b) for a, b in zip(codes, _decode_codes(model, header, segments)[0], strict=True)
+            not torch.equal(a, b) for a, b in zip(codes, _decode_codes(model, header, segments), strict=True)
         ):
             raise FormatError("verification failed: the file would not decode to the codes it was made from")
     return bitstream.write(header, _chunks(source), segments)
@@ -117,7 +117,7 @@ def decode_picture(
     """
     container = bitstream.read(data, max_pixels=max_pixels, partial=partial)
     model = _load(weights, device)
-    codes, problems = decode_codes(container, model)
+    codes = decode_codes(container, model)
     with torch.inference_mode():
         pixels = _reconstruct(model, container.header, codes)
     chunks = {chunk.kind: chunk.data for chunk in container.chunks}
@@ -128,19 +128,18 @@ def decode_picture(
         icc=chunks.get("ICCP"),
         exif=chunks.get("EXIF"),
         xmp=chunks.get("XMP "),
-        notes=(*container.problems, *problems),
+        notes=container.problems,
     )
 
 
-def decode_codes(container: Container, model: Model) -> tuple[list[Tensor], tuple[str, ...]]:
+def decode_codes(container: Container, model: Model) -> list[Tensor]:
     """The code indices of a file: the part of decoding that is exact on every machine.
 
     Returns:
-        per level, coarse first, int16 (h, w, P) of the padded picture; code 0 where a segment is missing. And a line
-        for each tile whose segments are intact but do not decode.
+        per level, coarse first, int16 (h, w, P) of the padded picture; code 0 where a segment is missing.
 
     Raises:
-        WeightsError: the file was made with other weights. ChecksumError: as above, without `partial`.
+        WeightsError: the file was made with other weights. ChecksumError: a segment is not what an encoder wrote.
     """
     header = container.header
     if header.weights_id != model.id:
@@ -226,9 +225,7 @@ def _get(coder: Decoder, tables: CodeTables, parameters: Tensor) -> Tensor:
     return k
 
 
-def _decode_codes(
-    model: Model, header: Header, segments: tuple[bytes | None, ...] | list[bytes]
-) -> tuple[list[Tensor], tuple[str, ...]]:
+def _decode_codes(model: Model, header: Header, segments: tuple[bytes | None, ...] | list[bytes]) -> list[Tensor]:
     quality = torch.tensor([header.quality], device=model.device)
     codes = [
         torch.zeros(h, w, sum(s.planes for s in stage.slices), dtype=torch.int16)
@@ -262,7 +259,7 @@ def _decode_codes(
                 continue
             break  # without this slice nothing after it in the tile can be decoded
         tile.state = None
-    return codes, ()
+    return codes
 
 
 # Pixels <-> codes
