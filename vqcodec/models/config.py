@@ -13,6 +13,13 @@ from vqcodec.errors import WeightsError
 QUALITIES = 100
 
 
+def _check_range(config: object, low: int, *names: str, high: int = 1 << 20) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or not low <= value <= high:
+            raise ValueError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
+
+
 @dataclass(frozen=True)
 class SliceConfig:
     """Code planes that are coded together: equal code length and codebook size.
@@ -22,12 +29,21 @@ class SliceConfig:
         dim: code length D; the slice covers P * D latent channels.
         codes: codebook size K of every plane.
         layer: progressive layer of the file that carries the slice (0 is the coarsest).
+
+    Raises:
+        ValueError: a number is out of range.
     """
 
     planes: int
     dim: int
     codes: int
     layer: int
+
+    def __post_init__(self) -> None:
+        _check_range(self, 1, "planes", "dim")
+        _check_range(self, 0, "layer")
+        # The range coder takes no alphabet of one value beside the flag of code 0; codes are kept as int16.
+        _check_range(self, 3, "codes", high=1 << 15)
 
     @property
     def channels(self) -> int:
@@ -53,6 +69,10 @@ class StageConfig:
     decoder_blocks: int
     slices: tuple[SliceConfig, ...] = ()
 
+    def __post_init__(self) -> None:
+        _check_range(self, 1, "stride", "channels", "hidden")
+        _check_range(self, 0, "encoder_blocks", "decoder_blocks")
+
 
 @dataclass(frozen=True)
 class PriorConfig:
@@ -67,6 +87,10 @@ class PriorConfig:
     channels: int = 96
     embedding: int = 64
     blocks: int = 1
+
+    def __post_init__(self) -> None:
+        _check_range(self, 1, "channels", "embedding")
+        _check_range(self, 0, "blocks")
 
 
 @dataclass(frozen=True)
@@ -103,6 +127,9 @@ class Config:
         layers = [s.layer for stage in self.levels for s in stage.slices]
         if layers != sorted(layers) or sorted(set(layers)) != list(range(self.layers)):
             raise ValueError(f"layers must be 0, 1, 2, ... in coding order, got {layers}")
+        low, high = self.lambda_range
+        if not 0 < low < high:
+            raise ValueError(f"lambda_range must be two growing positive numbers, got {self.lambda_range}")
         if self.codebook not in ("gradient", "ema"):
             raise ValueError(f"codebook must be gradient or ema, got {self.codebook!r}")
 
@@ -223,4 +250,8 @@ def load_config(name: str) -> Config:
     path = Path(name)
     if not path.is_file():
         raise WeightsError(f"no configuration {name!r}: known are {', '.join(NAMED)}, or give a JSON file")
-    return Config.from_json(path.read_text(encoding="utf-8"))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise WeightsError(f"cannot read the configuration {name}: {error}") from None
+    return Config.from_json(text)
