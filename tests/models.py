@@ -1,0 +1,186 @@
+"""Made pictures, a tiny seeded model in which nothing is trivial, and what several test files do with codes."""
+
+import atexit
+import functools
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from vqcodec import codec, weights
+from vqcodec.bitstream import Header
+from vqcodec.entropy import Encoder
+from vqcodec.models.config import TINY, Config
+from vqcodec.models.joint import RateDistortion
+from vqcodec.models.prior import PHASES, Prior, QualityBias, SlicePrior
+from vqcodec.models.quantizer import Codebook
+from vqcodec.models.vqvae import VQVAE, ResidualBlock, Slice
+from vqcodec.weights import Model
+
+Pixels = NDArray[np.uint8]
+
+
+def picture(height: int, width: int, seed: int = 0) -> Pixels:
+    """uint8 (height, width, 3): a gradient, Gabor patches and straight edges, as photos have; no noise."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width] / max(height, width)
+    slope = rng.uniform(-60, 60, (3, 2))
+    image = 128 + slope[:, 0, None, None] * (y - 0.5) + slope[:, 1, None, None] * (x - 0.5)
+    for _ in range(6):
+        angle, frequency, spread = rng.uniform(0, np.pi), rng.uniform(10, 60), rng.uniform(0.1, 0.4)
+        centre_y, centre_x = rng.uniform(0, 1, 2)
+        along = (y - centre_y) * np.sin(angle) + (x - centre_x) * np.cos(angle)
+        near = np.exp(-((y - centre_y) ** 2 + (x - centre_x) ** 2) / spread**2)
+        colour = rng.uniform(0.5, 1, 3) * rng.choice([-1, 1])
+        image = image + 35 * colour[:, None, None] * near * np.sin(frequency * along + rng.uniform(0, 6))
+        image = image + rng.uniform(-25, 25, 3)[:, None, None] * (along > rng.uniform(0, 0.3))
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8).transpose(1, 2, 0).copy()
+
+
+def batch(*images: Pixels) -> Tensor:
+    """Pictures of one size -> float (B, 3, H, W), 0..255."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
+
+
+def tiny(config: Config = TINY, seed: int = 0) -> RateDistortion:
+    """A model on its KLT start, shaken: every weight that starts at zero is not, and the prior's outputs vary."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(like: Tensor, size: float) -> Tensor:
+        return torch.randn(like.shape, generator=generator) * size
+
+    torch.manual_seed(seed)
+    model = RateDistortion(config)
+    model.vqvae.start_from_pictures(batch(*(picture(256, 256, s) for s in range(4))))
+    with torch.no_grad():
+        for part in model.modules():
+            if isinstance(part, ResidualBlock):
+                part.expand.weight += noise(part.expand.weight, 0.003)
+                part.quality.weight += noise(part.quality.weight, 0.1)
+            elif isinstance(part, Slice):
+                part.log_steps += noise(part.log_steps, 0.1)
+            elif isinstance(part, Codebook):
+                part.vectors[:, 1:] += noise(part.vectors[:, 1:], 0.03)
+                part.bias += noise(part.bias, 0.5)
+            elif isinstance(part, QualityBias):
+                part.curve += noise(part.curve, 0.1)
+            elif isinstance(part, SlicePrior):
+                part.head.weight *= 6
+                assert part.head.bias is not None
+                part.head.bias += noise(part.head.bias, 12)
+    return model
+
+
+def save(model: RateDistortion, path: Path) -> Path:
+    """Write a weights file; freezes the prior."""
+    weights.save_model(path, model.config, model.vqvae, model.prior, {"made by": "tests/models.py"})
+    return path
+
+
+@functools.cache
+def tiny_weights() -> Path:
+    """The weights file of `tiny()`, made once."""
+    folder = tempfile.TemporaryDirectory(prefix="vqcodec-tests-")
+    atexit.register(folder.cleanup)
+    return save(tiny(), Path(folder.name) / "tiny.safetensors")
+
+
+def tiny_model() -> Model:
+    """`tiny_weights`, loaded."""
+    return weights.load(tiny_weights())
+
+
+def random_codes(model: VQVAE, height: int, width: int, seed: int = 0) -> list[Tensor]:
+    """int64 (h, w, P) per level for a picture of this size, a multiple of `Config.multiple`; small indices likelier."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = []
+    for level, stage in enumerate(model.config.levels):
+        h, w = height // stage.stride, width // stage.stride
+        parts = []
+        for piece in model.level_slices(level):
+            size = piece.codebook.config.codes
+            share = torch.rand(h, w, piece.planes, generator=generator)
+            parts.append((share**3 * size).long().clamp(max=size - 1))
+        codes.append(torch.cat(parts, -1))
+    return codes
+
+
+def code_inputs(model: VQVAE, codes: list[Tensor]) -> list[list[Tensor]]:
+    """What the prior sees of codes: per level and slice, float (1, 2 P D, h, w)."""
+    inputs = []
+    for level, level_codes in enumerate(codes):
+        first, parts = 0, []
+        for piece in model.level_slices(level):
+            indices = level_codes[:, :, first : first + piece.planes]
+            table = piece.codebook.inputs()
+            planes = torch.arange(piece.planes)
+            parts.append(table[planes, indices].flatten(2).permute(2, 0, 1)[None])
+            first += piece.planes
+        inputs.append(parts)
+    return inputs
+
+
+def run_prior(prior: Prior, inputs: list[list[Tensor]], quality: int = 50) -> list[Tensor]:
+    """Parameters of all symbols, given all codes: per slice, in coding order, (B, h, w, P, D + 3).
+
+    Args:
+        inputs: as from `code_inputs`, with any batch size.
+    """
+    found: list[Tensor] = []
+    state: Tensor | None = None
+    for level, level_inputs in enumerate(inputs):
+        count, _, h, w = level_inputs[0].shape
+        qualities = torch.full((count,), quality)
+        state = prior.level(level).begin(state, qualities, count, h, w)
+        for index, codes in enumerate(level_inputs):
+            part = prior.level(level).slice(index)
+            state, context = part.prepare(state, qualities)
+            parameters = torch.zeros(count, h, w, part.planes, part.dim + 3)
+            known = torch.zeros_like(codes)
+            for phase, (row, column) in enumerate(PHASES):
+                if row >= h or column >= w:
+                    continue
+                here = part.parameters_at(phase, context, known).detach()
+                rows, columns = -(-(h - row) // 2), -(-(w - column) // 2)
+                parameters[:, row::2, column::2] = here.reshape(count, rows, columns, part.planes, part.dim + 3)
+                known[:, :, row::2, column::2] = codes[:, :, row::2, column::2]
+            state = part.update(state, codes)
+            found.append(parameters)
+    return found
+
+
+def encode_codes(model: Model, header: Header, codes: list[Tensor]) -> list[bytes]:
+    """Segments of given codes (as `codec.decode_codes` returns them): the encoder without its choice."""
+    quality = torch.tensor([header.quality])
+    tiles = codec._tiles(model, header)
+    coders = [[Encoder() for _ in range(header.layers)] for _ in tiles]
+    with torch.inference_mode():
+        for tile, own in zip(tiles, coders, strict=True):
+            for level, stage in enumerate(model.config.levels):
+                window = tile.window(stage.stride)
+                level_codes = codes[level][window].long()
+                tile.state = model.prior.level(level).begin(tile.state, quality, 1, *level_codes.shape[:2])
+                first = 0
+                for index, piece in enumerate(stage.slices):
+                    given = level_codes[:, :, first : first + piece.planes]
+                    tables = model.tables.slice(level, index)
+
+                    def step(
+                        phase: int,
+                        parameters: Tensor,
+                        given: Tensor = given,
+                        tables: nn.Module = tables,
+                        coder: Encoder = own[piece.layer],
+                    ) -> Tensor:
+                        row, column = PHASES[phase]
+                        k = given[row::2, column::2].reshape(-1, given.shape[-1])
+                        codec._put(coder, tables, parameters, k)
+                        return k
+
+                    part = model.prior.level(level).slice(index)
+                    tile.state, _ = codec._code_slice(part, tables, tile.state, quality, step)
+                    first += piece.planes
+    return [own[layer].finish() for layer in range(header.layers) for own in coders]

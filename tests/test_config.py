@@ -1,0 +1,128 @@
+"""The configuration: what the named ones say, the way through JSON, and that senseless ones are refused."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vqcodec.errors import WeightsError
+from vqcodec.models.config import NAMED, PHOTO, TINY, VQVAE2, Config, SliceConfig, StageConfig, load_config
+
+
+@pytest.mark.parametrize("config", NAMED.values(), ids=NAMED)
+def test_json_round_trip(config: Config) -> None:
+    assert Config.from_json(config.to_json()) == config
+    assert Config.from_json(json.dumps(json.loads(config.to_json()), indent=2)) == config
+
+
+def test_levels_are_coarse_first_and_carry_codes() -> None:
+    assert [stage.stride for stage in PHOTO.levels] == [64, 16]
+    assert [stage.stride for stage in VQVAE2.levels] == [8, 4]
+    assert all(stage.slices for stage in PHOTO.levels)
+    assert (PHOTO.multiple, PHOTO.layers) == (64, 4)
+    assert (TINY.multiple, TINY.layers) == (32, 3)
+
+
+def test_the_layout_of_the_paper() -> None:
+    slices = [piece for stage in VQVAE2.levels for piece in stage.slices]
+    assert [(piece.planes, piece.codes) for piece in slices] == [(1, 512), (1, 512)]
+    assert VQVAE2.codebook == "ema"
+
+
+def test_lambdas_are_evenly_spaced_in_the_logarithm() -> None:
+    low, high = PHOTO.lambda_range
+    expected = [low * (high / low) ** (k / 10) for k in range(11)]
+    assert [PHOTO.lambda_of(k / 10) for k in range(11)] == pytest.approx(expected)
+
+
+def stage(stride: int, channels: int = 8, slices: tuple[SliceConfig, ...] | None = None) -> StageConfig:
+    pieces = (SliceConfig(planes=channels, dim=1, codes=16, layer=0),) if slices is None else slices
+    return StageConfig(stride, channels, hidden=4, encoder_blocks=0, decoder_blocks=0, slices=pieces)
+
+
+def with_layers(*layers: int) -> tuple[SliceConfig, ...]:
+    return tuple(SliceConfig(planes=4, dim=1, codes=16, layer=layer) for layer in layers)
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ((), "coarsest stage"),
+        ((stage(6), stage(16)), "whole factors"),
+        ((stage(8), stage(8)), "whole factors"),
+        ((stage(8), stage(4)), "whole factors"),
+        ((stage(4), stage(8, slices=())), "coarsest stage"),
+        ((stage(4, channels=9, slices=with_layers(0, 0)),), "8 of 9 channels"),
+        ((stage(4, slices=with_layers(1, 0)),), "layers must be"),
+        ((stage(4, slices=with_layers(0, 2)),), "layers must be"),
+        ((stage(4, slices=with_layers(0, 0)), stage(8, slices=with_layers(1, 1))), "layers must be"),
+    ],
+)
+def test_stages_that_do_not_fit_together(stages: tuple[StageConfig, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Config("bad", stages)
+
+
+def test_codebook_must_be_known() -> None:
+    with pytest.raises(ValueError, match="gradient or ema"):
+        dataclasses.replace(TINY, codebook="none")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("planes", 0), ("dim", 0), ("dim", 1.0), ("codes", 2), ("codes", 40000), ("layer", -1)]
+)
+def test_sizes_out_of_range(name: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        SliceConfig(**{"planes": 1, "dim": 1, "codes": 16, "layer": 0, name: value})
+
+
+def changed(path: list[Any], value: Any) -> str:
+    """TINY as JSON with one thing replaced."""
+    tree = json.loads(TINY.to_json())
+    node = tree
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    return json.dumps(tree)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "no json",
+        "null",
+        "[]",
+        "{}",
+        '{"name": "x"}',
+        changed(["unknown"], 1),
+        changed(["stages"], 7),
+        changed(["stages"], []),
+        changed(["stages", 0, "stride"], "four"),
+        changed(["stages", 0, "unknown"], 1),
+        changed(["stages", 1, "slices", 0, "codes"], 0),
+        changed(["stages", 1, "slices", 0, "codes"], None),
+        changed(["prior"], {"channels": -1}),
+        changed(["prior"], None),
+        changed(["lambda_range"], 3),
+        changed(["lambda_range"], [0.1]),
+        changed(["lambda_range"], [0.1, 0.001]),
+    ],
+)
+def test_bad_json(text: str) -> None:
+    with pytest.raises(WeightsError, match="not a model configuration"):
+        Config.from_json(text)
+
+
+def test_load_config(tmp_path: Path) -> None:
+    assert load_config("photo") is PHOTO
+    path = tmp_path / "mine.json"
+    path.write_text(TINY.to_json(), encoding="utf-8")
+    assert load_config(str(path)) == TINY
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(WeightsError, match="cannot read the configuration"):
+        load_config(str(path))
+    with pytest.raises(WeightsError, match="known are photo, vqvae2, tiny"):
+        load_config(str(tmp_path / "missing.json"))
