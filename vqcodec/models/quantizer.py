@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional
 
 from vqcodec.models.config import SliceConfig
@@ -118,7 +118,8 @@ class Codebook(nn.Module):
 
     def nearest(self, v: Tensor) -> Tensor:
         """Index of the nearest code: float (N, P, D) -> int64 (N, P)."""
-        return _distances(v.float(), self.vectors.detach()).argmax(-1).T
+        with torch.autocast(v.device.type, enabled=False):
+            return _distances(v.float(), self.vectors.detach()).argmax(-1).T
 
     def features(self) -> Tensor:
         """x_k, |x_k|^2 and |x_k|_1 of every code: float32 (P, K, D + 2)."""
@@ -152,18 +153,19 @@ class Codebook(nn.Module):
         open_rows = cost >= weight * (nearest - length).clamp(min=0).square()
         indices = torch.zeros(v.shape[:2], dtype=torch.int64, device=v.device)
         features = self.features()
-        for plane in range(v.shape[1]):
-            rows = open_rows[:, plane].nonzero()[:, 0]
-            if len(rows):
-                scores = _log_probabilities(
-                    features[plane, None],
-                    self.bias.detach()[plane, None],
-                    rates.theta[rows, plane, None],
-                    rates.zero[rows, plane, None],
-                )[0]
-                distances = _distances(v[rows, plane, None], self.vectors.detach()[plane, None])
-                scores.mul_(bias).add_(distances.mul_(weight[None, rows, plane, None]))
-                indices[rows, plane] = scores.max(-1)[1][0]
+        with torch.autocast(v.device.type, enabled=False):
+            for plane in range(v.shape[1]):
+                rows = open_rows[:, plane].nonzero()[:, 0]
+                if len(rows):
+                    scores = _log_probabilities(
+                        features[plane, None],
+                        self.bias.detach()[plane, None],
+                        rates.theta[rows, plane, None],
+                        rates.zero[rows, plane, None],
+                    )[0]
+                    distances = _distances(v[rows, plane, None], self.vectors.detach()[plane, None])
+                    scores.mul_(bias).add_(distances.mul_(weight[None, rows, plane, None]))
+                    indices[rows, plane] = scores.max(-1)[1][0]
         return indices
 
     def quantise(
@@ -196,10 +198,12 @@ class Codebook(nn.Module):
         planes, codes, dim = self.vectors.shape
         flat = (indices + torch.arange(planes, device=v.device) * codes).reshape(-1)
         counts = torch.bincount(flat, minlength=planes * codes).float().reshape(planes, codes)
+        _sum_over_processes(counts)
         self.steps += 1
         self.usage.lerp_(counts, 1 - self.decay)
         if self.learn == "ema":
             totals = torch.zeros(planes * codes, dim, device=v.device).index_add_(0, flat, v.float().reshape(-1, dim))
+            _sum_over_processes(totals)
             self.sums.lerp_(totals.reshape(planes, codes, dim), 1 - self.decay)
             correction = 1 - self.decay**self.steps
             usage, sums = self.usage / correction, self.sums / correction
@@ -257,6 +261,12 @@ def _log_probabilities(
     logits -= torch.log2(total) + softplus
     logits[..., 0] = zero.T - softplus[..., 0]
     return logits, values.div_(total)
+
+
+def _sum_over_processes(x: Tensor) -> None:
+    """Add up x in place over the processes of a distributed run, so that all of them learn the same codebook."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(x)
 
 
 def _distances(v: Tensor, vectors: Tensor) -> Tensor:
