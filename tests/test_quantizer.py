@@ -1,0 +1,336 @@
+"""Vectors <-> indices: choices against a search in numpy, gradients against autograd, learning against recomputation."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vqcodec.models import quantizer
+from vqcodec.models.config import SliceConfig
+from vqcodec.models.quantizer import Codebook, Rates, lattice_points
+
+Floats = NDArray[np.float64]
+SHAPES = [(1, 1, 16), (5, 1, 64), (3, 2, 40), (2, 4, 33)]  # planes, dim, codes
+
+
+def book_and_rows(
+    planes: int, dim: int, codes: int, rows: int = 50, learn: str = "gradient"
+) -> tuple[Codebook, Tensor]:
+    """A codebook off its lattice, with unequal spreads and biases, and vectors in its range."""
+    torch.manual_seed(planes * 100 + dim)
+    book = Codebook(SliceConfig(planes, dim, codes, layer=0), learn)
+    with torch.no_grad():
+        book.vectors += 0.1 * torch.randn(book.vectors.shape)
+        book.bias += torch.randn(book.bias.shape)
+        book.spread.copy_(2.0 ** torch.arange(planes))
+    return book, torch.randn(rows, planes, dim) * 3
+
+
+def rate_model(book: Codebook, rows: int = 50) -> Rates:
+    planes, _, dim = book.vectors.shape
+    theta = torch.randn(rows, planes, dim + 2)
+    theta[..., dim:] = -theta[..., dim:].abs() / 3
+    return Rates(theta, 2 * torch.randn(rows, planes))
+
+
+def numpy_bits(book: Codebook, rates: Rates) -> Floats:
+    """Bits of every code of every symbol, from the equations of the module: (N, P, K)."""
+    vectors, bias, spread = (t.detach().double().numpy() for t in (book.vectors, book.bias, book.spread))
+    theta, zero = rates.theta.detach().double().numpy(), rates.zero.detach().double().numpy()
+    planes, codes, dim = vectors.shape
+    bits = np.empty((*zero.shape, codes))
+    for n in range(len(zero)):
+        for p in range(planes):
+            x = vectors[p] / spread[p]
+            logits = x @ theta[n, p, :dim] + theta[n, p, dim] * (x**2).sum(1) + theta[n, p, dim + 1] * abs(x).sum(1)
+            logits += bias[p]
+            significant = 1 / (1 + 2 ** zero[n, p])
+            bits[n, p, 1:] = -np.log2(significant) - logits[1:] + np.log2((2 ** logits[1:]).sum())
+            bits[n, p, 0] = -np.log2(1 - significant)
+    return bits
+
+
+def numpy_distances(book: Codebook, v: Tensor) -> Floats:
+    """Squared distance of every row to every code, (N, P, K)."""
+    gap = v.double().numpy()[:, :, None] - book.vectors.detach().double().numpy()[None]
+    return np.asarray((gap**2).sum(-1))
+
+
+def assert_best(cost: Floats, indices: Tensor) -> None:
+    """The indices (N, P) minimise the cost (N, P, K), up to float32 rounding."""
+    found = np.take_along_axis(cost, indices.numpy()[..., None], 2)[..., 0]
+    np.testing.assert_allclose(found, cost.min(2), rtol=1e-4, atol=1e-4)
+    assert (indices.numpy() == cost.argmin(2)).mean() > 0.99
+
+
+# The start
+
+
+@pytest.mark.parametrize(("codes", "dim"), [(16, 1), (512, 1), (160, 2), (256, 4), (500, 8)])
+def test_lattice_points(codes: int, dim: int) -> None:
+    points = lattice_points(codes, dim)
+    assert points.shape == (codes, dim)
+    assert torch.equal(points, points.round())
+    assert not points[0].any()
+    norms = points.square().sum(1)
+    assert torch.equal(norms, norms.sort()[0])
+    assert len(torch.unique(points, dim=0)) == codes
+    # No shorter integer vector is left out: all those of norm n exist, or the last shell is the one that was cut.
+    shell = norms < norms[-1]
+    reach = torch.arange(-int(norms[-1] ** 0.5), int(norms[-1] ** 0.5) + 1)
+    if dim <= 4:
+        every = torch.cartesian_prod(*[reach] * dim).reshape(-1, dim).square().sum(1)
+        assert int(shell.sum()) == int((every < norms[-1]).sum())
+
+
+def test_long_vectors_start_in_random_directions() -> None:
+    points = lattice_points(64, 17)
+    assert not points[0].any()
+    torch.testing.assert_close(points[1:].norm(dim=1), torch.ones(63))
+    assert len(torch.unique(points, dim=0)) == 64
+    assert torch.equal(points, lattice_points(64, 17))
+
+
+def test_inputs_of_the_prior_are_signed_bytes_that_tell_codes_apart() -> None:
+    for dim, codes in [(1, 2048), (1, 64), (2, 160), (4, 160)]:
+        inputs = Codebook(SliceConfig(1, dim, codes, layer=0)).inputs()
+        assert inputs.shape == (1, codes, 2 * dim)
+        assert torch.equal(inputs, inputs.round())
+        assert float(inputs.abs().max()) <= 127
+        assert not inputs[0, 0].any()
+        assert torch.equal(inputs[..., :dim].abs(), inputs[..., dim:])
+        near = Codebook(SliceConfig(1, dim, 9, layer=0)).inputs()
+        assert len(torch.unique(near[0], dim=0)) == 9
+    line = Codebook(SliceConfig(1, 1, 2048, layer=0))
+    by_value = line.inputs()[0, line.vectors[0, :, 0].argsort(), 0]
+    assert torch.equal(by_value, by_value.sort()[0])
+    assert (float(by_value[0]), float(by_value[-1])) == (-127, 127)
+    with torch.no_grad():
+        line.vectors *= 2
+    assert float(line.inputs().abs().max()) == 127, "codes that have moved out stay in range"
+
+
+# Choices
+
+
+@pytest.mark.parametrize(("planes", "dim", "codes"), SHAPES)
+def test_nearest_is_what_a_search_finds(planes: int, dim: int, codes: int) -> None:
+    book, v = book_and_rows(planes, dim, codes)
+    indices = book.nearest(v)
+    assert (indices.dtype, indices.shape) == (torch.int64, (50, planes))
+    assert_best(numpy_distances(book, v), indices)
+
+
+@pytest.mark.parametrize(("planes", "dim", "codes"), SHAPES)
+@pytest.mark.parametrize("bias", [0.0, 0.4, 1.0])
+def test_choice_is_what_a_search_finds(planes: int, dim: int, codes: int, bias: float) -> None:
+    book, v = book_and_rows(planes, dim, codes)
+    rates = rate_model(book)
+    weight = torch.rand(50, planes) * 4 + 0.1
+    indices = book.choose(v, rates, weight, bias)
+    cost = weight.double().numpy()[..., None] * numpy_distances(book, v) + bias * numpy_bits(book, rates)
+    assert_best(cost, indices)
+    if bias:
+        assert not torch.equal(indices, book.nearest(v))
+
+
+def test_choice_near_zero() -> None:
+    """Most of what a photo gives: small vectors whose code 0 is likely."""
+    book, v = book_and_rows(3, 2, 40, rows=2000)
+    v *= 2 ** (5 * torch.rand(2000, 3, 1) - 5)
+    rates = rate_model(book, rows=2000)
+    rates.zero += 3
+    weight = torch.rand(2000, 3) * 4
+    cost = weight.double().numpy()[..., None] * numpy_distances(book, v) + 0.5 * numpy_bits(book, rates)
+    indices = book.choose(v, rates, weight, 0.5)
+    assert_best(cost, indices)
+    assert 0.6 < float((indices == 0).float().mean()) < 0.95
+
+
+def test_result_does_not_depend_on_how_planes_are_chunked(monkeypatch: pytest.MonkeyPatch) -> None:
+    book, v = book_and_rows(5, 2, 40)
+    rates, weight, share = rate_model(book), torch.ones(50, 5), torch.ones(50)
+    whole = book.quantise(v, rates, weight, 0.5, share)
+    monkeypatch.setattr(quantizer, "CHUNK", 1)
+    for ours, expected in zip(book.quantise(v, rates, weight, 0.5, share), whole, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_bfloat16_autocast_does_not_reach_the_choice() -> None:
+    book, v = book_and_rows(3, 2, 40)
+    rates, weight, share = rate_model(book), torch.ones(50, 3), torch.ones(50)
+    with torch.autocast("cpu", torch.bfloat16):
+        nearest, chosen = book.nearest(v), book.choose(v, rates, weight, 0.5)
+        loss, indices, bits = book.quantise(v, rates, weight, 0.5, share)
+    assert torch.equal(nearest, book.nearest(v))
+    assert torch.equal(chosen, book.choose(v, rates, weight, 0.5))
+    assert torch.equal(indices, chosen)
+    assert loss.dtype == bits.dtype == torch.float32
+    np.testing.assert_allclose(
+        bits, np.take_along_axis(numpy_bits(book, rates), indices.numpy()[..., None], 2).sum((1, 2)), rtol=1e-5
+    )
+
+
+def test_lookup() -> None:
+    book, _ = book_and_rows(3, 2, 40)
+    indices = torch.randint(40, (7, 3))
+    found = book.lookup(indices)
+    for n in range(7):
+        for p in range(3):
+            assert torch.equal(found[n, p], book.vectors[p, indices[n, p]])
+    found.sum().backward()
+    assert book.vectors.grad is not None
+    assert float(book.vectors.grad.sum()) == 7 * 3 * 2
+
+
+# Gradients
+
+
+def plain_log_probabilities(book: Codebook, theta: Tensor, zero: Tensor, bias: Tensor) -> Tensor:
+    """log2 p of every code, (N, P, K), by ordinary differentiable operations in float64."""
+    x = (book.vectors.detach() / book.spread[:, None, None]).double()
+    features = torch.cat([x, x.square().sum(-1, keepdim=True), x.abs().sum(-1, keepdim=True)], -1)
+    logits = torch.einsum("npf,pkf->npk", theta, features) + bias
+    values = torch.log_softmax(logits[..., 1:] * math.log(2), -1) / math.log(2)
+    flag = torch.nn.functional.logsigmoid(zero * math.log(2)) / math.log(2)
+    other = torch.nn.functional.logsigmoid(-zero * math.log(2)) / math.log(2)
+    return torch.cat([flag[..., None], other[..., None] + values], -1)
+
+
+@pytest.mark.parametrize(("planes", "dim", "codes"), SHAPES)
+def test_gradients_of_the_rate(planes: int, dim: int, codes: int) -> None:
+    book, v = book_and_rows(planes, dim, codes)
+    rates = rate_model(book)
+    v.requires_grad_()
+    theta, zero = rates.theta.requires_grad_(), rates.zero.requires_grad_()
+    weight, share = torch.rand(50, planes) + 0.1, torch.rand(50)
+    loss, indices, bits = book.quantise(v, rates, weight, 0.5, share)
+    (3 * loss).backward()
+    assert not bits.requires_grad
+    assert torch.equal(indices, book.choose(v.detach(), rates, weight, 0.5))
+    assert 0 < int((indices == 0).sum()) < indices.numel(), "the case must have both kinds of symbols"
+
+    plain = [t.detach().double().requires_grad_() for t in (theta, zero, book.bias)]
+    logp = plain_log_probabilities(book, *plain)
+    hard = -logp.gather(-1, indices[..., None])[..., 0]
+    torch.testing.assert_close(bits.double(), hard.sum(1).detach(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(loss.detach().double(), (share * hard.sum(1)).sum().detach(), rtol=1e-5, atol=1e-4)
+    (3 * share[:, None] * hard).sum().backward()
+    for ours, reference in zip((theta, zero, book.bias), plain, strict=True):
+        assert ours.grad is not None and reference.grad is not None
+        torch.testing.assert_close(ours.grad.double(), reference.grad, rtol=1e-4, atol=1e-4)
+
+    # The encoder's gradient: of the expected bits under a soft assignment, with probabilities kept above 2^-40.
+    free = v.detach().double().requires_grad_()
+    distances = (free[:, :, None] - book.vectors.detach().double()).square().sum(-1)
+    soft = torch.softmax(-distances / quantizer.TEMPERATURE, -1)
+    (3 * share[:, None] * -(soft * logp.detach().clamp(min=-40)).sum(-1)).sum().backward()
+    assert v.grad is not None and free.grad is not None
+    torch.testing.assert_close(v.grad.double(), free.grad, rtol=1e-3, atol=1e-3)
+
+
+# Learning
+
+
+def test_moving_averages() -> None:
+    planes, dim, codes = 2, 3, 8
+    book, _ = book_and_rows(planes, dim, codes, learn="ema")
+    assert not book.vectors.requires_grad
+    start = book.vectors.detach().double().numpy().copy()
+    usage, sums = np.zeros((planes, codes)), np.zeros((planes, codes, dim))
+    for step in range(1, 4):
+        v = torch.randn(30, planes, dim)
+        indices = torch.randint(5, (30, planes))  # codes 5, 6 and 7 never have members
+        before = book.vectors.detach().double().numpy().copy()
+        book.update_averages(v, indices)
+        for p in range(planes):
+            for k in range(codes):
+                members = v[indices[:, p] == k, p].double().numpy()
+                usage[p, k] += 0.01 * (len(members) - usage[p, k])
+                sums[p, k] += 0.01 * (members.sum(0) - sums[p, k])
+        correction = 1 - 0.99**step
+        counts = usage / correction
+        totals = counts.sum(1, keepdims=True)
+        smooth = (counts + 1e-5) / (totals + codes * 1e-5) * totals
+        expected = np.where((counts > 1e-3)[..., None], sums / correction / smooth[..., None], before)
+        np.testing.assert_allclose(book.vectors.detach().numpy(), expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(book.usage.numpy(), usage, rtol=1e-4)
+    assert np.array_equal(book.vectors[:, 5:].detach().numpy(), start[:, 5:].astype(np.float32))
+
+
+PROCESS = """
+import torch
+from torch import distributed
+from vqcodec.models.config import SliceConfig
+from vqcodec.models.quantizer import Codebook
+
+distributed.init_process_group("gloo")
+book, alone = (Codebook(SliceConfig(2, 2, 8, layer=0), "ema") for _ in range(2))
+rows, indices = torch.randn(2, 30, 2, 2), torch.randint(8, (2, 30, 2))  # of both processes: the seed is the same
+book.update_averages(rows[distributed.get_rank()], indices[distributed.get_rank()])
+distributed.destroy_process_group()
+alone.update_averages(rows.flatten(0, 1), indices.flatten(0, 1))
+torch.testing.assert_close(book.vectors, alone.vectors)
+torch.testing.assert_close(book.usage, alone.usage)
+"""
+
+
+@pytest.mark.slow
+def test_processes_learn_one_codebook(tmp_path: Path) -> None:
+    program = tmp_path / "learn.py"
+    program.write_text("import torch\ntorch.manual_seed(0)\n" + PROCESS, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_averages_only_count_when_the_gradient_learns() -> None:
+    book, v = book_and_rows(2, 1, 16)
+    before = book.vectors.detach().clone()
+    book.update_averages(v, book.nearest(v))
+    assert torch.equal(book.vectors, before)
+    torch.testing.assert_close(book.usage.sum(1), torch.full((2,), 50 * 0.01))
+
+
+@pytest.mark.parametrize("learn", ["gradient", "ema"])
+def test_revival_moves_dead_codes_onto_data(learn: str) -> None:
+    book, _ = book_and_rows(2, 2, 16, learn=learn)
+    v = torch.randn(100, 2, 2) + 10
+    for _ in range(3):
+        book.update_averages(v, torch.randint(1, 8, (100, 2)))  # 0 and 8 to 15 are dead
+    before = book.vectors.detach().clone()
+    assert book.revive(v) == 2 * 8
+    assert torch.equal(book.vectors[:, :8], before[:, :8]), "code 0 and living codes stay"
+    for plane in range(2):
+        rows = {tuple(row) for row in v[:, plane].tolist()}
+        assert all(tuple(code) in rows for code in book.vectors[plane, 8:].tolist())
+    assert book.revive(v) == 0, "a revived code gets time to find members"
+    moved = book.vectors.detach().clone()
+    book.update_averages(v, torch.randint(1, 8, (100, 2)))
+    torch.testing.assert_close(book.vectors[:, 8:], moved[:, 8:], rtol=0.02, atol=0)
+
+
+def test_k_means_start_lowers_the_distortion() -> None:
+    torch.manual_seed(0)
+    centres = torch.randn(2, 6, 3) * 5
+    v = torch.stack([centres[p, torch.randint(6, (400,))] for p in range(2)], 1) + 0.1 * torch.randn(400, 2, 3)
+    book = Codebook(SliceConfig(2, 3, 16, layer=0))
+
+    @torch.no_grad()
+    def distortion() -> float:
+        return float((v - book.lookup(book.nearest(v))).square().sum(-1).mean())
+
+    lattice = distortion()
+    book.start_from(v, rounds=0)
+    drawn = distortion()
+    book.start_from(v)
+    assert distortion() < 0.5 * drawn < 0.5 * lattice
+    assert distortion() < 0.1
+    norms = book.vectors.square().sum(-1)
+    assert torch.equal(norms.argmin(1), torch.zeros(2, dtype=torch.int64))
