@@ -1,0 +1,208 @@
+"""A second reader of .vqz files: segments -> indices, written from FORMAT.md alone, in whole numbers.
+
+Python integers and numpy's int64 only, nothing of the package: slow, and unable to round.
+"""
+
+import json
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+PHASES = ((0, 0), (1, 1), (0, 1), (1, 0))
+
+
+def p(numerator: int, denominator: int) -> int:
+    """floor(2^(numerator / denominator)): the largest v with v^denominator <= 2^numerator."""
+    if numerator < 0:
+        return 0
+    low, high = 0, 1 << (numerator // denominator + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if middle**denominator <= 1 << numerator else (low, middle)
+    return low
+
+
+def flag_counts(z: int) -> list[int]:
+    odds = p(8 * 16 + z, 8)
+    zero = (2**24 - 2) * odds // (odds + 2**16)
+    return [zero, 2**24 - 2 - zero]
+
+
+def value_counts(parameters: Sequence[int], values: Ints, bias: Ints) -> list[int]:
+    """Counts of k = 1..K-1.
+
+    Args:
+        parameters: the D + 3 integers of the symbol. values: (D + 2, K - 1). bias: (K - 1,).
+    """
+    *means, s, l, _ = (int(x) for x in parameters)
+    factors = [m * p(12 * 32 + s, 32) for m in means] + [p(12 * 16 + s, 16), p(13 * 16 + l, 16)]
+    columns = [[int(x) for x in row] for row in values]
+    logits = [
+        sum(factor * column[k] for factor, column in zip(factors, columns, strict=True)) + 2**19 * int(bias[k])
+        for k in range(len(bias))
+    ]
+    assert max(map(abs, logits)) < 2**53
+    t = [logit // 2**21 for logit in logits]
+    below = [max(t) - x for x in t]
+    weights = [p(20 * 64 - d, 64) for d in below]
+    free, total = 2**24 - len(bias), sum(weights)
+    counts = [weight * free // total for weight in weights]
+    counts[below.index(0)] += free - sum(counts)
+    return counts
+
+
+class RangeDecoder:
+    """The decoder that FORMAT.md lists, one symbol a call."""
+
+    def __init__(self, segment: bytes) -> None:
+        self.segment, self.position = segment, 0
+        self.lower, self.range = 0, 2**64 - 1
+        self.point = self.word() << 32 | self.word()
+
+    def word(self) -> int:
+        self.position += 4
+        return int.from_bytes(self.segment[self.position - 4 : self.position], "little")
+
+    def get(self, counts: Sequence[int]) -> int:
+        scale = self.range >> 24
+        quantile = (self.point - self.lower) % 2**64 // scale
+        assert quantile < 2**24
+        index, left = 0, 0
+        while left + counts[index] + 1 <= quantile:
+            left += counts[index] + 1
+            index += 1
+        self.lower = (self.lower + scale * left) % 2**64
+        self.range = scale * (counts[index] + 1)
+        if self.range < 2**32:
+            self.lower, self.range = (self.lower << 32) % 2**64, self.range << 32
+            self.point = (self.point << 32) % 2**64 | self.word()
+        return index
+
+
+class Weights:
+    """A weights file: `config` and `tensors`, integers as int64."""
+
+    def __init__(self, path: Path) -> None:
+        data = path.read_bytes()
+        (size,) = struct.unpack_from("<Q", data)
+        header: dict[str, Any] = json.loads(data[8 : 8 + size])
+        self.config: dict[str, Any] = json.loads(header.pop("__metadata__")["config"])
+        self.levels = [stage for stage in reversed(self.config["stages"]) if stage["slices"]]
+        kinds = {"I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
+        self.tensors: dict[str, Ints] = {}
+        for name, entry in header.items():
+            if entry["dtype"] in kinds:
+                start, stop = (8 + size + offset for offset in entry["data_offsets"])
+                flat = np.frombuffer(data[start:stop], kinds[entry["dtype"]])
+                self.tensors[name] = flat.reshape(entry["shape"]).astype(np.int64)
+
+
+def clamp(x: Ints) -> Ints:
+    return np.clip(x, -127, 127)
+
+
+def act(state: Ints) -> Ints:
+    return clamp(state // 16)
+
+
+def gate(x: Ints) -> Ints:
+    u, v = np.split(x, 2)
+    return np.asarray(clamp(u) * np.clip(v + 64, 0, 128) // 128)
+
+
+def shuffle(x: Ints, r: int) -> Ints:
+    channels, height, width = x.shape
+    y = x.reshape(channels // r**2, r, r, height, width)
+    return y.transpose(0, 3, 1, 4, 2).reshape(channels // r**2, height * r, width * r)
+
+
+class Tile:
+    """Decodes the codes of one tile."""
+
+    def __init__(self, weights: Weights, quality: int) -> None:
+        self.weights, self.quality = weights, quality
+
+    def conv(self, name: str, x: Ints, b: int = 0) -> Ints:
+        weight, bias, exponent = (self.weights.tensors[f"prior.{name}.{t}"] for t in ("weight", "bias", "exponent"))
+        outputs, inputs, kernel, _ = weight.shape
+        assert inputs * kernel**2 <= 1040 and abs(weight).max() <= 127 and abs(x).max() <= 127
+        pad = kernel // 2
+        padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad)))
+        total = np.zeros((outputs, *x.shape[1:]), np.int64)
+        for row in range(kernel):
+            for column in range(kernel):
+                part = padded[:, row : row + x.shape[1], column : column + x.shape[2]]
+                total += np.einsum("oi,ihw->ohw", weight[:, :, row, column], part)
+        return (total << b >> exponent[:, None, None]) + bias[:, None, None]
+
+    def q(self, name: str) -> Ints:
+        return self.weights.tensors[f"prior.{name}.table"][self.quality - 1][:, None, None]
+
+    def decode(self, segments: Sequence[bytes], height: int, width: int) -> Iterator[Ints]:
+        """Indices of each level, (h, w, P), from the tile's segment of every layer.
+
+        Args:
+            height, width: of the tile, padded to whole units.
+        """
+        coders = [RangeDecoder(segment) for segment in segments]
+        s = np.zeros(0, np.int64)
+        for level, stage in enumerate(self.weights.levels):
+            h, w = height // stage["stride"], width // stage["stride"]
+            here = f"levels.{level}"
+            if level == 0:
+                s = np.zeros((self.weights.config["prior"]["channels"], h, w), np.int64)
+            else:
+                ratio = self.weights.levels[level - 1]["stride"] // stage["stride"]
+                s = shuffle(self.conv(f"{here}.expand", act(s), b=4), ratio)
+            s = s + 16 * self.q(f"{here}.start")
+            found = []
+            for index, piece in enumerate(stage["slices"]):
+                name = f"{here}.slices.{index}"
+                for block in range(self.weights.config["prior"]["blocks"]):
+                    hidden = self.conv(f"{name}.blocks.{block}.spread", act(s)) + self.q(
+                        f"{name}.blocks.{block}.quality"
+                    )
+                    s = s + self.conv(f"{name}.blocks.{block}.merge", gate(hidden), b=4)
+                context = self.conv(f"{name}.context", act(s)) + self.q(f"{name}.quality")
+                tables = {
+                    t: self.weights.tensors[f"tables.levels.{level}.{index}.{t}"] for t in ("inputs", "values", "bias")
+                }
+                planes, dim = piece["planes"], piece["dim"]
+                k = np.zeros((planes * 2 * dim, h, w), np.int64)
+                indices = np.zeros((h, w, planes), np.int64)
+                for phase, (top, left) in enumerate(PHASES):
+                    hidden = context
+                    if phase:
+                        near = clamp(self.conv(f"{name}.near", k))
+                        hidden = context + self.conv(f"{name}.phases.{phase - 1}", near)
+                    parameters = clamp(self.conv(f"{name}.head", gate(hidden))).reshape(planes, dim + 3, h, w)
+                    places = [(y, x) for y in range(top, h, 2) for x in range(left, w, 2)]
+                    self.read(coders[piece["layer"]], parameters, places, tables, indices)
+                    for y, x in places:
+                        k[:, y, x] = np.concatenate([tables["inputs"][j, indices[y, x, j]] for j in range(planes)])
+                if f"prior.{name}.absorb.weight" in self.weights.tensors:
+                    s = s + self.conv(f"{name}.absorb", k, b=4)
+                found.append(indices)
+            yield np.concatenate(found, 2)
+
+    @staticmethod
+    def read(
+        coder: RangeDecoder, parameters: Ints, places: list[tuple[int, int]], tables: dict[str, Ints], indices: Ints
+    ) -> None:
+        """The symbols of one pass, into `indices`."""
+        planes = len(parameters)
+        for y, x in places:
+            for plane in range(planes):
+                indices[y, x, plane] = coder.get(flag_counts(int(parameters[plane, -1, y, x])))
+        for plane in range(planes):
+            for y, x in places:
+                if indices[y, x, plane]:
+                    counts = value_counts(
+                        parameters[plane, :, y, x].tolist(), tables["values"][plane], tables["bias"][plane]
+                    )
+                    indices[y, x, plane] = coder.get(counts) + 1
