@@ -138,7 +138,7 @@ def run_prior(prior: Prior, inputs: list[list[Tensor]], quality: int = 50) -> li
         for index, codes in enumerate(level_inputs):
             part = prior.level(level).slice(index)
             state, context = part.prepare(state, qualities)
-            parameters = torch.zeros(count, h, w, part.planes, part.dim + 3)
+            parameters = torch.zeros(count, h, w, part.planes, part.dim + 3, dtype=codes.dtype)
             known = torch.zeros_like(codes)
             for phase, (row, column) in enumerate(PHASES):
                 if row >= h or column >= w:
