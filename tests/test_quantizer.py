@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vqcodec.models import quantizer
 from vqcodec.models.config import SliceConfig
-from vqcodec.models.quantizer import Codebook, Rates, lattice_points
+from vqcodec.models.quantizer import Codebook, Rates, structured_start
 
 Floats = NDArray[np.float64]
 SHAPES = [(1, 1, 16), (5, 1, 64), (3, 2, 40), (2, 4, 33)]  # planes, dim, codes
@@ -73,8 +73,8 @@ def assert_best(cost: Floats, indices: Tensor) -> None:
 
 
 @pytest.mark.parametrize(("codes", "dim"), [(16, 1), (512, 1), (160, 2), (256, 4), (500, 8)])
-def test_lattice_points(codes: int, dim: int) -> None:
-    points = lattice_points(codes, dim)
+def test_structured_start(codes: int, dim: int) -> None:
+    points = structured_start(codes, dim)
     assert points.shape == (codes, dim)
     assert torch.equal(points, points.round())
     assert not points[0].any()
@@ -90,11 +90,11 @@ def test_lattice_points(codes: int, dim: int) -> None:
 
 
 def test_long_vectors_start_in_random_directions() -> None:
-    points = lattice_points(64, 17)
+    points = structured_start(64, 17)
     assert not points[0].any()
     torch.testing.assert_close(points[1:].norm(dim=1), torch.ones(63))
     assert len(torch.unique(points, dim=0)) == 64
-    assert torch.equal(points, lattice_points(64, 17))
+    assert torch.equal(points, structured_start(64, 17))
 
 
 def test_inputs_of_the_prior_are_signed_bytes_that_tell_codes_apart() -> None:

@@ -32,15 +32,18 @@ from vqcodec import data, weights
 from vqcodec.errors import TrainingError
 from vqcodec.models.config import Config, load_config
 from vqcodec.models.joint import RateDistortion
-from vqcodec.models.vqvae import channels_last
+from vqcodec.models.vqvae import Linear1x1, channels_last
 
 BATCH = 8  # crops a step, over all processes
 CROP, LARGE_CROP = 256, 384
 LARGE_FROM = 0.85  # share of the time after which crops are large
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 5e-4
+PRIOR_LEARNING_RATE = 1e-3
+# The KLT matrices multiply large inputs: at the full rate a few steps would undo them.
+KLT_LEARNING_RATE = 1e-5
 WARM_UP_STEPS = 100
-RATE_WARM_UP = 0.4  # share of the time over which the rate weight rises
-RATE_START = 0.1
+RATE_WARM_UP = 0.25  # share of the time over which the rate weight rises
+RATE_START = 0.3
 AVERAGE_DECAY = 0.999
 CLIP_NORM = 1.0
 CHECKPOINT_SECONDS = 180
@@ -161,7 +164,15 @@ class _Run:
         self.on_warning = on_warning if rank == 0 else None
         self.model = channels_last(RateDistortion(config), device)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
-        self.optimiser = torch.optim.Adam(self.model.parameters(), LEARNING_RATE, betas=(0.9, 0.98))
+        klt = [p for m in self.model.modules() if isinstance(m, Linear1x1) for p in m.parameters()]
+        known = {id(p) for p in klt}
+        others = [p for p in self.model.vqvae.parameters() if id(p) not in known]
+        groups = [
+            {"params": others, "peak": LEARNING_RATE},
+            {"params": klt, "peak": KLT_LEARNING_RATE},
+            {"params": list(self.model.prior.parameters()), "peak": PRIOR_LEARNING_RATE},
+        ]
+        self.optimiser = torch.optim.Adam(groups, LEARNING_RATE, betas=(0.9, 0.99), fused=True)
         self.step, self.spent = 0, 0.0
         self.bpp = self.psnr = self.loss = math.nan
         self.before: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
@@ -262,10 +273,10 @@ class _Run:
         return float(clock)
 
     def _set_rates(self, share: float) -> None:
-        rate = LEARNING_RATE * min(1.0, (self.step + 1) / WARM_UP_STEPS)
+        rate = min(1.0, (self.step + 1) / WARM_UP_STEPS)
         rate *= 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share))
         for group in self.optimiser.param_groups:
-            group["lr"] = rate
+            group["lr"] = group["peak"] * rate
 
     def _optimise(self, trained: nn.Module, pixels: Tensor, rate_weight: float) -> None:
         trained.train()
@@ -283,11 +294,11 @@ class _Run:
         self.step += 1
         decay = min(AVERAGE_DECAY, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            for mean, value in zip(self.average.state_dict().values(), self.model.state_dict().values(), strict=True):
-                if mean.is_floating_point():
-                    mean.lerp_(value, 1 - decay)
-                else:
-                    mean.copy_(value)
+            means: list[Tensor] = list(self.average.parameters())
+            values: list[Tensor] = list(self.model.parameters())
+            torch._foreach_lerp_(means, values, 1 - decay)
+            for mean, value in zip(self.average.buffers(), self.model.buffers(), strict=True):
+                mean.copy_(value)
         bpp = float(losses.bpp.mean())
         ratio = float((10 * torch.log10(255**2 / losses.mse.clamp(min=1e-3))).mean())
         keep = 0.98 if math.isfinite(self.bpp) else 0.0

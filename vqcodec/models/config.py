@@ -190,7 +190,7 @@ PHOTO = Config(
                 SliceConfig(planes=16, dim=1, codes=256, layer=1),
                 SliceConfig(planes=20, dim=2, codes=160, layer=1),
                 SliceConfig(planes=28, dim=2, codes=96, layer=2),
-                SliceConfig(planes=44, dim=4, codes=160, layer=3),
+                SliceConfig(planes=88, dim=2, codes=64, layer=3),
             ),
         ),
         StageConfig(

@@ -27,19 +27,28 @@ from vqcodec.models.config import SliceConfig
 # Temperature, in squared steps, of the soft assignment that carries the rate's gradient to the encoder: at 0.5 a code
 # one step away from the nearest has 13 % of its weight.
 TEMPERATURE = 0.5
+# The outer codes of the structured start lie on this many spheres, each larger than the last by this factor.
+OUTER_SPHERES = 6
+OUTER_GROWTH = 1.4
+# No symbol costs more bits: the range coder gives every one a count of at least 1 in 2^24.
+MOST_BITS = 24.0
 # Entries of a K-wide tensor that are worked on at once: 2^17 floats, several such tensors fit the second-level cache.
 CHUNK = 1 << 17
 
 
-def lattice_points(codes: int, dim: int) -> Tensor:
-    """The structured start of a codebook: integer points by growing norm, the zero vector first.
+def structured_start(codes: int, dim: int) -> Tensor:
+    """The codebook before training, sorted by norm, the zero vector first: a lattice with outposts.
+
+    For D = 1 integers: 0, 1, -1, 2, -2, ... Otherwise three fifths of the codes are the shortest integer vectors and the
+    rest lie around them on spheres whose radii grow by a constant factor, because latents have heavy tails: a plane
+    without far codes saturates on high contrast. For D > 16, where even the first shell of the lattice is larger than
+    any codebook, all codes but zero are random directions of unit norm.
 
     Args:
         codes: K. dim: D.
 
     Returns:
-        float32 (K, D). For D = 1: 0, 1, -1, 2, -2, ...; for D > 16, where even the first shells are larger than any
-        codebook, the points after zero are random directions of unit norm.
+        float32 (K, D).
     """
     if dim == 1:
         k = torch.arange(codes)
@@ -51,12 +60,22 @@ def lattice_points(codes: int, dim: int) -> Tensor:
         return points
     shells: list[Tensor] = []
     count, norm = 0, 0
-    while count < codes:
+    while count < 0.6 * codes:
         shell = torch.tensor(list(_shell(norm, dim)), dtype=torch.float32).reshape(-1, dim)
         shells.append(shell[torch.randperm(len(shell), generator=generator)])
         count += len(shell)
         norm += 1
-    return torch.cat(shells)[:codes]
+    inner = torch.cat(shells)[:codes]
+    outer = codes - len(inner)
+    sphere = max(1, -(-outer // OUTER_SPHERES))
+    numbers = torch.arange(outer)
+    radii = inner.norm(dim=1).max() * OUTER_GROWTH ** (1 + numbers // sphere)
+    if dim == 2:
+        angles = 2 * math.pi * (numbers % sphere + 0.5 * (numbers // sphere)) / sphere
+        directions = torch.stack([angles.cos(), angles.sin()], 1)
+    else:
+        directions = functional.normalize(torch.randn(outer, dim, generator=generator), dim=1)
+    return torch.cat([inner, radii[:, None] * directions])
 
 
 def _shell(norm: int, dim: int) -> Iterator[tuple[int, ...]]:
@@ -99,7 +118,7 @@ class Codebook(nn.Module):
 
     def __init__(self, config: SliceConfig, learn: str = "gradient", decay: float = 0.99) -> None:
         super().__init__()
-        start = lattice_points(config.codes, config.dim).expand(config.planes, -1, -1)
+        start = structured_start(config.codes, config.dim).expand(config.planes, -1, -1)
         self.config, self.learn, self.decay = config, learn, decay
         self.vectors = nn.Parameter(start.clone(), requires_grad=learn == "gradient")  # (P, K, D)
         self.bias = nn.Parameter(torch.zeros(config.planes, config.codes))  # log2 units, part of the rate model
@@ -302,20 +321,22 @@ class _Quantise(torch.autograd.Function):
         for planes in book._chunks(len(v)):
             f = features[planes]
             logp, values = _log_probabilities(f, bias[planes], theta[:, planes], zero[:, planes])
+            logp.clamp_(min=-MOST_BITS)
             distances = _distances(v[:, planes], vectors[planes])
             scores = torch.mul(distances, weight.T[planes, :, None]).add_(logp, alpha=rate_bias)
             k = scores.max(-1)[1]
             indices[:, planes] = k.T
-            bits -= logp.gather(-1, k[..., None])[..., 0].sum(0)
+            spent = -logp.gather(-1, k[..., None])[..., 0]
+            bits += spent.sum(0)
             # The soft assignment w = softmax(-|v - e|^2 / T) gives d E_w[bits] / dv = -2/T Cov_w(log2 p, e).
             w = torch.softmax(distances.mul_(1 / TEMPERATURE), -1)
-            logp.clamp_(min=-40)  # a code that can hardly be coded must not dominate the covariance
             mean_e = torch.bmm(w, vectors[planes])
             w.mul_(logp)
             soft = torch.bmm(w, vectors[planes]) - w.sum(-1, keepdim=True) * mean_e
             grad_v[:, planes] = (soft * (-2 / TEMPERATURE) * share[None, :, None]).transpose(0, 1)
-            # The rate model learns from the chosen code: d bits / d theta = E_p[f] - f_k, for k other than 0.
-            other = (k > 0).float() * share
+            # The rate model learns from the chosen code: d bits / d theta = E_p[f] - f_k, for k other than 0
+            # whose bits are not at their limit.
+            other = ((k > 0) & (spent < MOST_BITS)).float() * share
             chosen = functional.embedding(
                 k + torch.arange(len(f), device=k.device)[:, None] * f.shape[1], f.reshape(-1, f.shape[-1])
             )

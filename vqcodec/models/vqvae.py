@@ -29,6 +29,8 @@ from vqcodec.models.quantizer import Codebook
 
 # Pixels are centred and scaled to about unit range; latents are orthonormal combinations of such pixels.
 PIXEL_CENTRE, PIXEL_SCALE = 128.0, 64.0
+# What a residual block of unit-sized weights may change, in the same unit: about one quantiser step.
+RESIDUAL_SCALE = 0.2
 # Knots of the piecewise linear log step over t in [0, 1].
 KNOTS = 9
 
@@ -67,8 +69,7 @@ class ResidualBlock(nn.Module):
         y = functional.conv2d(x, self.reduce.weight * self.scale[:, None, None], self.reduce.bias)
         y = functional.leaky_relu(y, 0.1)
         y = functional.leaky_relu(torch.addcmul(shift, self.spatial(y), 1 + gain), 0.1)
-        y = self.expand(y)
-        return x + y.float()
+        return x + RESIDUAL_SCALE * self.expand(y).float()
 
 
 class Linear1x1(nn.Linear):
