@@ -163,7 +163,7 @@ class _Run:
         self.on_progress = on_progress if rank == 0 else None
         self.on_warning = on_warning if rank == 0 else None
         self.model = channels_last(RateDistortion(config), device)
-        self.average = copy.deepcopy(self.model).requires_grad_(False)
+        self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
         klt = [p for m in self.model.modules() if isinstance(m, Linear1x1) for p in m.parameters()]
         known = {id(p) for p in klt}
         others = [p for p in self.model.vqvae.parameters() if id(p) not in known]
@@ -313,7 +313,6 @@ class _Run:
         """Append a line to the log: bpp, PSNR and cost of the averaged weights at a few qualities."""
         if self.on_progress:
             self._report("validate")
-        self.average.eval()
         row: dict[str, float] = {"step": self.step, "minutes": round(self.spent / 60, 2)}
         total = 0.0
         for quality in VALIDATION_QUALITIES:

@@ -217,7 +217,8 @@ class Codebook(nn.Module):
         planes, codes, dim = self.vectors.shape
         flat = (indices + torch.arange(planes, device=v.device) * codes).reshape(-1)
         counts = torch.bincount(flat, minlength=planes * codes).float().reshape(planes, codes)
-        _sum_over_processes(counts)
+        if self.learn == "ema":  # otherwise the counts are only for show
+            _sum_over_processes(counts)
         self.steps += 1
         self.usage.lerp_(counts, 1 - self.decay)
         if self.learn == "ema":
