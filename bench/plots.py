@@ -22,7 +22,16 @@ COLOURS = {
     "avif-psnr": "#60a5fa",
     "jxl": "#7e22ce",
 }
-PUBLISHED_DASHES = ((0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)), (0, (8, 3)), (0, (3, 1, 1, 1, 1, 1)))
+PUBLISHED_DASHES = (
+    (0, (5, 2)),
+    (0, (1, 1.5)),
+    (0, (5, 2, 1, 2)),
+    (0, (9, 3)),
+    (0, (3, 1, 1, 1, 1, 1)),
+    (0, (2, 2)),
+    (0, (1, 4)),
+    (0, (9, 2, 1, 2)),
+)
 MAX_RATE = 1.5  # bits per pixel: beyond it every codec looks perfect
 
 
