@@ -1,0 +1,252 @@
+"""Encoder and decoder: the start is a KLT codec, reaches are what they say, operations are counted."""
+
+import functools
+import math
+
+import models
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vqcodec.models.config import NAMED, PHOTO, TINY, VQVAE2, Config
+from vqcodec.models.prior import Prior
+from vqcodec.models.vqvae import KNOTS, VQVAE, Linear1x1, Stage, condition, principal_components
+
+QUALITY = torch.tensor([50])
+
+
+@functools.cache
+def started(config: Config = TINY) -> VQVAE:
+    """On its KLT start, not trained; not to be changed."""
+    torch.manual_seed(0)
+    model = VQVAE(config)
+    model.start_from_pictures(models.batch(*(models.picture(256, 256, seed) for seed in range(4))))
+    return model.requires_grad_(False)
+
+
+@functools.cache
+def shaken() -> VQVAE:
+    """Every weight differs from zero; not to be changed."""
+    return models.tiny().vqvae.requires_grad_(False)
+
+
+# The start
+
+
+@pytest.mark.parametrize("config", [TINY, VQVAE2], ids=lambda c: c.name)
+def test_start_is_orthonormal(config: Config) -> None:
+    for stage in started(config).stages:
+        assert isinstance(stage, Stage)
+        weight = stage.analysis.weight
+        rank = min(weight.shape)  # channels that the input does not fill start at zero
+        expected = torch.diag((torch.arange(len(weight)) < rank).float())
+        torch.testing.assert_close(weight @ weight.T, expected, atol=1e-5, rtol=0)
+        assert torch.equal(stage.synthesis.weight, weight.T)
+
+
+def test_untrained_codec_without_quantiser_reconstructs() -> None:
+    """24 of 192 channels at stride 8 keep most of a picture; pixels come back through the decoder alone."""
+    pixels = models.batch(models.picture(128, 160, seed=7))
+    latents = started().analyse(pixels, QUALITY)
+    assert [tuple(z.shape) for z in latents] == [(1, 12, 4, 5), (1, 24, 16, 20)]
+    restored = started().descend(1, latents[1], QUALITY)
+    error = float((restored - pixels).square().mean())
+    assert 10 * math.log10(255**2 / error) > 36
+    coarse = started().descend(1, started().descend(0, latents[0], QUALITY), QUALITY)
+    assert error < float((coarse - pixels).square().mean()) < float((pixels - pixels.mean()).square().mean()) / 4
+
+
+def test_latents_are_in_pixel_units() -> None:
+    """An orthonormal transform keeps lengths: what the latents lack is what the reconstruction lacks."""
+    pixels = models.batch(models.picture(96, 96, seed=8))
+    z = started().analyse(pixels, QUALITY)[1]
+    x, restored = ((p - 128) / 64 for p in (pixels, started().descend(1, z, QUALITY)))
+    lost = float((x - restored).square().sum())
+    assert float(z.square().sum()) + lost == pytest.approx(float(x.square().sum()), rel=1e-3)
+
+
+def test_leading_channels_are_the_strongest() -> None:
+    pixels = models.batch(*(models.picture(256, 256, seed) for seed in range(4)))
+    for z in started().analyse(pixels, torch.full((4,), 50)):
+        energy = z.square().mean((0, 2, 3))
+        assert bool((energy[:-1] >= energy[1:] * 0.999).all())
+
+
+def test_spreads_are_powers_of_two_that_follow_the_energy() -> None:
+    spreads = torch.cat([piece.codebook.spread for level in range(2) for piece in started().level_slices(level)])
+    assert torch.equal(torch.exp2(spreads.log2().round()), spreads)
+    assert float(spreads.min()) >= 1
+    top = started().slice(0, 0).codebook.spread
+    assert float(top[0]) == float(top.max()) > 8
+
+
+def test_principal_components_against_numpy() -> None:
+    rng = np.random.default_rng(0)
+    mixing = rng.normal(size=(6, 6)) * np.logspace(0, 2, 6)
+    x = torch.from_numpy(rng.normal(size=(3, 10, 10, 6)) @ mixing).permute(0, 3, 1, 2).float()
+    rows = principal_components(x, 4).double().numpy()
+    flat = x.permute(1, 0, 2, 3).reshape(6, -1).double().numpy()
+    values = np.linalg.eigvalsh(flat @ flat.T)[::-1]
+    np.testing.assert_allclose(rows @ rows.T, np.eye(4), atol=1e-5)
+    np.testing.assert_allclose(((rows @ flat) ** 2).sum(1), values[:4], rtol=1e-4)
+    assert (rows.sum(1) > 0).all()
+
+
+def test_principal_components_of_many_channels_look_at_the_first() -> None:
+    x = torch.randn(2, 20, 8, 8)
+    rows = principal_components(x, 5, limit=8)
+    assert rows.shape == (5, 20)
+    assert not rows[:, 8:].any()
+    assert torch.equal(rows[:, :8], principal_components(x[:, :8], 5))
+
+
+# Quality
+
+
+def test_condition_tells_qualities_apart_smoothly() -> None:
+    found = condition(torch.arange(1, 101))
+    assert found.shape == (100, 6)
+    assert float(found.abs().max()) <= 1.0001
+    assert float((found[1:] - found[:-1]).norm(dim=1).min()) > 0.01
+    t = (torch.arange(1, 101).double() - 1) / 99
+    chebyshev = np.polynomial.chebyshev.chebvander(2 * t.numpy() - 1, 5)
+    np.testing.assert_allclose(found, chebyshev, atol=1e-4)
+
+
+def test_steps_are_interpolated_between_knots() -> None:
+    piece = shaken().slice(1, 0)
+    places = np.arange(1, 101)
+    found = piece.steps(torch.from_numpy(places)).double().log().numpy()
+    knots = np.linspace(1, 100, KNOTS)
+    for plane in range(piece.planes):
+        logs = piece.log_steps[:, plane].double().numpy()
+        np.testing.assert_allclose(found[:, plane], np.interp(places, knots, logs), atol=1e-4)
+    steps = started().slice(1, 0).steps(torch.tensor([1, 50, 100]))[:, 0]
+    assert float(steps[0]) > 2 * float(steps[1]) > 4 * float(steps[2])
+
+
+# Reach
+
+
+def probe_picture() -> Tensor:
+    return models.batch(models.picture(320, 320, seed=3))
+
+
+@pytest.mark.parametrize("place", [(160, 160), (161, 190), (175, 168)], ids=str)
+def test_encoder_reach(place: tuple[int, int]) -> None:
+    """A latent changes only with pixels at most `encoder_reach` from its block, and the coarsest comes close to that."""
+    y, x = place
+    pixels = probe_picture()
+    before = shaken().analyse(pixels, QUALITY)
+    pixels[:, :, y, x] += 100
+    reach = shaken().encoder_reach()
+    assert reach == 1 * 4 + 1 * 8 + 1 * 32
+    for z, found, stage in zip(before, shaken().analyse(pixels, QUALITY), TINY.levels, strict=True):
+        changed = (z != found).any(1)[0].nonzero() * stage.stride
+        assert len(changed)
+        own = torch.tensor(place)
+        gaps = torch.maximum(changed - own, own - (changed + stage.stride - 1)).clamp(min=0).amax(1)
+        assert int(gaps.max()) <= reach
+        if stage is TINY.levels[0]:
+            assert int(gaps.max()) > stage.stride / 2, "the probe must come near the limit"
+
+
+def test_decoder_reach() -> None:
+    """A position of the finest estimate changes pixels up to exactly `decoder_reach` from its block."""
+    estimate = shaken().analyse(probe_picture(), QUALITY)[1]
+    before = shaken().descend(1, estimate, QUALITY)
+    row, column, stride = 20, 17, 8
+    moved = estimate.clone()
+    moved[:, :, row, column] += 3
+    changed = (before != shaken().descend(1, moved, QUALITY)).any(1)[0].nonzero()
+    reach = shaken().decoder_reach()
+    assert reach == 1 * 8 + 1 * 4
+    assert changed.amin(0).tolist() == [row * stride - reach, column * stride - reach]
+    assert changed.amax(0).tolist() == [row * stride + stride - 1 + reach, column * stride + stride - 1 + reach]
+
+
+@pytest.mark.parametrize(("level", "index"), [(1, 0), (1, 1)])
+def test_refinement_reaches_one_position(level: int, index: int) -> None:
+    estimate = shaken().analyse(probe_picture(), QUALITY)[level]
+    moved = estimate.clone()
+    moved[:, :, 6, 7] += 3
+    changed = shaken().refine(level, index, estimate, QUALITY) != shaken().refine(level, index, moved, QUALITY)
+    places = changed.any(1)[0].nonzero()
+    assert (places.amin(0).tolist(), places.amax(0).tolist()) == ([5, 6], [7, 8])
+
+
+def test_nothing_to_refine_before_the_first_codes() -> None:
+    zero = torch.zeros(1, 12, 3, 3)
+    assert shaken().refine(0, 0, zero, QUALITY) is zero
+
+
+# Structure
+
+
+@pytest.mark.parametrize("config", NAMED.values(), ids=NAMED)
+def test_shapes(config: Config) -> None:
+    """Latents of every level; every level's estimate descends to the next finer one's shape, the last to pixels."""
+    model = VQVAE(config).requires_grad_(False)
+    side = 2 * config.multiple
+    pixels, quality = torch.rand(2, 3, side, side) * 255, torch.tensor([1, 100])
+    latents = model.analyse(pixels, quality)
+    assert [z.shape for z in latents] == [(2, s.channels, side // s.stride, side // s.stride) for s in config.levels]
+    for level, z in enumerate(latents):
+        down = model.descend(level, z, quality)
+        assert down.shape == (latents[level + 1].shape if level + 1 < len(latents) else pixels.shape)
+        assert down.dtype == torch.float32
+
+
+def test_bfloat16_autocast_keeps_latents_precise() -> None:
+    """Sums and transforms stay in float32: only the residual blocks' insides are rounded."""
+    pixels = probe_picture()
+    exact = started().analyse(pixels, QUALITY)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = started().analyse(pixels, QUALITY)
+        restored = started().descend(1, found[1], QUALITY)
+    for z, x in zip(found, exact, strict=True):
+        assert z.dtype == torch.float32
+        torch.testing.assert_close(z, x, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(restored, started().descend(1, exact[1], QUALITY), atol=0.01, rtol=0)
+
+
+def test_operations_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`macs_per_pixel` is what the decoder's layers do, slices included, for a picture."""
+    done = 0
+    model = shaken()
+    estimates = model.analyse(models.batch(models.picture(64, 128)), QUALITY)
+    conv2d, linear = functional.conv2d, functional.linear
+
+    def counted_conv2d(x: Tensor, weight: Tensor, *rest: object) -> Tensor:
+        nonlocal done
+        out: Tensor = conv2d(x, weight, *rest)  # type: ignore[arg-type]
+        done += weight.numel() * out.shape[2] * out.shape[3]
+        return out
+
+    def counted_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        nonlocal done
+        if x.ndim == 4:  # not the conditioning on the quality, once a picture
+            done += weight.numel() * x.shape[1] * x.shape[2]
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(functional, "conv2d", counted_conv2d)
+    monkeypatch.setattr(functional, "linear", counted_linear)
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", lambda self, x, w, b: counted_conv2d(x, w, b, 1, self.padding))
+    for level, estimate in enumerate(estimates):
+        for index in range(len(model.level_slices(level))):
+            model.refine(level, index, estimate, QUALITY)
+        model.descend(level, estimate, QUALITY)
+    assert done / (64 * 128) == pytest.approx(model.macs_per_pixel())
+
+
+def test_photo_decodes_within_its_budget() -> None:
+    """DESIGN.md: at most 60 kMAC per pixel for decoder and prior together."""
+    assert VQVAE(PHOTO).macs_per_pixel() + Prior(PHOTO).macs_per_pixel(PHOTO) <= 60_000
+
+
+def test_linear_is_a_pointwise_convolution() -> None:
+    layer = Linear1x1(5, 7)
+    x = torch.randn(2, 5, 3, 4)
+    torch.testing.assert_close(layer(x), functional.conv2d(x, layer.weight[:, :, None, None]))
