@@ -353,6 +353,13 @@ def compare(first: str, second: str, weights: str | None, device: str, as_json: 
     "--minutes", type=click.FloatRange(min=0, min_open=True), default=180, show_default=True, help="How long to train."
 )
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint of an earlier run with the same OUT.")
+@click.option(
+    "--from",
+    "start_from",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False),
+    help="Start from these weights, with their configuration.",
+)
 @_device
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of all random choices.")
 @_force
@@ -362,15 +369,19 @@ def train(
     config: str,
     minutes: float,
     resume: bool,
+    start_from: str | None,
     device: str,
     seed: int,
     force: bool,
 ) -> int:
     """Train weights on picture files and on folders of them.
 
+    Beside OUT lie a checkpoint (.ckpt), a log (.csv) and a sheet of pictures before and after (.png).
+
     \b
-    Example:
+    Examples:
       vqcodec train photos/ -o my.safetensors --minutes 60
+      vqcodec train scans/ -o scans.safetensors --from weights/photo.safetensors
     """
     with _usage():
         found = files.find(pictures, files.PICTURE_SUFFIXES)
@@ -378,6 +389,8 @@ def train(
     for path, _ in found:
         with outcome.of(path):
             files.check(files.Job(path, output), overwrite=force or resume)
+            # Hours of work may lie in a checkpoint.
+            files.check(files.Job(path, str(Path(output).with_suffix(".ckpt"))), overwrite=force or resume)
         if outcome.failed:
             return outcome.status
     with outcome.of(output), _training_bar() as show:
@@ -391,6 +404,7 @@ def train(
             resume=resume,
             device=device,
             seed=seed,
+            start_from=Path(start_from) if start_from else None,
             on_progress=show,
             on_warning=lambda text: _say(f"vqcodec: warning: {text}"),
         )

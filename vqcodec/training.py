@@ -50,6 +50,8 @@ CHECKPOINT_SECONDS = 180
 REPORT_SECONDS = 2.0
 VALIDATIONS = 12  # a run, evenly spaced in time
 VALIDATION_PICTURES = 32
+# What a checkpoint holds besides tensors.
+FACTS = ("step", "spent", "bpp", "psnr", "rate_start")
 VALIDATION_QUALITIES = (10, 30, 50, 70, 90)
 
 
@@ -83,6 +85,7 @@ def train(
     resume: bool = False,
     device: str = "auto",
     seed: int = 0,
+    start_from: Path | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     on_warning: Callable[[str], None] | None = None,
 ) -> None:
@@ -95,13 +98,15 @@ def train(
         pictures: files and folders. output: the weights file, .safetensors.
         config: name of a configuration or a JSON file. minutes: budget of the whole run, earlier parts included.
         resume: go on from the checkpoint. device: "auto", "cpu" or "cuda". seed: of crops and initial weights.
+        start_from: a weights file to train on from, instead of from scratch; its configuration is taken too.
         on_progress, on_warning: called now and then with a `Progress`, and with one line for each picture skipped.
 
     Raises:
         TrainingError: no pictures, no checkpoint to resume from, or one of another configuration.
         WeightsError: unknown configuration or device.
     """
-    settings = load_config(str(config))
+    given = weights.load(start_from) if start_from else None
+    settings = given.config if given else load_config(str(config))
     with _process_group() as (rank, world):
         target = _device(device, rank)
         torch.manual_seed(seed)
@@ -110,8 +115,10 @@ def train(
         run.open_data(paths)
         if resume:
             run.load()
+        elif given:
+            run.start_from(given)
         else:
-            run.start()
+            run.start_fresh()
         run.loop()
         if rank == 0:
             run.export()
@@ -174,6 +181,7 @@ class _Run:
         ]
         self.optimiser = torch.optim.Adam(groups, LEARNING_RATE, betas=(0.9, 0.99), fused=True)
         self.step, self.spent = 0, 0.0
+        self.rate_start = RATE_START
         self.bpp = self.psnr = self.loss = math.nan
         self.before: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
 
@@ -189,7 +197,17 @@ class _Run:
         if not self.validation:
             raise TrainingError("none of the pictures set aside for validation could be read")
 
-    def start(self) -> None:
+    def start_from(self, given: weights.Model) -> None:
+        """Continue from exported weights; the rate counts in full from the first step."""
+        self.model.vqvae.load_state_dict(given.vqvae.state_dict())
+        prior = copy.deepcopy(given.prior)
+        prior.thaw()
+        self.model.prior.load_state_dict(prior.state_dict())
+        self.rate_start = 1.0
+        self._begin()
+
+    def start_fresh(self) -> None:
+        """The KLT start."""
         self._report("start")
         size = max(CROP, self.config.multiple)
         stream = data.batches(self.pictures, batch=BATCH, size=size, seed=self.seed)
@@ -198,6 +216,9 @@ class _Run:
         model = self.model.cpu()
         pixels = torch.from_numpy(crops).permute(0, 3, 1, 2).float()
         model.vqvae.start_from_pictures(pixels)
+        self._begin()
+
+    def _begin(self) -> None:
         channels_last(self.model, self.device)
         self.average.load_state_dict(self.model.state_dict())
         if self.rank == 0:
@@ -225,7 +246,7 @@ class _Run:
                 stream = self._batches(large)
             self._set_rates(share)
             crops = torch.from_numpy(next(stream)).to(self.device).permute(0, 3, 1, 2).float()
-            self._optimise(trained, crops, min(1.0, RATE_START + (1 - RATE_START) * share / RATE_WARM_UP))
+            self._optimise(trained, crops, self._rate_weight(share))
             now = time.monotonic()
             if self.rank == 0 and now - reported > REPORT_SECONDS:
                 reported = now
@@ -277,6 +298,9 @@ class _Run:
         rate *= 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share))
         for group in self.optimiser.param_groups:
             group["lr"] = group["peak"] * rate
+
+    def _rate_weight(self, share: float) -> float:
+        return min(1.0, self.rate_start + (1 - self.rate_start) * share / RATE_WARM_UP)
 
     def _optimise(self, trained: nn.Module, pixels: Tensor, rate_weight: float) -> None:
         trained.train()
@@ -381,7 +405,7 @@ class _Run:
         for index, state in self.optimiser.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{k}": v for k, v in state.items()}
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-        facts = {"step": self.step, "spent": self.spent, "bpp": self.bpp, "psnr": self.psnr}
+        facts = {name: getattr(self, name) for name in FACTS}
         metadata = {"config": self.config.to_json(), "facts": json.dumps(facts)}
         temporary = self._checkpoint().with_suffix(".ckpt.tmp")
         save_file(tensors, temporary, metadata)
@@ -406,7 +430,8 @@ class _Run:
                 state.setdefault(int(index), {})[key] = tensor
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
         facts = json.loads(metadata["facts"])
-        self.step, self.spent, self.bpp, self.psnr = facts["step"], facts["spent"], facts["bpp"], facts["psnr"]
+        for name in FACTS:
+            setattr(self, name, facts[name])
 
     def _report(self, stage: str) -> None:
         if self.on_progress:

@@ -106,6 +106,14 @@ class IntegerConv(nn.Conv2d):
             self.exponent = exponent.int()
             self.frozen = True
 
+    def thaw(self) -> None:
+        """Back to trainable floats that round to the same integers."""
+        if self.frozen:
+            self.weight.data = (
+                self.weight.data * 2.0**-self.bits * self.powers[self.exponent.long()][:, None, None, None]
+            )
+            self.frozen = False
+
     def run(self, x: Tensor, stride: int = 1, padding: int | None = None) -> Tensor:
         """Integers (B, inputs, h, w), float dtype, in [-127, 127] -> integers (B, outputs, h', w'), float32.
 
@@ -156,6 +164,13 @@ class QualityBias(nn.Module):
             every = torch.arange(1, QUALITIES + 1, device=self.curve.device)
             self.table = (_basis(every) @ self.curve.detach() * UNIT).round()
             self.frozen = True
+
+    def thaw(self) -> None:
+        """Fit the curve to the table; the table was made by such a curve, so it comes back up to its rounding."""
+        if self.frozen:
+            every = torch.arange(1, QUALITIES + 1, device=self.table.device)
+            self.curve.data = torch.linalg.lstsq(_basis(every), self.table / UNIT).solution
+            self.frozen = False
 
     def at(self, quality: Tensor) -> Tensor:
         """Bias for qualities, int64 (B,) in 1..100: (B, channels, 1, 1)."""
@@ -297,6 +312,12 @@ class Prior(nn.Module):
         for part in self.modules():
             if isinstance(part, IntegerConv | QualityBias):
                 part.freeze()
+
+    def thaw(self) -> None:
+        """The inverse of `freeze`, for training on from a weights file."""
+        for part in self.modules():
+            if isinstance(part, IntegerConv | QualityBias):
+                part.thaw()
 
     def macs_per_pixel(self, config: Config) -> float:
         """Multiply-accumulate operations per picture pixel."""
