@@ -183,7 +183,7 @@ class Codebook(nn.Module):
                         rates.zero[rows, plane, None],
                     )[0]
                     distances = _distances(v[rows, plane, None], self.vectors.detach()[plane, None])
-                    scores.mul_(bias).add_(distances.mul_(weight[None, rows, plane, None]))
+                    scores.clamp_(min=-MOST_BITS).mul_(bias).add_(distances.mul_(weight[None, rows, plane, None]))
                     indices[rows, plane] = scores.max(-1)[1][0]
         return indices
 
