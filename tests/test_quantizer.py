@@ -10,6 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from vqcodec.models import quantizer
 from vqcodec.models.config import SliceConfig
@@ -40,7 +41,7 @@ def rate_model(book: Codebook, rows: int = 50) -> Rates:
 
 
 def numpy_bits(book: Codebook, rates: Rates) -> Floats:
-    """Bits of every code of every symbol, from the equations of the module: (N, P, K)."""
+    """Bits of every code of every symbol, from the equations of the module, at most 24: (N, P, K)."""
     vectors, bias, spread = (t.detach().double().numpy() for t in (book.vectors, book.bias, book.spread))
     theta, zero = rates.theta.detach().double().numpy(), rates.zero.detach().double().numpy()
     planes, codes, dim = vectors.shape
@@ -53,7 +54,7 @@ def numpy_bits(book: Codebook, rates: Rates) -> Floats:
             significant = 1 / (1 + 2 ** zero[n, p])
             bits[n, p, 1:] = -np.log2(significant) - logits[1:] + np.log2((2 ** logits[1:]).sum())
             bits[n, p, 0] = -np.log2(1 - significant)
-    return bits
+    return np.minimum(bits, 24)
 
 
 def numpy_distances(book: Codebook, v: Tensor) -> Floats:
@@ -72,21 +73,28 @@ def assert_best(cost: Floats, indices: Tensor) -> None:
 # The start
 
 
-@pytest.mark.parametrize(("codes", "dim"), [(16, 1), (512, 1), (160, 2), (256, 4), (500, 8)])
+@pytest.mark.parametrize(("codes", "dim"), [(16, 1), (512, 1), (9, 2), (96, 2), (160, 2), (256, 4), (500, 8)])
 def test_structured_start(codes: int, dim: int) -> None:
     points = structured_start(codes, dim)
     assert points.shape == (codes, dim)
-    assert torch.equal(points, points.round())
     assert not points[0].any()
-    norms = points.square().sum(1)
-    assert torch.equal(norms, norms.sort()[0])
+    norms = points.norm(dim=1)
+    assert bool((norms[1:] > norms[:-1] - 1e-4).all())
     assert len(torch.unique(points, dim=0)) == codes
-    # No shorter integer vector is left out: all those of norm n exist, or the last shell is the one that was cut.
-    shell = norms < norms[-1]
-    reach = torch.arange(-int(norms[-1] ** 0.5), int(norms[-1] ** 0.5) + 1)
+    # First a lattice of at least three fifths of the codes, which leaves no shorter integer vector out ...
+    lattice = int((points == points.round()).all(1).sum())
+    assert lattice >= 0.6 * codes
+    inner = points[:lattice].square().sum(1)
     if dim <= 4:
+        reach = torch.arange(-int(inner[-1] ** 0.5), int(inner[-1] ** 0.5) + 1)
         every = torch.cartesian_prod(*[reach] * dim).reshape(-1, dim).square().sum(1)
-        assert int(shell.sum()) == int((every < norms[-1]).sum())
+        assert int((inner < inner[-1]).sum()) == int((every < inner[-1]).sum())
+    # ... then spheres that grow, spread over all directions.
+    outer = points[lattice:]
+    if len(outer):
+        assert float(outer.norm(dim=1).min()) > 1.3 * float(norms[lattice - 1])
+        assert float(norms[-1]) > 2 * float(norms[lattice - 1])
+        assert float(outer.mean(0).norm()) < 0.5 * float(norms[-1])
 
 
 def test_long_vectors_start_in_random_directions() -> None:
@@ -192,21 +200,21 @@ def test_lookup() -> None:
 # Gradients
 
 
-def plain_log_probabilities(book: Codebook, theta: Tensor, zero: Tensor, bias: Tensor) -> Tensor:
-    """log2 p of every code, (N, P, K), by ordinary differentiable operations in float64."""
+def plain_log_probabilities(book: Codebook, theta: Tensor, zero: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """log2 p of both flags, (N, P, 2), and of the values 1..K-1 given their flag, (N, P, K - 1), in float64."""
     x = (book.vectors.detach() / book.spread[:, None, None]).double()
     features = torch.cat([x, x.square().sum(-1, keepdim=True), x.abs().sum(-1, keepdim=True)], -1)
     logits = torch.einsum("npf,pkf->npk", theta, features) + bias
-    values = torch.log_softmax(logits[..., 1:] * math.log(2), -1) / math.log(2)
-    flag = torch.nn.functional.logsigmoid(zero * math.log(2)) / math.log(2)
-    other = torch.nn.functional.logsigmoid(-zero * math.log(2)) / math.log(2)
-    return torch.cat([flag[..., None], other[..., None] + values], -1)
+    flags = functional.logsigmoid(torch.stack([zero, -zero], -1) * math.log(2))
+    return flags / math.log(2), torch.log_softmax(logits[..., 1:] * math.log(2), -1) / math.log(2)
 
 
 @pytest.mark.parametrize(("planes", "dim", "codes"), SHAPES)
-def test_gradients_of_the_rate(planes: int, dim: int, codes: int) -> None:
+@pytest.mark.parametrize("steepness", [0.3, 1.0])
+def test_gradients_of_the_rate(planes: int, dim: int, codes: int, steepness: float) -> None:
     book, v = book_and_rows(planes, dim, codes)
     rates = rate_model(book)
+    rates.theta *= steepness
     v.requires_grad_()
     theta, zero = rates.theta.requires_grad_(), rates.zero.requires_grad_()
     weight, share = torch.rand(50, planes) + 0.1, torch.rand(50)
@@ -217,20 +225,25 @@ def test_gradients_of_the_rate(planes: int, dim: int, codes: int) -> None:
     assert 0 < int((indices == 0).sum()) < indices.numel(), "the case must have both kinds of symbols"
 
     plain = [t.detach().double().requires_grad_() for t in (theta, zero, book.bias)]
-    logp = plain_log_probabilities(book, *plain)
-    hard = -logp.gather(-1, indices[..., None])[..., 0]
-    torch.testing.assert_close(bits.double(), hard.sum(1).detach(), rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(loss.detach().double(), (share * hard.sum(1)).sum().detach(), rtol=1e-5, atol=1e-4)
-    (3 * share[:, None] * hard).sum().backward()
+    flags, values = plain_log_probabilities(book, *plain)
+    flag = -flags.gather(-1, (indices > 0).long()[..., None])[..., 0]
+    value = torch.where(indices > 0, -values.gather(-1, (indices - 1).clamp(min=0)[..., None])[..., 0], 0)
+    spent = (flag + value).detach().clamp(max=24).sum(1)
+    torch.testing.assert_close(bits.double(), spent, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(loss.detach().double(), (share * spent).sum(), rtol=1e-5, atol=1e-4)
+    # Of a symbol that costs the most bits there are, only the flag learns.
+    learns = flag + torch.where(flag + value < 24, value, 0)
+    (3 * share[:, None] * learns).sum().backward()
     for ours, reference in zip((theta, zero, book.bias), plain, strict=True):
         assert ours.grad is not None and reference.grad is not None
         torch.testing.assert_close(ours.grad.double(), reference.grad, rtol=1e-4, atol=1e-4)
 
-    # The encoder's gradient: of the expected bits under a soft assignment, with probabilities kept above 2^-40.
+    # The encoder's gradient: of the expected bits under a soft assignment.
     free = v.detach().double().requires_grad_()
     distances = (free[:, :, None] - book.vectors.detach().double()).square().sum(-1)
     soft = torch.softmax(-distances / quantizer.TEMPERATURE, -1)
-    (3 * share[:, None] * -(soft * logp.detach().clamp(min=-40)).sum(-1)).sum().backward()
+    bits_of_all = -torch.cat([flags[..., :1], flags[..., 1:] + values], -1).detach().clamp(min=-24)
+    (3 * share[:, None] * (soft * bits_of_all).sum(-1)).sum().backward()
     assert v.grad is not None and free.grad is not None
     torch.testing.assert_close(v.grad.double(), free.grad, rtol=1e-3, atol=1e-3)
 
