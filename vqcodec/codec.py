@@ -287,36 +287,36 @@ def _encode(model: Model, header: Header, pixels: NDArray[np.uint8]) -> tuple[li
             estimate = _refine(model, level, index, estimate, quality)
             steps = piece.steps(quality)
             scale = steps.repeat_interleave(piece.dim, 1)[:, :, None, None]
-            v = (z[:, piece.start : piece.stop] - estimate[:, piece.start : piece.stop]) / scale
             importance = weight * (steps * PIXEL_SCALE) ** 2 / 3
             tables = model.tables.slice(level, index)
-            indices = torch.zeros(*z.shape[2:], piece.planes, dtype=torch.int64, device=model.device)
+            part = prior.slice(index)
+            indices = torch.zeros(*z.shape[2:], piece.planes, dtype=torch.int16)
             for tile, own in zip(tiles, coders, strict=True):
                 window = tile.window(stride)
-                here = v[(slice(None), slice(None), *window)]
+                own_estimate = estimate[(slice(None), slice(piece.start, piece.stop), *window)]
+                v = (z[(slice(None), slice(piece.start, piece.stop), *window)] - own_estimate) / scale
 
                 def step(
                     phase: int,
                     parameters: Tensor,
-                    here: Tensor = here,
+                    v: Tensor = v,
                     piece: Slice = piece,
                     tables: CodeTables = tables,
                     importance: Tensor = importance,
                     coder: Encoder = own[config.layer],
                 ) -> Tensor:
                     row, column = PHASES[phase]
-                    target = rows(here[:, :, row::2, column::2], piece.planes)
-                    k = piece.codebook.choose(
-                        target, rates(parameters), importance.expand(len(target), -1), CHOICE_BIAS
-                    )
+                    target = rows(v[:, :, row::2, column::2], piece.planes)
+                    weights = importance.expand(len(target), -1)
+                    k = piece.codebook.choose(target, rates(parameters), weights, CHOICE_BIAS)
                     _put(coder, tables, parameters, k)
                     return k
 
                 assert tile.state is not None
-                part = prior.slice(index)
-                tile.state, indices[window] = _code_slice(part, tables, tile.state, quality, step)
-            _add_codes(estimate, piece, scale, indices)
-            level_codes.append(indices.to(torch.int16).cpu())
+                tile.state, chosen = _code_slice(part, tables, tile.state, quality, step)
+                own_estimate += _vectors(piece, scale, chosen)
+                indices[window] = chosen.to(torch.int16).cpu()
+            level_codes.append(indices)
         codes.append(torch.cat(level_codes, -1))
     segments = [own[layer].finish() for layer in range(header.layers) for own in coders]
     return segments, codes
@@ -334,18 +334,20 @@ def _reconstruct(model: Model, header: Header, codes: list[Tensor]) -> NDArray[n
             piece = model.vqvae.slice(level, index)
             estimate = _refine(model, level, index, estimate, quality)
             scale = piece.steps(quality).repeat_interleave(piece.dim, 1)[:, :, None, None]
-            indices = level_codes[:, :, first : first + piece.planes].to(model.device)
-            _add_codes(estimate, piece, scale, indices.long())
+            for strip in _strips(
+                level_codes.shape[0], level_codes.shape[1], WINDOW // model.config.levels[level].stride
+            ):
+                indices = level_codes[strip, :, first : first + piece.planes].to(model.device)
+                estimate[:, piece.start : piece.stop, strip] += _vectors(piece, scale, indices.long())
             first += piece.planes
     assert estimate is not None
     return _synthesise(model, estimate, header, quality)
 
 
-def _add_codes(estimate: Tensor, piece: Slice, scale: Tensor, indices: Tensor) -> None:
-    """Add a slice's code vectors, int64 (h, w, P), to its channels of the estimate (1, C, h, w), in place."""
+def _vectors(piece: Slice, scale: Tensor, indices: Tensor) -> Tensor:
+    """Indices int64 (h, w, P) -> what they add to the slice's channels of the estimate, (1, P D, h, w)."""
     height, width, planes = indices.shape
-    vectors = grid(piece.codebook.lookup(indices.reshape(-1, planes)), 1, height, width)
-    estimate[:, piece.start : piece.stop] += vectors * scale
+    return grid(piece.codebook.lookup(indices.reshape(-1, planes)), 1, height, width) * scale
 
 
 def _begin(model: Model, level: int, coarser: Tensor | None, shape: Any, quality: Tensor) -> Tensor:
@@ -356,17 +358,25 @@ def _begin(model: Model, level: int, coarser: Tensor | None, shape: Any, quality
 
 
 def _refine(model: Model, level: int, index: int, estimate: Tensor, quality: Tensor) -> Tensor:
-    """`VQVAE.refine` over the whole grid, in windows if it is large."""
-    stride = model.config.levels[level].stride
-    if estimate.shape[2] * estimate.shape[3] * stride**2 <= WINDOW**2:
+    """`VQVAE.refine` over the whole grid; strip by strip, in place, if it is large."""
+    height, width = estimate.shape[2:]
+    strips = _strips(height, width, WINDOW // model.config.levels[level].stride)
+    if len(strips) == 1:
         return model.vqvae.refine(level, index, estimate, quality)
-    refined = torch.empty_like(estimate)
-    for inner, outer, part in _windows(estimate.shape[2], estimate.shape[3], max(1, WINDOW // stride), 1):
-        cut = estimate[(slice(None), slice(None), *outer)]
-        refined[(slice(None), slice(None), *inner)] = model.vqvae.refine(level, index, cut, quality)[
-            (slice(None), slice(None), *part)
-        ]
-    return refined
+    above = estimate[:, :, :0]  # the row above a strip, as it was: a block sees one position around each
+    for strip in strips:
+        cut = torch.cat([above, estimate[:, :, strip.start : strip.stop + 1]], 2)
+        first = above.shape[2]
+        above = estimate[:, :, strip.stop - 1 : strip.stop].clone()
+        refined = model.vqvae.refine(level, index, cut, quality)
+        estimate[:, :, strip] = refined[:, :, first : first + strip.stop - strip.start]
+    return estimate
+
+
+def _strips(height: int, width: int, side: int) -> list[slice]:
+    """Rows of a grid in strips of about side x side positions."""
+    rows = max(1, side * side // width)
+    return [slice(start, min(start + rows, height)) for start in range(0, height, rows)]
 
 
 def _analyse(model: Model, pixels: NDArray[np.uint8], quality: Tensor) -> list[Tensor]:

@@ -97,7 +97,8 @@ def _load(path: Path, device: str, mtime: int, size: int) -> Model:
         try:
             problems = module.load_state_dict(state, strict=False)
         except RuntimeError as error:
-            raise WeightsError(f"weights {path} do not fit their configuration: {error}") from None
+            reason = " ".join(str(error).split())
+            raise WeightsError(f"weights {path} do not fit their configuration: {reason}") from None
         missing = sorted(set(problems.missing_keys) - _not_stored(module))
         if missing or problems.unexpected_keys:
             raise WeightsError(f"weights {path} lack {missing} and have unknown {problems.unexpected_keys}")

@@ -11,6 +11,8 @@ from typing import Any
 from vqcodec.errors import WeightsError
 
 QUALITIES = 100
+# The prior's convolutions have at most this many inputs: see prior.py on exactness.
+MAX_INPUTS = (1 << 24) // (127 * 127)  # 1040
 
 
 def _check_range(config: object, low: int, *names: str, high: int = 1 << 20) -> None:
@@ -89,7 +91,7 @@ class PriorConfig:
     blocks: int = 1
 
     def __post_init__(self) -> None:
-        _check_range(self, 1, "channels", "embedding")
+        _check_range(self, 1, "channels", "embedding", high=MAX_INPUTS // 9)
         _check_range(self, 0, "blocks")
 
 
@@ -127,6 +129,8 @@ class Config:
         layers = [s.layer for stage in self.levels for s in stage.slices]
         if layers != sorted(layers) or sorted(set(layers)) != list(range(self.layers)):
             raise ValueError(f"layers must be 0, 1, 2, ... in coding order, got {layers}")
+        if any(2 * s.channels > MAX_INPUTS for stage in self.stages for s in stage.slices):
+            raise ValueError(f"a slice must not cover more than {MAX_INPUTS // 2} channels")
         low, high = self.lambda_range
         if not 0 < low < high:
             raise ValueError(f"lambda_range must be two growing positive numbers, got {self.lambda_range}")

@@ -24,10 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vqcodec.models.config import QUALITIES, Config, SliceConfig
+from vqcodec.models.config import MAX_INPUTS, QUALITIES, Config, SliceConfig
 from vqcodec.models.quantizer import Rates
 
-MAX_INPUTS = (1 << 24) // (127 * 127)  # 1040
 # Order of the passes: each phase is a (row, column) offset on the 2 x 2 pattern.
 PHASES = ((0, 0), (1, 1), (0, 1), (1, 0))
 
