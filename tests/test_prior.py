@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from vqcodec.models import prior as module
-from vqcodec.models.config import NAMED, TINY, Config
+from vqcodec.models.config import MAX_INPUTS, NAMED, TINY, Config
 from vqcodec.models.joint import RateDistortion
-from vqcodec.models.prior import MAX_INPUTS, PHASES, IntegerConv, Prior, QualityBias, phases_of
+from vqcodec.models.prior import PHASES, IntegerConv, Prior, QualityBias, phases_of
 
 HEIGHT, WIDTH = 96, 160  # of the picture: 3 x 5 top positions, 12 x 20 bottom ones
 
@@ -125,6 +125,20 @@ def test_freezing_twice_changes_nothing() -> None:
     again = copy.deepcopy(frozen())
     again.freeze()
     assert_same(parameters_of(again, codes()), parameters_of(frozen(), codes()))
+
+
+def test_thawing_is_the_inverse_of_freezing() -> None:
+    """Training on from a file starts where the file stands; the curves of the quality come back up to rounding."""
+    again = copy.deepcopy(frozen())
+    again.thaw()
+    tables = {name for name, part in again.named_modules() if isinstance(part, QualityBias)}
+    again.freeze()
+    for (name, found), expected in zip(again.state_dict().items(), frozen().state_dict().values(), strict=True):
+        if name.rpartition(".")[0] not in tables:
+            assert torch.equal(found, expected), name
+        elif name.endswith("table"):
+            assert float((found - expected).abs().max()) <= 1
+            assert float((found != expected).float().mean()) < 0.05
 
 
 def test_parameters_are_integers_in_range_and_not_all_at_the_bound() -> None:
