@@ -492,7 +492,7 @@ def test_train(training, photo):
         "codec, step 0: 0.500 bpp, 30.00 dB, 01:00:00 left",
         "prior, step 2: 0.500 bpp, 30.00 dB, 01:00:00 left",
     ]
-    options = {"config": "tiny", "minutes": 1.5, "resume": True, "device": "auto", "seed": 3}
+    options = {"config": "tiny", "minutes": 1.5, "resume": True, "device": "auto", "seed": 3, "start_from": None}
     assert training.calls == [([Path("photo.png")], Path("w.safetensors"), options)]
 
 
@@ -513,6 +513,12 @@ def test_train_failures(training, photo, monkeypatch):
         "vqcodec: w.safetensors: File exists, -f would overwrite it",
     )
     fails(run("train", "no.png", "-o", "x"), 1, "vqcodec: no.png: No such file or directory")
+    Path("v.ckpt").touch()
+    fails(
+        run("train", "photo.png", "-o", "v.safetensors"),
+        1,
+        "vqcodec: v.ckpt: File exists, -f would overwrite it",
+    )
     assert training.calls == []
     for option in ("--resume", "-f"):
         assert run("train", "photo.png", "-o", "w.safetensors", option).exit_code == 0

@@ -479,7 +479,7 @@ def _say_result(
 
 @contextlib.contextmanager
 def _training_bar() -> Iterator[Callable[["Progress"], None]]:
-    """A progress bar over the time of a training run; without a terminal, a line whenever a stage begins."""
+    """A progress bar over the time of a training run; without a terminal, a line whenever the stage changes."""
 
     def line(progress: "Progress | None") -> str:
         if progress is None:
@@ -489,11 +489,12 @@ def _training_bar() -> Iterator[Callable[["Progress"], None]]:
         return f"{progress.stage}, step {progress.step}: {numbers}, {left} left"
 
     if not sys.stderr.isatty():
-        stages: set[str] = set()
+        shown = ""
 
         def show_stage(progress: "Progress") -> None:
-            if progress.stage not in stages:
-                stages.add(progress.stage)
+            nonlocal shown
+            if progress.stage != shown:
+                shown = progress.stage
                 _say(line(progress))
 
         yield show_stage

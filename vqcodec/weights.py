@@ -114,7 +114,7 @@ def _metadata(path: Path) -> tuple[Config, dict[str, str], bytes]:
         raise WeightsError(f"cannot read weights {path}: {error}") from None
     if metadata.get("format") != FORMAT:
         raise WeightsError(f"{path} is not a vqcodec weights file: format {metadata.get('format')!r}, not {FORMAT!r}")
-    return Config.from_json(metadata["config"]), metadata, weights_id
+    return Config.from_json(metadata.get("config", "")), metadata, weights_id
 
 
 def _not_stored(module: torch.nn.Module) -> set[str]:
@@ -171,7 +171,10 @@ def _narrow_integers(tensor: Tensor) -> Tensor:
     """Integers held in floats, in the smallest type that holds them all."""
     largest = int(tensor.abs().max()) if tensor.numel() else 0
     assert bool((tensor == tensor.round()).all())
-    return tensor.to(torch.int8 if largest < 1 << 7 else torch.int16 if largest < 1 << 15 else torch.int32)
+    for kind in (torch.int8, torch.int16, torch.int32):
+        if largest <= torch.iinfo(kind).max:
+            return tensor.to(kind)
+    return tensor.to(torch.int64)
 
 
 def describe(path: Path) -> dict[str, Any]:
