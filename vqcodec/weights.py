@@ -157,7 +157,8 @@ def save_model(path: Path, config: Config, vqvae: VQVAE, prior: Prior, notes: di
                 narrow = tensor.half() if prefix == "vqvae" and name not in single else tensor
                 stored = narrow if prefix == "vqvae" else _narrow_integers(tensor)
                 tensors[f"{prefix}.{name}"] = stored.detach().cpu().contiguous()
-    data = save(tensors, {"format": FORMAT, "config": config.to_json(), "notes": json.dumps(notes, sort_keys=True)})
+    metadata = {"format": FORMAT, "config": config.to_json(), "notes": json.dumps(notes, sort_keys=True)}
+    data = _sort_header(save(tensors, metadata))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(data)
@@ -165,6 +166,15 @@ def save_model(path: Path, config: Config, vqvae: VQVAE, prior: Prior, notes: di
     finally:
         temporary.unlink(missing_ok=True)
     return hashlib.sha256(data).digest()[:ID_BYTES]
+
+
+def _sort_header(data: bytes) -> bytes:
+    """The same safetensors file with its header in order: the library writes the metadata in random order, which would
+    give the same model another id each time."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # tensors stay aligned
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
 
 def _narrow_integers(tensor: Tensor) -> Tensor:
