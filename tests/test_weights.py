@@ -1,0 +1,247 @@
+"""Weights files: what is saved is what runs, the id is of the bytes, and bad files are refused."""
+
+import hashlib
+import json
+import os
+import pickle
+import struct
+from pathlib import Path
+from typing import Any
+
+import models
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vqcodec import weights
+from vqcodec.errors import WeightsError
+from vqcodec.models.config import TINY
+from vqcodec.models.prior import Prior
+
+
+@pytest.fixture
+def data() -> bytes:
+    return models.tiny_weights().read_bytes()
+
+
+def header_of(data: bytes) -> dict[str, Any]:
+    (size,) = struct.unpack_from("<Q", data)
+    header: dict[str, Any] = json.loads(data[8 : 8 + size])
+    return header
+
+
+def with_metadata(data: bytes, **changes: str | None) -> bytes:
+    """The same tensors under other metadata."""
+    (size,) = struct.unpack_from("<Q", data)
+    header = header_of(data)
+    header["__metadata__"] = {k: v for k, v in {**header["__metadata__"], **changes}.items() if v is not None}
+    packed = json.dumps(header).encode()
+    packed += b" " * (-len(packed) % 8)
+    return struct.pack("<Q", len(packed)) + packed + data[8 + size :]
+
+
+def refused(path: Path, data: bytes, match: str) -> None:
+    path.write_bytes(data)
+    with pytest.raises(WeightsError, match=match) as caught:
+        weights.load(path)
+    assert "\n" not in str(caught.value)
+
+
+# There and back
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    model = models.tiny(seed=3)
+    path = tmp_path / "mine.safetensors"
+    weights_id = weights.save_model(path, TINY, model.vqvae, model.prior, {"note": 7})
+    loaded = weights.load(path)
+    assert loaded.config == TINY
+    assert loaded.id == weights_id == hashlib.sha256(path.read_bytes()).digest()[:4]
+    assert not any(p.requires_grad for m in (loaded.vqvae, loaded.prior) for p in m.parameters())
+    assert not loaded.vqvae.training
+
+    prior = loaded.prior.state_dict()
+    for name, expected in model.prior.state_dict().items():
+        if not name.endswith("curve"):  # of which the file keeps the table
+            assert torch.equal(prior[name], expected), name
+            assert prior[name].dtype == expected.dtype
+    for (name, found), expected in zip(
+        loaded.vqvae.state_dict().items(), model.vqvae.state_dict().values(), strict=True
+    ):
+        if name.endswith(("usage", "sums", "steps")):
+            continue  # only training needs them
+        precise = name.endswith(("vectors", "log_steps", "spread", "codebook.bias"))
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, rtol=0 if precise else 1e-3, atol=0 if precise else 1e-6)
+    for level in range(2):
+        for index, piece in enumerate(model.vqvae.level_slices(level)):
+            tables = loaded.tables.slice(level, index)
+            assert torch.equal(tables.inputs, piece.codebook.inputs())
+            expected = (piece.codebook.features()[:, 1:, :1].double() * 1024).round().transpose(1, 2)
+            assert torch.equal(tables.values[:, :1], expected)
+
+
+def test_same_model_same_bytes(tmp_path: Path) -> None:
+    first, second = (models.save(models.tiny(seed=3), tmp_path / f"{n}.safetensors") for n in range(2))
+    assert first.read_bytes() == second.read_bytes()
+    assert models.save(models.tiny(seed=4), tmp_path / "c.safetensors").read_bytes() != first.read_bytes()
+
+
+def test_tensors_are_small_integers_and_halves(data: bytes) -> None:
+    kinds = {name: entry["dtype"] for name, entry in header_of(data).items() if name != "__metadata__"}
+    assert {kind for name, kind in kinds.items() if name.startswith(("prior", "tables"))} <= {"I8", "I16", "I32"}
+    assert {kind for name, kind in kinds.items() if name.endswith("weight") and name.startswith("prior")} == {"I8"}
+    assert {kind for name, kind in kinds.items() if name.startswith("vqvae")} == {"F16", "F32"}
+    assert not any(name.endswith(("usage", "sums", "curve")) for name in kinds)
+
+
+@pytest.mark.parametrize("largest", [127, 128, 32767, 32768, 2**31 - 1, 2**31, 2**40])
+def test_integers_survive_narrowing(largest: int) -> None:
+    values = torch.tensor([-largest, 0, largest], dtype=torch.float64)
+    narrow = weights._narrow_integers(values)
+    assert narrow.tolist() == [-largest, 0, largest]
+    assert narrow.element_size() == {127: 1, 128: 2, 32767: 2, 32768: 4, 2**31 - 1: 4}.get(largest, 8)
+
+
+def test_load_keeps_models_until_the_file_changes(tmp_path: Path) -> None:
+    path = models.save(models.tiny(seed=3), tmp_path / "mine.safetensors")
+    first = weights.load(path)
+    assert weights.load(path) is first
+    models.save(models.tiny(seed=4), path)
+    os.utime(path, ns=(1, 1))
+    assert weights.load(path).id != first.id
+
+
+def test_saving_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "mine.safetensors"
+    path.write_bytes(b"old")
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        models.save(models.tiny(), path)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# Finding
+
+
+def test_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert weights.find(models.tiny_weights()) == models.tiny_weights()
+    assert weights.find(str(models.tiny_weights())) == models.tiny_weights()
+    with pytest.raises(WeightsError, match="no weights file .*nowhere"):
+        weights.find(tmp_path / "nowhere")
+    package = tmp_path / "vqcodec"
+    monkeypatch.setattr(weights, "__file__", str(package / "weights.py"))
+    with pytest.raises(WeightsError, match=r"photo\.safetensors are missing"):
+        weights.find()
+    for folder in (tmp_path / "weights", package / "weights_data"):  # of a checkout, of a wheel
+        folder.mkdir(parents=True)
+        (folder / "photo.safetensors").touch()
+        assert weights.find() == folder / "photo.safetensors"
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert weights.load(models.tiny_weights(), "auto").device.type == "cpu"
+    with pytest.raises(WeightsError, match="no CUDA device"):
+        weights.load(models.tiny_weights(), "cuda")
+
+
+# Bad files
+
+
+def test_unreadable_files(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "bad.safetensors"
+    with pytest.raises(WeightsError, match="cannot read weights"):
+        weights.load(path)
+    with pytest.raises(WeightsError, match="cannot read weights"):
+        weights.load(tmp_path)
+    for bad in (b"", b"text", bytes(100), b"\xff" * 100, b"PK\x03\x04" + bytes(100)):
+        refused(path, bad, "cannot read weights")
+    for length in (*range(0, 8000, 400), len(data) // 2, len(data) - 1):
+        refused(path, data[:length], "cannot read weights")
+    refused(path, data + b"\0", "cannot read weights")
+
+
+def test_no_pickle(tmp_path: Path, data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.pt"
+    torch.save(load_file(models.tiny_weights()), path)
+    refused(path, path.read_bytes(), "cannot read weights")
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("unpickling runs code")
+
+    for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
+        monkeypatch.setattr(module, name, fail)
+    path.write_bytes(data)
+    weights.load(path)
+
+
+def test_other_safetensors_files(tmp_path: Path) -> None:
+    path = tmp_path / "other.safetensors"
+    save_file({"x": torch.zeros(3)}, path)
+    with pytest.raises(WeightsError, match="not a vqcodec weights file: format None"):
+        weights.load(path)
+    save_file({"x": torch.zeros(3)}, path, {"format": "pt"})
+    with pytest.raises(WeightsError, match="not a vqcodec weights file: format 'pt'"):
+        weights.load(path)
+
+
+def test_metadata_that_does_not_fit(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(with_metadata(data))
+    weights.load(path)
+    refused(path, with_metadata(data, format="vqcodec weights 2"), "not a vqcodec weights file")
+    refused(path, with_metadata(data, config=None), "not a model configuration")
+    refused(path, with_metadata(data, config="{"), "not a model configuration")
+    wider = json.loads(TINY.to_json())
+    wider["prior"]["channels"] = 24
+    refused(path, with_metadata(data, config=json.dumps(wider)), "do not fit their configuration")
+    wider["prior"]["channels"] = 200
+    refused(path, with_metadata(data, config=json.dumps(wider)), "not a model configuration")
+    deeper = json.loads(TINY.to_json())
+    deeper["prior"]["blocks"] = 2
+    refused(path, with_metadata(data, config=json.dumps(deeper)), "lack .*blocks.1")
+    deeper["prior"]["blocks"] = 0
+    refused(path, with_metadata(data, config=json.dumps(deeper)), "unknown .*blocks.0")
+
+
+def test_a_flipped_byte_is_another_id(tmp_path: Path, data: bytes) -> None:
+    """A weights file has no check of its own: but no .vqz file can be decoded with a damaged one."""
+    path = tmp_path / "flipped.safetensors"
+    original = weights.load(models.tiny_weights()).id
+    rng = np.random.default_rng(0)
+    (size,) = struct.unpack_from("<Q", data)
+    loaded = 0
+    for place in [*rng.integers(0, 8 + size, 15), *rng.integers(8 + size, len(data), 5)]:
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1 << int(rng.integers(8))]) + data[place + 1 :])
+        try:
+            assert weights.load(path).id != original
+            loaded += 1
+        except WeightsError:
+            pass
+    assert loaded >= 5
+
+
+# Describing
+
+
+def test_describe(data: bytes) -> None:
+    found = weights.describe(models.tiny_weights())
+    assert json.loads(json.dumps(found)) == found
+    assert found["id"] == weights.load(models.tiny_weights()).id.hex()
+    assert found["bytes"] == len(data)
+    assert found["name"] == "tiny"
+    assert found["config"] == json.loads(TINY.to_json())
+    assert found["notes"] == {"made by": "tests/models.py"}
+    model = models.tiny()
+    assert found["prior_kmac_per_pixel"] == round(Prior(TINY).macs_per_pixel(TINY) / 1000, 2) > 0
+    assert found["decoder_kmac_per_pixel"] == round(model.vqvae.macs_per_pixel() / 1000, 2) > 0
+    assert found["parameters"] == sum(p.numel() for p in model.parameters())
+    with pytest.raises(WeightsError, match="cannot read weights"):
+        weights.describe(Path(__file__))
