@@ -1,0 +1,177 @@
+"""The rate-distortion loss: what it reports, what it minimises, and that it means what the files cost."""
+
+import dataclasses
+import functools
+
+import models
+import pytest
+import torch
+from torch import Tensor
+
+from vqcodec import codec
+from vqcodec.bitstream import Header
+from vqcodec.models.config import TINY, VQVAE2, Config
+from vqcodec.models.joint import RateDistortion, grid, look_up, rows
+from vqcodec.models.quantizer import Codebook
+
+EMA = dataclasses.replace(TINY, codebook="ema", commitment=0.25)
+
+
+@functools.cache
+def model() -> RateDistortion:
+    """In evaluation mode; not to be changed."""
+    return models.tiny().eval()
+
+
+def pictures() -> Tensor:
+    return models.batch(*(models.picture(64, 96, seed) for seed in (21, 22, 23)))
+
+
+def test_rows_and_grid() -> None:
+    x = torch.randn(2, 6, 3, 5)
+    found = rows(x, planes=2)
+    assert found.shape == (2 * 3 * 5, 2, 3)
+    assert torch.equal(found[1 * 15 + 2 * 5 + 4, 1], x[1, 3:, 2, 4])
+    assert torch.equal(grid(found, 2, 3, 5), x)
+
+
+def test_look_up() -> None:
+    table = torch.randn(3, 7, 4)
+    indices = torch.randint(7, (5, 3))
+    found = look_up(table, indices)
+    assert all(torch.equal(found[n, p], table[p, indices[n, p]]) for n in range(5) for p in range(3))
+
+
+def test_report() -> None:
+    pixels, quality = pictures(), torch.tensor([10, 50, 90])
+    with torch.no_grad():
+        losses = model()(pixels, quality)
+    assert losses.reconstruction.shape == pixels.shape
+    torch.testing.assert_close(losses.mse, (losses.reconstruction - pixels).square().mean((1, 2, 3)))
+    low, high = TINY.lambda_range
+    weight = low * (high / low) ** ((quality - 1) / 99)
+    torch.testing.assert_close(losses.cost, losses.bpp + weight * losses.mse)
+    assert losses.bpp[0] < losses.bpp[1] < losses.bpp[2]
+    assert losses.mse[0] > losses.mse[1] > losses.mse[2]
+
+
+def test_loss_and_what_the_codebook_learns_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss is rate plus distortion, scaled so that all qualities count alike, plus the codebook's squared error in
+    steps, weighted as the choice weighs it: from which alone, and not from the decoder, the code vectors learn."""
+    pixels, quality = pictures(), torch.tensor([10, 50, 90])
+    seen: dict[Codebook, tuple[Tensor, Tensor]] = {}
+    monkeypatch.setattr(Codebook, "update_averages", lambda self, v, k: seen.update({self: (v, k)}))
+    trained = models.tiny().train()
+    losses = trained(pixels, quality, rate_weight=0.7)
+    losses.total.backward()
+    low, high = TINY.lambda_range
+    weight = low * (high / low) ** ((quality - 1) / 99)
+    balance = (weight / (low * high) ** 0.5) ** -0.4
+    expected = (balance * (0.7 * losses.bpp + weight * losses.mse)).mean()
+    assert len(seen) == 3
+    for level in range(2):
+        for piece in trained.vqvae.level_slices(level):
+            v, k = seen[piece.codebook]
+            importance = weight[:, None] * (piece.steps(quality).detach() * 64) ** 2 / 3
+            scale = (balance[:, None] * importance).repeat_interleave(len(v) // 3, 0) / (3 * 64 * 96)
+            gap = v - piece.codebook.lookup(k).detach()
+            expected = expected + (scale[..., None] * gap.square()).sum()
+            gradient = torch.zeros_like(piece.codebook.vectors)
+            for plane in range(piece.planes):
+                gradient[plane].index_add_(0, k[:, plane], -2 * scale[:, plane, None] * gap[:, plane])
+            assert piece.codebook.vectors.grad is not None
+            torch.testing.assert_close(piece.codebook.vectors.grad, gradient, rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(losses.total.detach(), expected.detach(), rtol=1e-4, atol=0)
+
+
+def test_the_encoder_does_not_learn_from_the_codebook_loss() -> None:
+    """Its gradients are those of a codebook that has no such loss; with commitment there is one that pulls."""
+    found = []
+    for config in (TINY, dataclasses.replace(TINY, codebook="ema"), dataclasses.replace(TINY, commitment=0.25)):
+        trained = models.tiny(config)
+        trained(pictures(), torch.tensor([10, 50, 90])).total.backward()
+        gradient = trained.vqvae.stage(1).analysis.weight.grad
+        assert gradient is not None
+        found.append(gradient)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-5)
+    assert float((found[2] - found[0]).norm()) > 0.01 * float(found[0].norm())
+
+
+def test_pictures_of_a_batch_do_not_mix() -> None:
+    pixels, quality = pictures(), torch.tensor([10, 50, 90])
+    with torch.no_grad():
+        together = model()(pixels, quality)
+        for n in range(3):
+            alone = model()(pixels[n, None], quality[n, None])
+            torch.testing.assert_close(alone.bpp[0], together.bpp[n], rtol=0.01, atol=0)
+            torch.testing.assert_close(alone.mse[0], together.mse[n], rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("quality", [25, 50, 95])
+def test_training_believes_what_files_cost(quality: int) -> None:
+    """The bits and the error of the loss are those of compress() and decompress(), container apart."""
+    picture = models.picture(128, 160, seed=31)
+    with torch.no_grad():
+        losses = model()(models.batch(picture), torch.tensor([quality]))
+    loaded = models.tiny_model()
+    header = Header(160, 128, quality, loaded.id, TINY.layers, 0)
+    with torch.inference_mode():
+        segments, codes = codec._encode(loaded, header, picture)
+        restored = codec._reconstruct(loaded, header, codes)
+    bits = 8 * sum(map(len, segments))
+    assert all(segments), "a layer of nothing but code 0 takes no bytes, which the loss cannot know"
+    believed = float(losses.bpp) * 128 * 160
+    assert abs(bits - believed) < 0.015 * believed + 32 * len(segments)
+    error = (torch.from_numpy(restored).double() - torch.from_numpy(picture).double()).square().mean()
+    assert float(error) == pytest.approx(float(losses.mse), rel=0.01, abs=0.1)
+
+
+def test_less_rate_weight_more_bits() -> None:
+    pixels, quality = pictures(), torch.tensor([30, 30, 30])
+    with torch.no_grad():
+        light, full = model()(pixels, quality, rate_weight=0.05), model()(pixels, quality)
+    assert float(light.bpp.mean()) > 1.05 * float(full.bpp.mean())
+    assert float(light.mse.mean()) < float(full.mse.mean())
+
+
+@pytest.mark.parametrize("config", [TINY, EMA, VQVAE2], ids=["gradient", "ema", "vqvae2"])
+def test_every_parameter_learns(config: Config) -> None:
+    """DistributedDataParallel waits for the gradient of every parameter; none but the EMA codebooks may lack one."""
+    trained = models.tiny(config).train()
+    trained(pictures(), torch.tensor([10.0, 50.0, 90.0])).total.backward()
+    for name, parameter in trained.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert torch.isfinite(parameter.grad).all(), name
+        else:
+            assert name.endswith("codebook.vectors") and config.codebook == "ema"
+    moving = [name for name, p in trained.named_parameters() if p.grad is not None and bool(p.grad.any())]
+    idle = {name for name, p in trained.named_parameters() if p.requires_grad} - set(moving)
+    # Knots of the steps between which none of these qualities lies have a gradient of zero in places, but no tensor has.
+    assert not idle
+
+
+def test_codebooks_move_only_in_training() -> None:
+    trained = models.tiny(EMA)
+    before = [p.detach().clone() for name, p in trained.named_parameters() if name.endswith("vectors")]
+
+    def vectors() -> list[Tensor]:
+        return [p.detach() for name, p in trained.named_parameters() if name.endswith("vectors")]
+
+    quality = torch.tensor([10, 50, 90])
+    trained.eval()(pictures(), quality)
+    assert all(torch.equal(a, b) for a, b in zip(before, vectors(), strict=True))
+    trained.train()(pictures(), quality)
+    assert not any(torch.equal(a, b) for a, b in zip(before, vectors(), strict=True))
+
+
+def test_a_step_down_the_gradient_lowers_the_loss() -> None:
+    trained = models.tiny()
+    pixels, quality = pictures(), torch.tensor([20, 50, 80])
+    optimiser = torch.optim.Adam(trained.parameters(), 3e-4)
+    start = float(trained(pixels, quality).total.detach())
+    for _ in range(10):
+        optimiser.zero_grad()
+        trained(pixels, quality).total.backward()
+        optimiser.step()
+    assert float(trained(pixels, quality).total.detach()) < 0.95 * start
