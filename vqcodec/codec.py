@@ -23,7 +23,7 @@ from torch.nn import functional
 from vqcodec import bitstream, image, weights
 from vqcodec.bitstream import Chunk, Container, Header, tile_boxes
 from vqcodec.entropy import Decoder, Encoder
-from vqcodec.errors import ChecksumError, FormatError, ImageError, WeightsError
+from vqcodec.errors import ChecksumError, FormatError, HeaderError, ImageError, WeightsError
 from vqcodec.image import Picture
 from vqcodec.models.counts import CodeTables, flag_counts
 from vqcodec.models.joint import CHOICE_BIAS, grid, look_up, rows
@@ -146,6 +146,8 @@ def decode_codes(container: Container, model: Model) -> list[Tensor]:
         raise WeightsError(f"made with weights {header.weights_id.hex()}, these are {model.id.hex()}")
     if header.layers != model.config.layers:
         raise FormatError(f"the file has {header.layers} layers, its weights have {model.config.layers}")
+    if header.tile % model.config.multiple:
+        raise HeaderError(f"tile is {header.tile} pixels, these weights need multiples of {model.config.multiple}")
     with torch.inference_mode():
         return _decode_codes(model, header, container.segments)
 
@@ -388,7 +390,7 @@ def _analyse(model: Model, pixels: NDArray[np.uint8], quality: Tensor) -> list[T
     latents: list[Tensor] = []
     for inner, outer, part in _windows(*coarse, max(1, WINDOW // unit), -(-model.vqvae.encoder_reach() // unit)):
         ys, xs = (slice(s.start * unit, s.stop * unit) for s in outer)
-        cut = torch.from_numpy(pixels[ys, xs]).to(model.device).permute(2, 0, 1)[None].float()
+        cut = torch.from_numpy(np.array(pixels[ys, xs])).to(model.device).permute(2, 0, 1)[None].float()
         pad = (0, xs.stop - xs.start - cut.shape[3], 0, ys.stop - ys.start - cut.shape[2])
         cut = functional.pad(cut, pad, mode="replicate").contiguous(memory_format=torch.channels_last)
         found = model.vqvae.analyse(cut, quality)

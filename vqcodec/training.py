@@ -42,8 +42,8 @@ PRIOR_LEARNING_RATE = 1e-3
 # The KLT matrices multiply large inputs: at the full rate a few steps would undo them.
 KLT_LEARNING_RATE = 1e-5
 WARM_UP_STEPS = 100
-RATE_WARM_UP = 0.25  # share of the time over which the rate weight rises
-RATE_START = 0.3
+RATE_WARM_UP = 0.2  # share of the time over which the rate weight rises
+RATE_START = 0.5
 AVERAGE_DECAY = 0.999
 CLIP_NORM = 1.0
 CHECKPOINT_SECONDS = 180

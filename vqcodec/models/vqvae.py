@@ -18,6 +18,7 @@ residual block ends in zeros, so the untrained network is a hierarchical Karhune
 """
 
 import math
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -29,17 +30,29 @@ from vqcodec.models.quantizer import Codebook
 
 # Pixels are centred and scaled to about unit range; latents are orthonormal combinations of such pixels.
 PIXEL_CENTRE, PIXEL_SCALE = 128.0, 64.0
-# What a residual block of unit-sized weights may change, in the same unit: about one quantiser step.
-RESIDUAL_SCALE = 0.2
+# Unit of a residual block's output, as a share of the usual quantiser step: what it changes is of the size of the
+# quantisation noise, and must not grow with the latents, which are larger than a step by orders of magnitude.
+RESIDUAL_SHARE = 0.1
 # Knots of the piecewise linear log step over t in [0, 1].
 KNOTS = 9
 
 
-def condition(quality: Tensor) -> Tensor:
-    """What the networks know of the quality: int64 or float (B,) in 1..100 -> (B, 6) smooth functions of it."""
-    t = (quality.float() - 1) / 99
-    angles = torch.acos((2 * t - 1).clamp(-1, 1))
-    return torch.stack([torch.cos(n * angles) for n in range(6)], 1)
+def usual_step(config: Config, t: Tensor) -> Tensor:
+    """About the best step of a uniform quantiser at each t in [0, 1], in latent units, by trial on the untrained codec."""
+    low, high = config.lambda_range
+    return (10 / low) ** 0.5 / PIXEL_SCALE * (low / high) ** (t / 2)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the networks know of the quality.
+
+    Attributes:
+        basis: (B, 6) smooth functions of t. unit: (B,) of the output of residual blocks.
+    """
+
+    basis: Tensor
+    unit: Tensor
 
 
 class ResidualBlock(nn.Module):
@@ -62,14 +75,14 @@ class ResidualBlock(nn.Module):
             assert weight is not None
             nn.init.zeros_(weight)
 
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        """x: (B, C, h, w); cond: (B, 6) from `condition`."""
-        gain, shift = self.quality(cond)[:, :, None, None].chunk(2, 1)
+    def forward(self, x: Tensor, cond: Condition) -> Tensor:
+        """x: (B, C, h, w)."""
+        gain, shift = self.quality(cond.basis)[:, :, None, None].chunk(2, 1)
         # Scaling the weights instead of x saves a pass over the largest tensor here.
         y = functional.conv2d(x, self.reduce.weight * self.scale[:, None, None], self.reduce.bias)
         y = functional.leaky_relu(y, 0.1)
         y = functional.leaky_relu(torch.addcmul(shift, self.spatial(y), 1 + gain), 0.1)
-        return x + RESIDUAL_SCALE * self.expand(y).float()
+        return x + cond.unit[:, None, None, None] * self.expand(y).float()
 
 
 class Linear1x1(nn.Linear):
@@ -100,13 +113,13 @@ class Stage(nn.Module):
         )
         self.synthesis = Linear1x1(config.channels, inputs)
 
-    def encode(self, x: Tensor, cond: Tensor) -> Tensor:
+    def encode(self, x: Tensor, cond: Condition) -> Tensor:
         x = self.analysis(functional.pixel_unshuffle(x, self.ratio))
         for block in self.encoder:
             x = block(x, cond)
         return x
 
-    def decode(self, x: Tensor, cond: Tensor) -> Tensor:
+    def decode(self, x: Tensor, cond: Condition) -> Tensor:
         for block in self.decoder:
             x = block(x, cond)
         return functional.pixel_shuffle(self.synthesis(x), self.ratio)
@@ -125,9 +138,7 @@ class Slice(nn.Module):
         first = stage is config.levels[0] and index == 0
         self.refine = None if first else ResidualBlock(stage.channels, stage.hidden)
         self.codebook = Codebook(piece, config.codebook)
-        lambdas = torch.tensor([config.lambda_of(k / (KNOTS - 1)) for k in range(KNOTS)])
-        # Close to the best step of a uniform quantiser at each lambda, by trial on the untrained codec.
-        steps = (10 / lambdas).sqrt() / PIXEL_SCALE
+        steps = usual_step(config, torch.arange(KNOTS) / (KNOTS - 1))
         self.log_steps = nn.Parameter(steps.log()[:, None].repeat(1, piece.planes))
 
     def steps(self, quality: Tensor) -> Tensor:
@@ -172,9 +183,16 @@ class VQVAE(nn.Module):
         """All slices of a level, in coding order."""
         return [self.slice(level, index) for index in range(len(self.config.levels[level].slices))]
 
+    def condition(self, quality: Tensor) -> Condition:
+        """What the networks know of qualities, int64 or float (B,) in 1..100."""
+        t = (quality.float() - 1) / 99
+        angles = torch.acos((2 * t - 1).clamp(-1, 1))
+        basis = torch.stack([torch.cos(n * angles) for n in range(6)], 1)
+        return Condition(basis, RESIDUAL_SHARE * usual_step(self.config, t))
+
     def analyse(self, pixels: Tensor, quality: Tensor) -> list[Tensor]:
         """Pixels (B, 3, H, W), 0..255, H and W multiples of `Config.multiple` -> latents of each level."""
-        cond = condition(quality)
+        cond = self.condition(quality)
         x = (pixels - PIXEL_CENTRE) / PIXEL_SCALE
         latents = []
         for stage, config in zip(self.stages, self.config.stages, strict=True):
@@ -190,12 +208,12 @@ class VQVAE(nn.Module):
         block = self.slice(level, index).refine
         if block is None:
             return estimate
-        refined: Tensor = block(estimate, condition(quality))
+        refined: Tensor = block(estimate, self.condition(quality))
         return refined
 
     def descend(self, level: int, estimate: Tensor, quality: Tensor) -> Tensor:
         """From a level's final estimate to the start of the next finer one, or to pixels 0..255 from the finest."""
-        cond = condition(quality)
+        cond = self.condition(quality)
         x = estimate
         start = self.config.stages.index(self.config.levels[level])
         for index in range(start, -1, -1):
