@@ -1,7 +1,7 @@
 """Time and peak memory of compress and decompress over picture sizes, beside JPEG XL.
 
 Every measurement has a process of its own, so that its peak memory is its own: it makes the picture (or reads the file), calls
-the codec once to warm up, then several times. Stages are shown where vqcodec reports them.
+the codec once to warm up, then several times.
 
     python bench/speed.py [-o out/speed.json] [--sizes 256x256,768x512]
 """
@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run as a file: let the imports below find the repository's packages
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -50,7 +51,7 @@ class Measurement:
         seconds: median of the calls after it.
         peak_mib: largest resident memory of the process.
         start_mib: the same before the first call, with the picture or file in memory.
-        stages: seconds of the parts of the last call, where the codec reports them.
+        coding: of these, vqcodec's seconds for prior, choice of codes and range coder; None for other codecs.
     """
 
     codec: str
@@ -62,7 +63,7 @@ class Measurement:
     seconds: float
     peak_mib: float
     start_mib: float
-    stages: dict[str, float]
+    coding: float | None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,8 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _line(f"{size[0]}x{size[1]}", f"{key} {direction}", *times, f"{m.peak_mib:.0f}", f"{m.start_mib:.0f}"),
                 flush=True,
             )
-            for stage, seconds in m.stages.items():
-                print(_line("", f"  {stage}", "", f"{seconds:.3f}"))
+            if m.coding is not None:
+                print(_line("", "  of it coding", "", f"{m.coding:.3f}"))
         measured += here.values()
 
     options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +161,8 @@ def _measure(options: argparse.Namespace) -> Measurement:
     pixels = sample(width, height) if direction == "encode" else None
     data = b"" if direction == "encode" else file.read_bytes()
     start_mib = _peak_mib()
-    times = []
+    times, coding = [], []
+    clock = _CodingClock() if key == "vqcodec" else None
     for _ in range(1 + options.repeats):
         start = time.perf_counter()
         if pixels is not None:
@@ -168,12 +170,15 @@ def _measure(options: argparse.Namespace) -> Measurement:
         else:
             codec.decode(data)
         times.append(time.perf_counter() - start)
+        if clock:
+            coding.append(clock.seconds)
+            clock.seconds = 0.0
     if pixels is not None:
         file.write_bytes(data)
     first, *others = times
-    stages = _stages() if key == "vqcodec" else {}
+    prior = statistics.median(coding[1:]) if coding else None
     return Measurement(
-        key, direction, width, height, len(data), first, statistics.median(others), _peak_mib(), start_mib, stages
+        key, direction, width, height, len(data), first, statistics.median(others), _peak_mib(), start_mib, prior
     )
 
 
@@ -186,10 +191,22 @@ def sample(width: int, height: int) -> NDArray[np.uint8]:
     return photo[rows[:, None], columns[None, :]]
 
 
-def _stages() -> dict[str, float]:
-    """Seconds of the parts of vqcodec's last call, if it reports them."""
-    timings = getattr(importlib.import_module("vqcodec.codec"), "timings", None)
-    return dict(timings()) if timings is not None else {}
+class _CodingClock:
+    """Adds up the seconds that vqcodec spends on its codes, prior and range coder, by wrapping the function that does."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        codec: Any = importlib.import_module("vqcodec.codec")
+        code_slice = codec._code_slice
+
+        def timed(*args: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return code_slice(*args)
+            finally:
+                self.seconds += time.perf_counter() - start
+
+        codec._code_slice = timed
 
 
 def _peak_mib() -> float:
