@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 from torch.nn import functional
 
@@ -490,9 +490,10 @@ def _read_alpha(data: bytes | None, header: Header) -> NDArray[np.uint8] | None:
     if data is None:
         return None
     try:
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as png:
+        # Not Image.open, whose own limit is below the sizes that the caller may allow; the size is checked here.
+        with PngImagePlugin.PngImageFile(io.BytesIO(data)) as png:
             if png.size != (header.width, header.height) or png.mode != "L":
                 raise ChecksumError(f"alpha is {png.mode} {png.size}, the picture {(header.width, header.height)}")
             return np.asarray(png).copy()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise ChecksumError(f"alpha cannot be read: {error}") from None
