@@ -45,8 +45,13 @@ def batch(*images: Pixels) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
 
 
-def tiny(config: Config = TINY, seed: int = 0) -> RateDistortion:
-    """A model on its KLT start, shaken: every weight that starts at zero is not, and the prior's outputs vary."""
+def tiny(config: Config = TINY, seed: int = 0, shake: float = 1.0) -> RateDistortion:
+    """A model on its KLT start, shaken: every weight that starts at zero is not, and the prior's outputs vary.
+
+    Args:
+        shake: how much the residual blocks do, which the other half of the codec does not undo; about 100 times more
+            changes pixels by some units.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def noise(like: Tensor, size: float) -> Tensor:
@@ -58,7 +63,7 @@ def tiny(config: Config = TINY, seed: int = 0) -> RateDistortion:
     with torch.no_grad():
         for part in model.modules():
             if isinstance(part, ResidualBlock):
-                part.expand.weight += noise(part.expand.weight, 0.003)
+                part.expand.weight += noise(part.expand.weight, 0.015 * shake)
                 part.quality.weight += noise(part.quality.weight, 0.1)
             elif isinstance(part, Slice):
                 part.log_steps += noise(part.log_steps, 0.1)
