@@ -110,7 +110,7 @@ def test_help_has_ranges_and_defaults():
         (["compress", "--device", "tpu", "x"], "Invalid value for '--device'"),
         (["compress", "--weights", "no", "x"], "Invalid value for '--weights': File 'no' does not exist."),
         (["compress", "a.png", "a.jpg"], "a.png and a.jpg would both become a.vqz"),
-        (["compress", "a.png", "b.png", "-o", "c"], "c is not a folder"),
+        (["compress", "a.png", "b.png", "-o", os.devnull], f"{os.devnull} is not a folder"),
         (["decompress", "a.vqz", "-o", "a.xyz"], "no picture format has the suffix '.xyz'"),
         (["decompress", "a.vqz", "--test", "-o", "a.png"], "--test writes nothing, so -o has no use."),
         (["info"], "Give either files or --weights."),

@@ -1,4 +1,5 @@
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -99,13 +100,14 @@ def test_standard_input():
 def test_arguments_that_make_no_sense():
     touch("in/a.png")
     Path("out").mkdir()
+    Path("file").touch()
     for inputs, output, message in [
         (["-", "a.png"], None, "cannot be combined"),
         (["-"], "out", "no name"),
         (["a.png", "b.png"], "-", "cannot go to standard output"),
         (["in"], "-", "cannot go to standard output"),
-        (["a.png", "b.png"], "new", "new is not a folder"),
-        (["in"], "new", "new is not a folder"),
+        (["a.png", "b.png"], "file", "file is not a folder"),
+        (["in"], "file", "file is not a folder"),
         (["a.png", "a.jpg"], None, "a.png and a.jpg would both become a.vqz"),
         (["a.png", "a.png"], None, "would both become"),
         (["x/a.png", "y/a.png"], "out", "would both become out/a.vqz"),
@@ -251,3 +253,14 @@ def test_files_needs_the_standard_library_only():
     environment = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[1])}
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert ran.stdout == "\n"
+
+
+def test_output_folder_that_is_not_there_yet() -> None:
+    for inputs, output in ((["a.png", "b.png"], "new/deep"), (["a.png"], "new/deep/")):
+        Path("a.png").touch()
+        job = plan_compress(inputs, output)[0]
+        assert os.path.normpath(job.target) == os.path.join("new", "deep", "a.vqz")
+        check(job, overwrite=False)
+        write(job.target, b"x", overwrite=False)
+        assert Path("new/deep/a.vqz").read_bytes() == b"x"
+        shutil.rmtree("new")

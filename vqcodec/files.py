@@ -69,7 +69,7 @@ def plan(inputs: Sequence[str], output: str | None, *, suffixes: Sequence[str], 
 
     Args:
         inputs: files, folders, or "-" alone.
-        output: a file; a folder, which is given the layout of the input folders; "-"; or None: beside the input, and
+        output: a file; a folder, there or to be made, which is given the layout of the input folders; "-"; or None: beside the input, and
             standard output for standard input.
         suffixes: what inputs usually end in: this is replaced in the name of the target, anything else is kept.
         new_suffix: what targets end in.
@@ -86,14 +86,15 @@ def plan(inputs: Sequence[str], output: str | None, *, suffixes: Sequence[str], 
         return [Job(STREAM, output or STREAM)]
     found = find(inputs, suffixes)
     several = len(inputs) > 1 or os.path.isdir(inputs[0])
+    folder = output is not None and (os.path.isdir(output) or output.endswith("/"))
     if output is None:
         jobs = [Job(path, _renamed(path, suffixes, new_suffix)) for path, _ in found]
-    elif output == STREAM or not (several or os.path.isdir(output)):
+    elif output == STREAM or not (several or folder):
         if several:
             raise ValueError("several files cannot go to standard output")
         jobs = [Job(found[0][0], output)]
-    elif not os.path.isdir(output):
-        raise ValueError(f"{output} is not a folder; for several inputs, the output must be an existing one")
+    elif os.path.exists(output) and not os.path.isdir(output):
+        raise ValueError(f"{output} is not a folder; for several inputs, the output must be one")
     else:
         jobs = [Job(path, os.path.join(output, _renamed(name, suffixes, new_suffix)), output) for path, name in found]
     _check_distinct(jobs)
@@ -119,7 +120,10 @@ def check(job: Job, *, overwrite: bool) -> None:
         if not overwrite:
             raise _exists(job.target)
     written = os.path.realpath(job.target) if os.path.islink(job.target) else job.target
-    _check_access(job.folder or os.path.dirname(written) or os.curdir, os.W_OK | os.X_OK)
+    folder = job.folder or os.path.dirname(written) or os.curdir
+    while job.folder and not os.path.exists(folder):  # it will be made
+        folder = os.path.dirname(folder.rstrip("/")) or os.curdir
+    _check_access(folder, os.W_OK | os.X_OK)
 
 
 def read(path: str) -> bytes:
