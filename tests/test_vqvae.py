@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from vqcodec.models.config import NAMED, PHOTO, TINY, VQVAE2, Config
 from vqcodec.models.prior import Prior
-from vqcodec.models.vqvae import KNOTS, VQVAE, Linear1x1, Stage, condition, principal_components
+from vqcodec.models.vqvae import KNOTS, RESIDUAL_SHARE, VQVAE, Linear1x1, Stage, principal_components, usual_step
 
 QUALITY = torch.tensor([50])
 
@@ -106,13 +106,18 @@ def test_principal_components_of_many_channels_look_at_the_first() -> None:
 
 
 def test_condition_tells_qualities_apart_smoothly() -> None:
-    found = condition(torch.arange(1, 101))
-    assert found.shape == (100, 6)
-    assert float(found.abs().max()) <= 1.0001
-    assert float((found[1:] - found[:-1]).norm(dim=1).min()) > 0.01
+    found = started().condition(torch.arange(1, 101))
+    basis = found.basis
+    assert basis.shape == (100, 6)
+    assert float(basis.abs().max()) <= 1.0001
+    assert float((basis[1:] - basis[:-1]).norm(dim=1).min()) > 0.01
     t = (torch.arange(1, 101).double() - 1) / 99
     chebyshev = np.polynomial.chebyshev.chebvander(2 * t.numpy() - 1, 5)
-    np.testing.assert_allclose(found, chebyshev, atol=1e-4)
+    np.testing.assert_allclose(basis, chebyshev, atol=1e-4)
+    # Residual blocks work in a share of the step, which follows lambda as sqrt(10 / lambda), in units of 64.
+    lambdas = np.array([TINY.lambda_of(float(x)) for x in t])
+    np.testing.assert_allclose(found.unit, RESIDUAL_SHARE * np.sqrt(10 / lambdas) / 64, rtol=1e-4)
+    np.testing.assert_allclose(usual_step(TINY, t), np.sqrt(10 / lambdas) / 64, rtol=1e-4)
 
 
 def test_steps_are_interpolated_between_knots() -> None:
