@@ -19,6 +19,7 @@ from vqcodec.errors import ImageError, TrainingError
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".ppm"})
 CACHE_BYTES = 4 << 30
+VALIDATION_SHARE = 0.1  # of all pictures that are set aside for validation, while there are few
 MAX_PIXELS = 100_000_000
 
 Pixels = NDArray[np.uint8]
@@ -44,19 +45,21 @@ def find_pictures(inputs: Iterable[Path]) -> list[Path]:
 
 
 def split(pictures: Sequence[Path], validation: int) -> tuple[list[Path], list[Path]]:
-    """Set aside about `validation` pictures, chosen by a hash of the file's bytes.
+    """Set aside at most `validation` pictures, about a tenth if there are few, chosen by a hash of the file's bytes.
 
-    The choice does not depend on the other pictures or on folder names, so that a run resumed on more data never
-    validates on what it was trained on. With a single picture both parts are that picture.
+    Names do not matter, and more pictures never move one from training to validation: a run resumed on more data is not
+    validated on what it was trained on. Files of the same bytes stay together. With a single picture both parts are
+    that picture.
 
     Returns:
         (training pictures, validation pictures), neither empty.
     """
-    if len(pictures) == 1:
+    digests = {path: hashlib.sha256(path.read_bytes()).digest() for path in pictures}
+    ranked = sorted(set(digests.values()))
+    if len(ranked) == 1:
         return list(pictures), list(pictures)
-    ranked = sorted(pictures, key=lambda p: hashlib.sha256(p.read_bytes()).digest())
-    held = set(ranked[: max(1, min(validation, len(ranked) // 10))])
-    return [p for p in pictures if p not in held], [p for p in pictures if p in held]
+    held = {digest for digest in ranked[:validation] if digest[0] < VALIDATION_SHARE * 256} or {ranked[0]}
+    return [p for p in pictures if digests[p] not in held], [p for p in pictures if digests[p] in held]
 
 
 class Pictures:

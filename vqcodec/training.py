@@ -9,12 +9,14 @@ last part on larger crops. A checkpoint beside the output survives any interrupt
 torchrun the same function trains data-parallel, one process a device.
 """
 
+import contextlib
 import copy
 import csv
 import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -32,6 +34,7 @@ from vqcodec import data, weights
 from vqcodec.errors import TrainingError
 from vqcodec.models.config import Config, load_config
 from vqcodec.models.joint import RateDistortion
+from vqcodec.models.quantizer import Codebook
 from vqcodec.models.vqvae import Linear1x1, channels_last
 
 BATCH = 8  # crops a step, over all processes
@@ -50,6 +53,8 @@ CHECKPOINT_SECONDS = 180
 REPORT_SECONDS = 2.0
 VALIDATIONS = 12  # a run, evenly spaced in time
 VALIDATION_PICTURES = 32
+# Where codebooks come from data: dead codes are moved so often, while the rate weight rises.
+REVIVE_STEPS = 50
 # What a checkpoint holds besides tensors.
 FACTS = ("step", "spent", "bpp", "psnr", "rate_start")
 VALIDATION_QUALITIES = (10, 30, 50, 70, 90)
@@ -150,6 +155,23 @@ def _device(name: str, rank: int) -> torch.device:
     return torch.device(name)
 
 
+def _tensorboard(output: Path) -> Any:
+    """A TensorBoard writer beside the output, if TensorBoard is installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(output.with_suffix("")) + "-tensorboard")
+
+
+def _revive(book: Codebook, v: Tensor) -> None:
+    """Move dead codes; all processes take the first one's."""
+    book.revive(v)
+    if distributed.is_available() and distributed.is_initialized():
+        for tensor in (book.vectors.data, book.usage, book.sums):
+            distributed.broadcast(tensor, 0)
+
+
 class _Run:
     """The state of one training run; its methods are the stages that `train` names."""
 
@@ -180,9 +202,11 @@ class _Run:
             {"params": list(self.model.prior.parameters()), "peak": PRIOR_LEARNING_RATE},
         ]
         self.optimiser = torch.optim.Adam(groups, LEARNING_RATE, betas=(0.9, 0.99), fused=True)
+        self.structured = all(book.structured for book in self.model.modules() if isinstance(book, Codebook))
         self.step, self.spent = 0, 0.0
         self.rate_start = RATE_START
         self.bpp = self.psnr = self.loss = math.nan
+        self.board = _tensorboard(output) if rank == 0 else None
         self.before: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
 
     # Stages
@@ -192,8 +216,9 @@ class _Run:
         self.pictures = data.Pictures(training, self.on_warning)
         rng = np.random.default_rng(0)
         size = max(CROP, self.config.multiple)
-        crops = (data.Pictures(held, self.on_warning).get(i) for i in range(len(held)))
-        self.validation = [data.crop(p, size, rng) for p in crops if p is not None]
+        reserved = data.Pictures(held, self.on_warning)
+        pictures = (reserved.get(i) for i in range(len(held)))
+        self.validation = [data.crop(p, size, rng) for p in pictures if p is not None]
         if not self.validation:
             raise TrainingError("none of the pictures set aside for validation could be read")
 
@@ -213,9 +238,12 @@ class _Run:
         stream = data.batches(self.pictures, batch=BATCH, size=size, seed=self.seed)
         crops = np.concatenate([next(stream) for _ in range(8)])
         stream.close()  # type: ignore[attr-defined]
-        model = self.model.cpu()
+        self.model.cpu()
         pixels = torch.from_numpy(crops).permute(0, 3, 1, 2).float()
-        model.vqvae.start_from_pictures(pixels)
+        self.model.vqvae.start_from_pictures(pixels)
+        if not self.structured:
+            with torch.no_grad(), self._maintenance(Codebook.start_from):
+                self.model(pixels, torch.full((len(pixels),), 50))
         self._begin()
 
     def _begin(self) -> None:
@@ -231,6 +259,8 @@ class _Run:
         if self.world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
             trained = nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
+        # A 1x1 weight has the same layout under both names; DistributedDataParallel takes them for different.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         torch.set_flush_denormal(True)  # subnormal products slow CPUs down several times and mean nothing here
         begun = time.monotonic() - self.spent
         reported = saved = validated = time.monotonic()
@@ -302,13 +332,24 @@ class _Run:
     def _rate_weight(self, share: float) -> float:
         return min(1.0, self.rate_start + (1 - self.rate_start) * share / RATE_WARM_UP)
 
+    @contextlib.contextmanager
+    def _maintenance(self, work: Callable[[Codebook, Tensor], object] | None) -> Iterator[None]:
+        """In forward passes of the body, do this to each codebook that has no structured start."""
+        if work is not None:
+            self.model.maintain = lambda book, v: None if book.structured else work(book, v)
+        try:
+            yield
+        finally:
+            self.model.maintain = None
+
     def _optimise(self, trained: nn.Module, pixels: Tensor, rate_weight: float) -> None:
         trained.train()
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         # Stratified: every batch sees low and high qualities.
         places = (torch.arange(len(pixels)) + torch.rand(len(pixels))) / len(pixels)
         quality = (1 + 99 * places[torch.randperm(len(pixels))]).to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16):
+        revival = not self.structured and self.step % REVIVE_STEPS == 0 and rate_weight < 1
+        with self._maintenance(_revive if revival else None), torch.autocast(self.device.type, torch.bfloat16):
             losses = trained(pixels, quality, rate_weight)
         self.optimiser.zero_grad(set_to_none=True)
         losses.total.backward()
@@ -354,6 +395,9 @@ class _Run:
         # The geometric mean counts a gain of one percent alike at every quality.
         row["cost"] = round(math.exp(total / len(VALIDATION_QUALITIES)), 5)
         row["perplexity"] = round(self._perplexity(), 2)
+        if self.board is not None:
+            for name, value in row.items():
+                self.board.add_scalar(name, value, self.step)
         log = self.output.with_suffix(".csv")
         fresh = self.step == 0 or not log.exists()
         with log.open("w" if fresh else "a", newline="") as file:

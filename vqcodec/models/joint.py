@@ -3,6 +3,7 @@
 loss = bits per pixel + lambda(quality) * squared error        (per picture, squared error on the 0..255 scale)
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from vqcodec.models.config import Config
 from vqcodec.models.prior import PHASES, Prior, phases_of, rates
+from vqcodec.models.quantizer import Codebook
 from vqcodec.models.vqvae import PIXEL_SCALE, VQVAE
 
 # At an optimum the loss grows about as lambda^0.4 or lambda^0.5; this exponent lets all qualities count alike.
@@ -54,6 +56,8 @@ class RateDistortion(nn.Module):
         self.config = config
         self.vqvae = VQVAE(config)
         self.prior = Prior(config)
+        # Called with every codebook and its vectors, float (N, P, D), before they are quantised: k-means start, revival.
+        self.maintain: Callable[[Codebook, Tensor], object] | None = None
 
     def forward(self, pixels: Tensor, quality: Tensor, rate_weight: float = 1.0) -> Losses:
         """One pass of encoder, quantisers, prior and decoder.
@@ -87,6 +91,9 @@ class RateDistortion(nn.Module):
                 scale = steps.repeat_interleave(piece.dim, 1)[:, :, None, None]
                 v = (z[:, piece.start : piece.stop] - estimate[:, piece.start : piece.stop]) / scale
                 importance = (weight[:, None] * (steps.detach() * PIXEL_SCALE) ** 2 / 3).float()  # (B, P)
+                flat = rows(v, piece.planes)
+                if self.maintain is not None:
+                    self.maintain(book, flat.detach())
                 table = book.inputs()
                 indices = torch.zeros(batch, h, w, piece.planes, dtype=torch.int64, device=z.device)
                 known = torch.zeros(batch, table.shape[0] * table.shape[2], h, w, device=z.device)
@@ -105,7 +112,6 @@ class RateDistortion(nn.Module):
                     indices[:, row::2, column::2] = k.reshape(batch, here.shape[2], here.shape[3], -1)
                     known = known.clone()
                     known[:, :, row::2, column::2] = grid(look_up(table, k), batch, here.shape[2], here.shape[3])
-                flat = rows(v, piece.planes)
                 chosen = book.lookup(indices.reshape(-1, piece.planes))
                 scaled = (balance[:, None] * importance).repeat_interleave(h * w, 0) / (batch * height * width)
                 # Codebook and commitment loss, van den Oord et al. 2017, eq. 3, second and third term.

@@ -27,6 +27,7 @@ from vqcodec.models.config import SliceConfig
 # Temperature, in squared steps, of the soft assignment that carries the rate's gradient to the encoder: at 0.5 a code
 # one step away from the nearest has 13 % of its weight.
 TEMPERATURE = 0.5
+LARGEST_LATTICE = 16
 # The outer codes of the structured start lie on this many spheres, each larger than the last by this factor.
 OUTER_SPHERES = 6
 OUTER_GROWTH = 1.4
@@ -54,7 +55,7 @@ def structured_start(codes: int, dim: int) -> Tensor:
         k = torch.arange(codes)
         return ((k + 1) // 2 * torch.where(k % 2 == 1, 1, -1))[:, None].float()
     generator = torch.Generator().manual_seed(codes * 1000 + dim)
-    if dim > 16:
+    if dim > LARGEST_LATTICE:
         points = functional.normalize(torch.randn(codes, dim, generator=generator), dim=1)
         points[0] = 0
         return points
@@ -126,6 +127,8 @@ class Codebook(nn.Module):
         self.register_buffer("usage", torch.zeros(config.planes, config.codes))
         self.register_buffer("sums", torch.zeros(config.planes, config.codes, config.dim))
         self.register_buffer("steps", torch.zeros(()))
+        # Without a structured start the codes come from data: k-means first, and dead ones are moved now and then.
+        self.structured = config.dim <= LARGEST_LATTICE
         # Logarithmic companding to the prior's int8 range: fine near zero, the farthest code at the bound.
         self.compand = min(24.0, 127 / math.log2(1 + start.abs().max().item()))
 
