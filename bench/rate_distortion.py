@@ -89,12 +89,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = []
     for codec in chosen:
         start = time.perf_counter()
+        description = f"{codec.settings}. {codec.version}"
+        rows = None
+        if options.reuse and codec.key != "vqcodec":
+            rows = reusable(options.output / f"{codec.key}.json", description, pictures, settings, codec.key)
         try:
-            rows = measure_all(codec.key, pictures, settings, options.jobs)
+            rows = rows or measure_all(codec.key, pictures, settings, options.jobs)
         except VqcodecError as error:
             print(f"rate_distortion: {codec.title}: {error}", file=sys.stderr)
             return 1
-        results.append(Result.of(codec.key, codec.title, f"{codec.settings}. {codec.version}", rows))
+        results.append(Result.of(codec.key, codec.title, description, rows))
         note = f"{len(pictures)} pictures, {len(qualities[codec.key])} qualities"
         print(f"{codec.title}: {note}, {time.perf_counter() - start:.0f} s", file=sys.stderr)
 
@@ -147,6 +151,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--jobs", type=int, default=1, help="processes, one thread each; times are best with 1 (default)"
+    )
+    parser.add_argument(
+        "--reuse",
+        action="store_true",
+        help="take the other codecs' results from the output folder where version, pictures and qualities are the same",
     )
     options = parser.parse_args(arguments)
     if options.jobs < 1:
@@ -210,6 +219,22 @@ def parse_qualities(given: Sequence[str], chosen: Sequence[codecs.Codec]) -> dic
         if key in qualities:
             qualities[key] = points
     return qualities
+
+
+def reusable(file: Path, description: str, pictures: Sequence[Path], settings: Settings, key: str) -> list[Row] | None:
+    """The rows of an earlier run of the same codec version on the same pictures, qualities and measures, if any."""
+    if not file.is_file():
+        return None
+    content = json.loads(file.read_text("utf-8"))
+    columns = [MEASURES[name].column for name in settings.measures]
+    rows = content["pictures"]
+    wanted = [(path.name, quality) for path in pictures for quality in settings.qualities[key]]
+    if content["description"] != description or [(r["picture"], r["quality"]) for r in rows] != wanted:
+        return None
+    if any(r.get(column) is None for r in rows for column in columns):
+        return None
+    own = ("picture", "width", "height", "quality", "bytes", "encoding_time", "decoding_time")
+    return [Row(**{name: r[name] for name in own}, values={c: r[c] for c in columns}) for r in rows]
 
 
 def measure_all(key: str, pictures: Sequence[Path], settings: Settings, jobs: int) -> list[Row]:

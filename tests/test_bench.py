@@ -354,3 +354,21 @@ def test_sample_photo_has_the_size_asked_for() -> None:
     assert speed.sample(1300, 30).shape == (30, 1300, 3)
     big = speed.sample(1030, 1220)
     np.testing.assert_array_equal(big[:, 511], big[:, 512])  # mirrored, no seam
+
+
+def test_reuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = tmp_path / "a.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 48, 3), np.uint8)).save(picture)
+    arguments = [str(picture), "-o", str(tmp_path / "out"), "--codecs", "jpeg", "--metrics", "psnr"]
+    arguments += ["--qualities", "jpeg=20,60,90"]
+    assert rate_distortion.main(arguments) == 0
+    first = json.loads((tmp_path / "out" / "jpeg.json").read_text())
+
+    def fail(*_: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(rate_distortion, "measure_all", fail)
+    assert rate_distortion.main([*arguments, "--reuse"]) == 0
+    assert json.loads((tmp_path / "out" / "jpeg.json").read_text())["pictures"] == first["pictures"]
+    with pytest.raises(AssertionError, match="measured again"):
+        rate_distortion.main([*arguments[:-1], "jpeg=20,60,91", "--reuse"])
