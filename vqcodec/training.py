@@ -40,10 +40,10 @@ from vqcodec.models.vqvae import Linear1x1, channels_last
 BATCH = 8  # crops a step, over all processes
 CROP, LARGE_CROP = 256, 384
 LARGE_FROM = 0.85  # share of the time after which crops are large
-LEARNING_RATE = 5e-4
-PRIOR_LEARNING_RATE = 1e-3
+LEARNING_RATE = 1.5e-4
+PRIOR_LEARNING_RATE = 4e-4
 # The KLT matrices multiply large inputs: at the full rate a few steps would undo them.
-KLT_LEARNING_RATE = 1e-5
+KLT_LEARNING_RATE = 3e-6
 WARM_UP_STEPS = 100
 RATE_WARM_UP = 0.2  # share of the time over which the rate weight rises
 RATE_START = 0.5
@@ -51,7 +51,7 @@ AVERAGE_DECAY = 0.999
 CLIP_NORM = 1.0
 CHECKPOINT_SECONDS = 180
 REPORT_SECONDS = 2.0
-VALIDATIONS = 12  # a run, evenly spaced in time
+VALIDATIONS = 9  # a run, evenly spaced in time
 VALIDATION_PICTURES = 32
 # Where codebooks come from data: dead codes are moved so often, while the rate weight rises.
 REVIVE_STEPS = 50
