@@ -92,8 +92,6 @@ class Pictures:
         except (ImageError, OSError) as error:
             with self._lock:
                 self._bad.add(path)
-                if len(self._bad) == len(self._paths):
-                    raise TrainingError("none of the pictures could be read") from error
             self._warn(f"{path}: {error}: skipped")
             return None
         with self._lock:
@@ -134,9 +132,11 @@ def batches(pictures: Pictures, *, batch: int, size: int, seed: int, threads: in
             with ThreadPoolExecutor(threads) as pool:
                 while True:
                     order = rng.permutation(len(pictures))
+                    readable = False
                     for start in range(0, len(order), batch):
                         for pixels in pool.map(pictures.get, (int(i) for i in order[start : start + batch])):
                             if pixels is not None:
+                                readable = True
                                 crops.append(crop(pixels, size, rng))
                         while len(crops) >= batch:
                             item, crops = np.stack(crops[:batch]), crops[batch:]
@@ -148,6 +148,8 @@ def batches(pictures: Pictures, *, batch: int, size: int, seed: int, threads: in
                                     continue
                             if stopped.is_set():
                                 return
+                    if not readable:
+                        raise TrainingError("none of the pictures could be read")
         except Exception as error:  # noqa: BLE001 (raised again in the consumer)
             ready.put(error)
 
