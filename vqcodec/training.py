@@ -459,10 +459,12 @@ class _Run:
         path = self._checkpoint()
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata()
+                metadata = file.metadata() or {}
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
         except (OSError, SafetensorError) as error:
             raise TrainingError(f"cannot resume from {path}: {error}") from None
+        if "facts" not in metadata:
+            raise TrainingError(f"cannot resume from {path}: not a checkpoint of a training run")
         if metadata["config"] != self.config.to_json():
             raise TrainingError(f"{path} is of another configuration")
         for prefix, module in (("model.", self.model), ("average.", self.average)):
