@@ -1,0 +1,320 @@
+"""Training: a few seconds beat the untrained state, and interrupted, resumed and distributed runs come to the same end.
+
+Crops and batches are small here, but for the slow tests.
+"""
+
+import csv
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import models
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from vqcodec import codec, training, weights
+from vqcodec.errors import TrainingError, WeightsError
+from vqcodec.metrics import psnr
+from vqcodec.models.config import TINY
+from vqcodec.training import Progress, train
+
+SMALL = {"CROP": 64, "LARGE_CROP": 96, "BATCH": 4, "LEARNING_RATE": 1e-3, "PRIOR_LEARNING_RATE": 4e-3}
+SMALL |= {"WARM_UP_STEPS": 10, "REPORT_SECONDS": 0.0, "CHECKPOINT_SECONDS": 0.5, "VALIDATIONS": 3}
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SMALL.items():
+        monkeypatch.setattr(training, name, value)
+    monkeypatch.setattr(torch, "set_flush_denormal", lambda _: True)  # of the whole process
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight pictures to train on."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for seed in range(8):
+        Image.fromarray(models.picture(160 + 8 * seed, 200 - 4 * seed, seed + 100)).save(folder / f"{seed}.png")
+    return folder
+
+
+def run(pictures: Path, output: Path, seconds: float, **options: Any) -> list[Progress]:
+    seen: list[Progress] = []
+    train(
+        [pictures],
+        output,
+        minutes=seconds / 60,
+        on_progress=seen.append,
+        **{"config": "tiny", "device": "cpu"} | options,
+    )
+    return seen
+
+
+def log_of(output: Path) -> list[dict[str, float]]:
+    with output.with_suffix(".csv").open(newline="") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def checkpoint_of(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output.with_suffix(".ckpt"))
+
+
+# A whole run
+
+
+def test_a_few_seconds_beat_the_untrained_state(pictures: Path, tmp_path: Path, small: None) -> None:
+    folder, output = tmp_path / "pictures", tmp_path / "out" / "mine.safetensors"
+    output.parent.mkdir()
+    folder.mkdir()
+    for path in pictures.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "bad.png").write_text("no picture")
+    warnings: list[str] = []
+    seen = run(folder, output, 4, on_warning=warnings.append)
+
+    rows = log_of(output)
+    assert rows[0]["step"] == 0 and rows[-1]["step"] == seen[-1].step > 10
+    assert rows[-1]["cost"] < 0.9 * rows[0]["cost"]
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert 3 <= len(rows) <= 6
+    assert len(warnings) == 1 and "bad.png" in warnings[0]
+
+    stages = [p.stage for p in seen]
+    assert stages[0] == "start" and stages[-1] == "export" and {"train", "validate"} < set(stages)
+    assert [p.step for p in seen] == sorted(p.step for p in seen)
+    assert [p.elapsed for p in seen] == sorted(p.elapsed for p in seen)
+    running = [p for p in seen if p.stage == "train"]
+    assert all(p.elapsed + p.remaining == pytest.approx(4) for p in running[:-1])
+    assert all(0 < p.bpp < 24 and 5 < p.psnr < 60 and math.isfinite(p.loss) and p.perplexity >= 1 for p in running)
+
+    assert {path.name for path in output.parent.iterdir()} == {
+        f"mine.{s}" for s in ("safetensors", "ckpt", "csv", "png")
+    }
+    with Image.open(output.with_suffix(".png")) as sheet:
+        assert sheet.size == (64, 3 * 64)  # one validation picture: original, before, after
+        original, before, after = np.split(np.asarray(sheet), 3)
+    assert len({original.tobytes(), before.tobytes(), after.tobytes()}) == 3
+    assert psnr(original, after) > 20
+
+    notes = weights.describe(output)["notes"]
+    assert notes["steps"] == seen[-1].step
+    assert notes["processes"] == 1
+    assert float(notes["validation"]["cost"]) == rows[-1]["cost"]
+    source = models.picture(70, 90, seed=200)
+    data = codec.compress(source, weights=output, verify=True)
+    assert psnr(source, codec.decode_picture(data, weights=output).pixels) > 20
+
+
+def test_the_average_is_exported(pictures: Path, tmp_path: Path, small: None) -> None:
+    output = tmp_path / "mine.safetensors"
+    run(pictures, output, 1)
+    tensors, exported = checkpoint_of(output), weights.load(output).vqvae.state_dict()
+    for name in ("slices.1.0.log_steps", "slices.1.1.codebook.vectors", "slices.0.0.codebook.bias"):
+        assert torch.equal(exported[name], tensors[f"average.vqvae.{name}"])
+        assert not torch.equal(exported[name], tensors[f"model.vqvae.{name}"])
+
+
+def test_codebooks_that_come_from_data(pictures: Path, tmp_path: Path, small: None) -> None:
+    """EMA, k-means start and revival: the paper's layout, narrower."""
+    config = tmp_path / "config.json"
+    text = TINY.to_json().replace('"gradient"', '"ema"').replace('"commitment": 0.0', '"commitment": 0.25')
+    wide = text.replace(
+        '{"codes": 32, "dim": 4, "layer": 2, "planes": 4}', '{"codes": 32, "dim": 24, "layer": 1, "planes": 1}'
+    )
+    wide = wide.replace('{"codes": 64, "dim": 1, "layer": 1, "planes": 8}, ', "")
+    assert wide != text
+    config.write_text(wide)
+    output = tmp_path / "mine.safetensors"
+    run(pictures, output, 2, config=config)
+    rows = log_of(output)
+    assert rows[-1]["cost"] < rows[0]["cost"]
+    vectors = weights.load(output).vqvae.slice(1, 0).codebook.vectors
+    assert vectors.shape == (1, 32, 24)
+    assert len(torch.unique(vectors[0], dim=0)) == 32
+    data = codec.compress(models.picture(70, 90), weights=output, verify=True)
+    assert codec.decompress(data, weights=output).size == (90, 70)
+
+
+@pytest.mark.slow
+def test_a_minute_at_full_size(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "set_flush_denormal", lambda _: True)
+    output = tmp_path / "mine.safetensors"
+    run(pictures, output, 55)
+    rows = log_of(output)
+    assert rows[-1]["cost"] < 0.998 * rows[0]["cost"]
+
+
+# Interruption
+
+
+def test_resume_goes_on(pictures: Path, tmp_path: Path, small: None) -> None:
+    output = tmp_path / "mine.safetensors"
+    first = run(pictures, output, 1)
+    stopped, rows, before = first[-1].step, log_of(output), weights.load(output).id
+    tensors = checkpoint_of(output)
+    assert stopped > 0
+
+    again = run(pictures, output, 1, resume=True)  # the time is used up: nothing but the export is left
+    assert [p.step for p in again] == [stopped] * len(again)
+    assert log_of(output)[: len(rows)] == rows
+
+    seen = run(pictures, output, 2, resume=True)
+    running = [p for p in seen if p.stage == "train"]
+    assert running[0].step > stopped and running[0].elapsed > 0.9
+    assert seen[-1].step > stopped
+    assert [row["step"] for row in log_of(output)] == sorted(row["step"] for row in log_of(output))
+    assert weights.load(output).id != before
+    moments = [name for name in tensors if name.startswith("adam.") and name.endswith("exp_avg")]
+    assert len(moments) == sum(1 for _ in models.RateDistortion(TINY).parameters())
+
+
+def test_a_resumed_run_starts_from_the_checkpoint(
+    pictures: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, averages, optimiser and facts: saving what was loaded gives the same checkpoint."""
+    output = tmp_path / "mine.safetensors"
+    run(pictures, output, 1)
+    before = checkpoint_of(output)
+    monkeypatch.setattr(training._Run, "_validate", lambda _: None)
+    run(pictures, output, 0.5, resume=True)  # no step, but the checkpoint is written again
+    after = checkpoint_of(output)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor), name
+
+
+def test_an_interrupted_save_leaves_the_last_checkpoint(
+    pictures: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "mine.safetensors"
+    run(pictures, output, 0.5)
+    saved = output.with_suffix(".ckpt").read_bytes()
+
+    def interrupted(_: object, path: Path, __: object) -> None:
+        Path(path).write_bytes(saved[:1000])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save_file", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(pictures, output, 1.5, resume=True)
+    assert output.with_suffix(".ckpt").read_bytes() == saved
+    seen = run(pictures, output, 1.5, resume=True)
+    assert seen[-1].stage == "export"
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from vqcodec import training
+
+for name, value in {settings!r}.items():
+    setattr(training, name, value)
+if __name__ == "__main__":
+    training.train([Path(sys.argv[1])], Path(sys.argv[2]), config="tiny", minutes=float(sys.argv[3]), device="cpu")
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "run.py"
+    path.write_text(SCRIPT.format(settings={**SMALL, "CHECKPOINT_SECONDS": 0.1}), encoding="utf-8")
+    return path
+
+
+@pytest.mark.slow
+def test_kill(pictures: Path, tmp_path: Path, script: Path, small: None) -> None:
+    output = tmp_path / "mine.safetensors"
+    checkpoint = output.with_suffix(".ckpt")
+    with subprocess.Popen([sys.executable, str(script), str(pictures), str(output), "5"]) as process:
+        deadline = time.monotonic() + 60
+        while not checkpoint.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(1.5)
+        process.send_signal(signal.SIGKILL)
+    assert not output.exists()
+    seen = run(pictures, output, 6, resume=True)
+    assert seen[0].step > 0
+    assert output.exists()
+
+
+@pytest.mark.slow
+def test_two_processes(pictures: Path, tmp_path: Path, script: Path) -> None:
+    """Under torchrun, on gloo: both take the same steps, and one of them writes."""
+    output = tmp_path / "mine.safetensors"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(script), str(pictures), str(output), str(6 / 60)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 0, done.stderr
+    rows = log_of(output)
+    assert rows[0]["step"] == 0 < rows[-1]["step"]
+    assert len(rows) <= 6, "one process writes the log"
+    assert rows[-1]["cost"] < rows[0]["cost"]
+    assert weights.describe(output)["notes"]["processes"] == 2
+    codec.compress(models.picture(40, 40), weights=output, verify=True)
+
+
+# Going on from weights
+
+
+def test_start_from_weights(pictures: Path, tmp_path: Path, small: None) -> None:
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    run(pictures, first, 2)
+    run(pictures, second, 0.5, start_from=first, config="photo")
+    assert weights.load(second).config == TINY, "the configuration comes with the weights"
+    before, after = log_of(first), log_of(second)
+    assert after[0]["step"] == 0
+    assert after[0]["cost"] == pytest.approx(before[-1]["cost"], rel=0.03)
+    assert after[0]["cost"] < before[0]["cost"]
+
+
+# Errors
+
+
+def test_nothing_to_train_on(tmp_path: Path, small: None) -> None:
+    with pytest.raises(TrainingError, match="no pictures found"):
+        run(tmp_path, tmp_path / "mine.safetensors", 1)
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_text(f"no picture {number}")
+    with pytest.raises(TrainingError, match="could be read"):
+        run(tmp_path, tmp_path / "mine.safetensors", 1)
+    assert not (tmp_path / "mine.safetensors").exists()
+
+
+def test_unknown_configuration_or_device(
+    pictures: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "mine.safetensors"
+    with pytest.raises(WeightsError, match="no configuration 'huge'"):
+        run(pictures, output, 1, config="huge")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(TrainingError, match="no CUDA device"):
+        run(pictures, output, 1, device="cuda")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_to_resume(pictures: Path, tmp_path: Path, small: None) -> None:
+    output = tmp_path / "mine.safetensors"
+    checkpoint = output.with_suffix(".ckpt")
+    for content in (None, b"", b"garbage" * 100, models.tiny_weights().read_bytes()):
+        if content is not None:
+            checkpoint.write_bytes(content)
+        with pytest.raises(TrainingError, match="cannot resume from .*mine.ckpt") as caught:
+            run(pictures, output, 1, resume=True)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_another_configuration(pictures: Path, tmp_path: Path, small: None) -> None:
+    output = tmp_path / "mine.safetensors"
+    run(pictures, output, 0.5)
+    with pytest.raises(TrainingError, match=r"mine\.ckpt is of another configuration"):
+        run(pictures, output, 1, resume=True, config="vqvae2")
