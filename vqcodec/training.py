@@ -40,10 +40,10 @@ from vqcodec.models.vqvae import Linear1x1, channels_last
 BATCH = 8  # crops a step, over all processes
 CROP, LARGE_CROP = 256, 384
 LARGE_FROM = 0.85  # share of the time after which crops are large
-LEARNING_RATE = 1.5e-4
-PRIOR_LEARNING_RATE = 4e-4
+LEARNING_RATE = 3e-4
+PRIOR_LEARNING_RATE = 8e-4
 # The KLT matrices multiply large inputs: at the full rate a few steps would undo them.
-KLT_LEARNING_RATE = 3e-6
+KLT_LEARNING_RATE = 1e-5
 WARM_UP_STEPS = 100
 RATE_WARM_UP = 0.2  # share of the time over which the rate weight rises
 RATE_START = 0.5
@@ -201,7 +201,7 @@ class _Run:
             {"params": klt, "peak": KLT_LEARNING_RATE},
             {"params": list(self.model.prior.parameters()), "peak": PRIOR_LEARNING_RATE},
         ]
-        self.optimiser = torch.optim.Adam(groups, LEARNING_RATE, betas=(0.9, 0.99), fused=True)
+        self.optimiser = torch.optim.Adam(groups, LEARNING_RATE, betas=(0.9, 0.99), foreach=True)
         self.structured = all(book.structured for book in self.model.modules() if isinstance(book, Codebook))
         self.step, self.spent = 0, 0.0
         self.rate_start = RATE_START
@@ -345,9 +345,11 @@ class _Run:
     def _optimise(self, trained: nn.Module, pixels: Tensor, rate_weight: float) -> None:
         trained.train()
         pixels = pixels.contiguous(memory_format=torch.channels_last)
-        # Stratified: every batch sees low and high qualities.
-        places = (torch.arange(len(pixels)) + torch.rand(len(pixels))) / len(pixels)
-        quality = (1 + 99 * places[torch.randperm(len(pixels))]).to(self.device)
+        # Stratified over all processes: every step sees low and high qualities.
+        count = len(pixels) * self.world
+        generator = torch.Generator().manual_seed((self.seed << 32) + self.step)
+        places = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
+        quality = (1 + 99 * places[self.rank :: self.world]).to(self.device)
         revival = not self.structured and self.step % REVIVE_STEPS == 0 and rate_weight < 1
         with self._maintenance(_revive if revival else None), torch.autocast(self.device.type, torch.bfloat16):
             losses = trained(pixels, quality, rate_weight)

@@ -18,6 +18,8 @@ from vqcodec.models.vqvae import PIXEL_SCALE, VQVAE
 BALANCE = 0.4
 # How much of the rate counts in the choice of codes; 1 would ignore that codes are context for later ones.
 CHOICE_BIAS = 0.5
+# Weight of the estimate's squared error, in units of the distortion that it would be without any code.
+ESTIMATE_WEIGHT = 0.1
 
 
 @dataclass
@@ -114,6 +116,11 @@ class RateDistortion(nn.Module):
                     known[:, :, row::2, column::2] = grid(look_up(table, k), batch, here.shape[2], here.shape[3])
                 chosen = book.lookup(indices.reshape(-1, piece.planes))
                 scaled = (balance[:, None] * importance).repeat_interleave(h * w, 0) / (batch * height * width)
+                # The straight-through gradient to the estimate is zero: what is added behind the quantiser was taken
+                # away before it. Without a loss of its own the estimate drifts, and codes go along, until they saturate.
+                gap = z.detach()[:, piece.start : piece.stop] - estimate[:, piece.start : piece.stop]
+                wide = scaled.reshape(batch, -1, piece.planes)[:, 0].repeat_interleave(piece.dim, 1)[:, :, None, None]
+                loss = loss + ESTIMATE_WEIGHT * (wide * (gap / scale.detach()).square()).sum()
                 # Codebook and commitment loss, van den Oord et al. 2017, eq. 3, second and third term.
                 if book.learn == "gradient":
                     loss = loss + (scaled[..., None] * (flat.detach() - chosen).square()).sum()

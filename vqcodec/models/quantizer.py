@@ -31,6 +31,8 @@ LARGEST_LATTICE = 16
 # The outer codes of the structured start lie on this many spheres, each larger than the last by this factor.
 OUTER_SPHERES = 6
 OUTER_GROWTH = 1.4
+# In one dimension, where the last code lies relative to the last integer.
+OUTER_REACH = 3.0
 # No symbol costs more bits: the range coder gives every one a count of at least 1 in 2^24.
 MOST_BITS = 24.0
 # Entries of a K-wide tensor that are worked on at once: 2^17 floats, several such tensors fit the second-level cache.
@@ -40,7 +42,7 @@ CHUNK = 1 << 17
 def structured_start(codes: int, dim: int) -> Tensor:
     """The codebook before training, sorted by norm, the zero vector first: a lattice with outposts.
 
-    For D = 1 integers: 0, 1, -1, 2, -2, ... Otherwise three fifths of the codes are the shortest integer vectors and the
+    For D = 1 integers, 0, 1, -1, 2, -2, ..., the last fifth growing by a constant factor instead. Otherwise three fifths of the codes are the shortest integer vectors and the
     rest lie around them on spheres whose radii grow by a constant factor, because latents have heavy tails: a plane
     without far codes saturates on high contrast. For D > 16, where even the first shell of the lattice is larger than
     any codebook, all codes but zero are random directions of unit norm.
@@ -53,7 +55,11 @@ def structured_start(codes: int, dim: int) -> Tensor:
     """
     if dim == 1:
         k = torch.arange(codes)
-        return ((k + 1) // 2 * torch.where(k % 2 == 1, 1, -1))[:, None].float()
+        magnitude = ((k + 1) // 2).double()
+        last = magnitude[max(1, int(0.8 * codes)) - 1].clamp(min=1)
+        beyond = (magnitude - last).clamp(min=0)
+        magnitude = torch.where(beyond > 0, last * OUTER_REACH ** (beyond / beyond.max().clamp(min=1)), magnitude)
+        return (magnitude * torch.where(k % 2 == 1, 1, -1))[:, None].float()
     generator = torch.Generator().manual_seed(codes * 1000 + dim)
     if dim > LARGEST_LATTICE:
         points = functional.normalize(torch.randn(codes, dim, generator=generator), dim=1)
