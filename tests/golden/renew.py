@@ -1,0 +1,125 @@
+"""Make the golden files anew, and the hex dump in FORMAT.md: `python tests/golden/renew.py`.
+
+Only for a format that has not been released: files of a released version must be readable for ever, and the tests that
+read the golden ones are what shows it. After a change of the format they get company instead, of the new version.
+"""
+
+import dataclasses
+import io
+import itertools
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+HERE = Path(__file__).resolve().parent
+if __name__ == "__main__":
+    sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
+
+import format_dump
+import models
+
+from vqcodec import bitstream, codec, image, weights
+from vqcodec.bitstream import Chunk
+from vqcodec.image import Picture
+from vqcodec.models.config import TINY, Config, PriorConfig, SliceConfig, StageConfig
+
+# Small enough to be kept in the repository: two levels, slices of two kinds, three layers.
+GOLDEN: Config = dataclasses.replace(
+    TINY,
+    name="golden",
+    stages=(
+        StageConfig(4, 24, 8, 1, 1),
+        StageConfig(8, 16, 8, 1, 1, (SliceConfig(8, 1, 32, layer=1), SliceConfig(2, 4, 24, layer=2))),
+        StageConfig(32, 8, 8, 1, 1, (SliceConfig(8, 1, 128, layer=0),)),
+    ),
+    prior=PriorConfig(channels=12, embedding=8, blocks=1),
+)
+
+PICTURES = {
+    "tiny": (Picture(models.picture(40, 72, seed=1), xmp=b"<x:xmpmeta/>"), {"quality": 30, "tile": 64}),
+    "grey": (
+        Picture(
+            np.repeat(models.picture(17, 33, seed=2)[..., :1], 3, 2),
+            grey=True,
+            alpha=np.tile(np.arange(33, dtype=np.uint8) * 7, (17, 1)),
+        ),
+        {"quality": 90, "tile": 0},
+    ),
+}
+
+
+def renew(folder: Path) -> None:
+    """Write weights, good files with their codes and pixels, and bad files."""
+    (folder / "bad").mkdir(parents=True, exist_ok=True)
+    weights_file = models.save(models.tiny(GOLDEN), folder / "tiny.safetensors")
+    model = weights.load(weights_file)
+    for name, (picture, options) in PICTURES.items():
+        data = codec.compress(picture, weights=weights_file, device="cpu", verify=True, **options)
+        (folder / f"{name}.vqz").write_bytes(data)
+        codes = codec.decode_codes(bitstream.read(data), model)
+        with (folder / f"{name}.npz").open("wb") as file:
+            np.savez_compressed(file, **{f"level{n}": level.numpy() for n, level in enumerate(codes)})
+        restored = codec.decode_picture(data, weights=weights_file, device="cpu")
+        (folder / f"{name}.png").write_bytes(image.save(restored, ".png"))
+    for name, data in bad_files((folder / "tiny.vqz").read_bytes()).items():
+        (folder / "bad" / f"{name}.vqz").write_bytes(data)
+
+
+def bad_files(good: bytes) -> dict[str, bytes]:
+    """Ways to be wrong: the name says what is, and tests/test_golden.py which error each must raise."""
+    container = bitstream.read(good)
+    header, chunks = container.header, container.chunks
+    segments = [segment for segment in container.segments if segment is not None]
+    # With lengths below 128 a segment takes 5 bytes more than its data.
+    bounds = [len(good)]
+    for segment in reversed(segments):
+        bounds.insert(0, bounds[0] - len(segment) - (5 if len(segment) < 128 else 6))
+    parts = [good[start:stop] for start, stop in itertools.pairwise(bounds)]
+
+    def flipped(place: int) -> bytes:
+        return good[:place] + bytes([good[place] ^ 0x40]) + good[place + 1 :]
+
+    buffer = io.BytesIO()
+    Image.new("L", (9, 9)).save(buffer, "PNG")
+    small_alpha = Chunk("ALPH", buffer.getvalue())
+    huge = dataclasses.replace(header, width=0xFFFFFF, height=0xFFFFFF, tile=0)
+    return {
+        "empty": b"",
+        "png": buffer.getvalue(),
+        "magic-flipped": flipped(0),
+        "version-2": good[:4] + b"\x02" + good[5:],
+        "header-flipped": flipped(9),
+        "cut-in-header": good[:20],
+        "cut-after-header": good[:21],
+        "cut-in-chunk": good[:30],
+        "cut-after-chunks": good[: bounds[0]],
+        "cut-after-a-segment": good[: bounds[3]],
+        "cut-in-a-segment": good[:-1],
+        "chunk-flipped": flipped(30),
+        "segment-flipped": flipped(bounds[1] - 1),
+        "segments-swapped": good[: bounds[0]] + parts[1] + parts[0] + b"".join(parts[2:]),
+        "trailing-byte": good + b"\0",
+        "huge": bitstream.write(huge, (), [b""] * huge.segments),
+        "other-weights": bitstream.write(dataclasses.replace(header, weights_id=bytes(4)), chunks, segments),
+        "other-layers": bitstream.write(dataclasses.replace(header, layers=2), chunks, segments[:4]),
+        "alpha-of-another-size": bitstream.write(header, (small_alpha,), segments),
+        "undecodable": bitstream.write(header, chunks, [b"\xff" * 64] * len(segments)),
+    }
+
+
+def renew_document(path: Path, data: bytes) -> None:
+    """Put the dump of a file into the block of FORMAT.md that is fenced as hexdump."""
+    text = path.read_text(encoding="utf-8")
+    block = f"```hexdump\n{format_dump.dump(data)}```"
+    old = re.compile(r"^```hexdump\n.*?^```$|^<!-- hex dump: .*?-->$", re.MULTILINE | re.DOTALL)
+    renewed, count = old.subn(lambda _: block, text)
+    assert count == 1, f"{path} has {count} places for the dump"
+    path.write_text(renewed, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    renew(HERE)
+    renew_document(HERE.parents[1] / "FORMAT.md", (HERE / "tiny.vqz").read_bytes())
