@@ -263,7 +263,7 @@ def test_damaged_file(codec, photo):
     assert tree() == ["cut.vqz", "photo.png", "photo.vqz"]
     ran = run("decompress", "cut.vqz", "--partial")
     assert ran.exit_code == 0
-    assert ran.stderr.splitlines()[0].startswith("vqcodec: cut.vqz: note: segment 1 of 1 ends")
+    assert ran.stderr.splitlines()[0].startswith("vqcodec: cut.vqz: warning: segment 1 of 1 ends")
     assert Path("cut.png").exists()
 
 
@@ -512,7 +512,7 @@ def test_train_failures(training, photo, monkeypatch):
         1,
         "vqcodec: w.safetensors: File exists, -f would overwrite it",
     )
-    fails(run("train", "no.png", "-o", "x"), 1, "vqcodec: no.png: No such file or directory")
+    fails(run("train", "no.png", "-o", "x.safetensors"), 1, "vqcodec: no.png: No such file or directory")
     Path("v.ckpt").touch()
     fails(
         run("train", "photo.png", "-o", "v.safetensors"),
@@ -527,7 +527,7 @@ def test_train_failures(training, photo, monkeypatch):
         raise TrainingError("nothing to train on")
 
     monkeypatch.setattr(training, "train", train)
-    fails(run("train", "photo.png", "-o", "x"), 1, "vqcodec: x: nothing to train on")
+    fails(run("train", "photo.png", "-o", "x.safetensors"), 1, "vqcodec: x.safetensors: nothing to train on")
 
 
 # Real processes

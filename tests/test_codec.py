@@ -187,7 +187,7 @@ def test_grey_with_alpha() -> None:
 
 @pytest.mark.parametrize("quality", [0, 101, -5])
 def test_quality_out_of_range(quality: int) -> None:
-    with pytest.raises(ValueError, match="quality must be 1 to 100"):
+    with pytest.raises(ValueError, match="quality must be an integer from 1 to 100"):
         compress(picture(8, 8), quality=quality)
 
 

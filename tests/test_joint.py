@@ -11,8 +11,8 @@ from torch import Tensor
 from vqcodec import codec
 from vqcodec.bitstream import Header
 from vqcodec.models.config import TINY, VQVAE2, Config
-from vqcodec.models.joint import RateDistortion, grid, look_up, rows
-from vqcodec.models.quantizer import Codebook
+from vqcodec.models.joint import RateDistortion
+from vqcodec.models.quantizer import Codebook, grid, look_up, rows
 
 EMA = dataclasses.replace(TINY, codebook="ema", commitment=0.25)
 

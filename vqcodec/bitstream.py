@@ -27,6 +27,7 @@ VERSION = 1
 CHUNK_KINDS = ("ICCP", "EXIF", "XMP ", "ALPH")
 HEADER_BYTES = 21
 TILE_UNIT = 64
+MAX_TILE = 255 * TILE_UNIT
 
 # 400 million pixels are 1.2 GB of decoded RGB: more than any camera makes in one shot, and about what a desktop can hold.
 # A header of 21 bytes can promise 700,000 times as much, so the promise is checked before anything is allocated for it.
@@ -73,8 +74,8 @@ class Header:
             value = getattr(self, name)
             if not 1 <= value <= high:
                 raise HeaderError(f"{name} is {value}, expected 1 to {high}")
-        if self.tile not in range(0, 256 * TILE_UNIT, TILE_UNIT):
-            raise HeaderError(f"tile is {self.tile} pixels, expected a multiple of {TILE_UNIT} up to {255 * TILE_UNIT}")
+        if self.tile not in range(0, MAX_TILE + 1, TILE_UNIT):
+            raise HeaderError(f"tile is {self.tile} pixels, expected a multiple of {TILE_UNIT} up to {MAX_TILE}")
         if len(self.weights_id) != 4:
             raise HeaderError(f"weights id has {len(self.weights_id)} bytes, expected 4")
         if self.segments > MAX_SEGMENTS:

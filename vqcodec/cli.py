@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import sys
 import time
 import traceback
@@ -177,6 +178,8 @@ def compress(
         encoded = codec.compress(picture, quality=quality, weights=weights, device=device, verify=verify)
         files.write(job.target, encoded, overwrite=force)
         if not quiet:
+            for note in picture.notes:
+                _say(f"vqcodec: {job.source}: note: {note}")
             _say_result(job, picture, len(data), len(encoded), len(encoded), start)
         return len(data), len(encoded)
 
@@ -223,6 +226,8 @@ def decompress(
     """
     if test and output is not None:
         raise click.UsageError("--test writes nothing, so -o has no use.")
+    if test and partial:
+        raise click.UsageError("--test asks whether files are whole, --partial makes do with less.")
     if test:
         with _usage():
             jobs = [files.Job(path, files.STREAM) for path, _ in files.find(inputs, files.VQZ_SUFFIXES)]
@@ -240,6 +245,8 @@ def decompress(
         if not test:
             encoded = image.save(picture, _suffix(job.target))
             files.write(job.target, encoded, overwrite=force)
+        for problem in picture.notes:
+            _say(f"vqcodec: {job.source}: warning: {problem}")
         if not quiet:
             _say_result(job, picture, len(data), len(encoded), len(data), start, test=test)
         return len(data), len(encoded)
@@ -385,12 +392,17 @@ def train(
     """
     with _usage():
         found = files.find(pictures, files.PICTURE_SUFFIXES)
+    if Path(output).suffix != ".safetensors":
+        raise click.UsageError(f"OUT must end in .safetensors, got {output}")
+    sheet = os.path.realpath(Path(output).with_suffix(".png"))
+    if any(os.path.realpath(path) == sheet for path, _ in found):
+        raise click.UsageError(f"the sheet of pictures beside OUT would replace the input {sheet}")
     outcome = _Outcome()
     for path, _ in found:
         with outcome.of(path):
             files.check(files.Job(path, output), overwrite=force or resume)
-            # Hours of work may lie in a checkpoint.
-            files.check(files.Job(path, str(Path(output).with_suffix(".ckpt"))), overwrite=force or resume)
+            for suffix in (".ckpt", ".csv", ".png"):  # hours of work may lie in a checkpoint
+                files.check(files.Job(path, str(Path(output).with_suffix(suffix))), overwrite=force or resume)
         if outcome.failed:
             return outcome.status
     with outcome.of(output), _training_bar() as show:
@@ -439,7 +451,9 @@ def _check_suffixes(jobs: Iterable[files.Job]) -> None:
 
 
 def _suffix(target: str) -> str:
-    return ".png" if target == files.STREAM else Path(target).suffix
+    """The suffix that says the format; streams and devices get PNG."""
+    device = os.path.exists(target) and not os.path.isfile(target)
+    return ".png" if target == files.STREAM or device else Path(target).suffix
 
 
 def _run(
@@ -468,8 +482,6 @@ def _run(
 def _say_result(
     job: files.Job, picture: "Picture", read: int, written: int, compressed: int, start: float, test: bool = False
 ) -> None:
-    for note in picture.notes:
-        _say(f"vqcodec: {job.source}: note: {note}")
     height, width, _ = picture.pixels.shape
     bpp = 8 * compressed / (width * height)
     seconds = time.perf_counter() - start
@@ -484,7 +496,8 @@ def _training_bar() -> Iterator[Callable[["Progress"], None]]:
     def line(progress: "Progress | None") -> str:
         if progress is None:
             return ""
-        left = time.strftime("%H:%M:%S", time.gmtime(progress.remaining))
+        minutes, seconds = divmod(int(progress.remaining), 60)
+        left = f"{minutes // 60:02}:{minutes % 60:02}:{seconds:02}"
         numbers = f"{progress.bpp:.3f} bpp, {progress.psnr:.2f} dB"
         return f"{progress.stage}, step {progress.step}: {numbers}, {left} left"
 

@@ -7,7 +7,9 @@ The entropy coding works tile by tile, on integers, and only with codes; the flo
 grids, in windows that overlap by more than the networks reach, so that tiles leave no seams in the picture.
 """
 
-import io
+import contextlib
+import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
@@ -26,8 +28,8 @@ from vqcodec.entropy import Decoder, Encoder
 from vqcodec.errors import ChecksumError, FormatError, HeaderError, ImageError, WeightsError
 from vqcodec.image import Picture
 from vqcodec.models.counts import CodeTables, flag_counts
-from vqcodec.models.joint import CHOICE_BIAS, grid, look_up, rows
 from vqcodec.models.prior import PHASES, SlicePrior, phases_of, rates
+from vqcodec.models.quantizer import CHOICE_BIAS, grid, look_up, rows
 from vqcodec.models.vqvae import PIXEL_SCALE, Slice
 from vqcodec.weights import Model
 
@@ -61,17 +63,18 @@ def compress(
         verify: decode the codes again and compare.
 
     Raises:
-        ValueError: quality or tile out of range. ImageError: unsupported picture. WeightsError: no such weights.
+        ValueError: quality or tile not an allowed integer. ImageError: unsupported picture. WeightsError: no such weights.
     """
-    if not 1 <= quality <= 100:
-        raise ValueError(f"quality must be 1 to 100, got {quality}")
+    if not isinstance(quality, int) or not 1 <= quality <= 100:
+        raise ValueError(f"quality must be an integer from 1 to 100, got {quality!r}")
     source = _as_picture(picture)
     model = _load(weights, device)
-    if tile and (tile % bitstream.TILE_UNIT or tile % model.config.multiple):
-        raise ValueError(f"tile must be a multiple of {max(bitstream.TILE_UNIT, model.config.multiple)}, got {tile}")
+    unit = math.lcm(bitstream.TILE_UNIT, model.config.multiple)
+    if not isinstance(tile, int) or not 0 <= tile <= bitstream.MAX_TILE or tile % unit:
+        raise ValueError(f"tile must be 0 or a multiple of {unit} up to {bitstream.MAX_TILE}, got {tile!r}")
     height, width = source.pixels.shape[:2]
     header = Header(width, height, quality, model.id, model.config.layers, tile, source.grey)
-    with torch.inference_mode():
+    with _exact(model):
         segments, codes = _encode(model, header, source.pixels)
         if verify and any(
             not torch.equal(a, b) for a, b in zip(codes, _decode_codes(model, header, segments), strict=True)
@@ -90,9 +93,12 @@ def decompress(
 ) -> Image.Image:
     """Decode the bytes of a .vqz file to a Pillow image of mode L, LA, RGB or RGBA.
 
-    Args and Raises: as `decode_picture`.
+    Args and Raises: as `decode_picture`. What `partial` finds missing or damaged is warned of.
     """
-    return image.to_pil(decode_picture(data, weights=weights, device=device, partial=partial, max_pixels=max_pixels))
+    picture = decode_picture(data, weights=weights, device=device, partial=partial, max_pixels=max_pixels)
+    for problem in picture.notes:
+        warnings.warn(problem, stacklevel=2)
+    return image.to_pil(picture)
 
 
 def decode_picture(
@@ -117,14 +123,21 @@ def decode_picture(
     """
     container = bitstream.read(data, max_pixels=max_pixels, partial=partial)
     model = _load(weights, device)
-    codes = decode_codes(container, model)
-    with torch.inference_mode():
-        pixels = _reconstruct(model, container.header, codes)
+    header = container.header
     chunks = {chunk.kind: chunk.data for chunk in container.chunks}
+    alpha = None
+    if "ALPH" in chunks:
+        try:
+            alpha = image.decode_alpha(chunks["ALPH"], header.width, header.height)
+        except ImageError as error:
+            raise ChecksumError(str(error)) from None
+    codes = decode_codes(container, model)
+    with _exact(model):
+        pixels = _reconstruct(model, header, codes)
     return Picture(
         pixels,
-        grey=container.header.grey,
-        alpha=_read_alpha(chunks.get("ALPH"), container.header),
+        grey=header.grey,
+        alpha=alpha,
         icc=chunks.get("ICCP"),
         exif=chunks.get("EXIF"),
         xmp=chunks.get("XMP "),
@@ -148,8 +161,15 @@ def decode_codes(container: Container, model: Model) -> list[Tensor]:
         raise FormatError(f"the file has {header.layers} layers, its weights have {model.config.layers}")
     if header.tile % model.config.multiple:
         raise HeaderError(f"tile is {header.tile} pixels, these weights need multiples of {model.config.multiple}")
-    with torch.inference_mode():
+    with _exact(model):
         return _decode_codes(model, header, container.segments)
+
+
+@contextlib.contextmanager
+def _exact(model: Model) -> Iterator[None]:
+    """No gradients, and no autocast of the caller's: in bf16 the prior's integers would not be integers."""
+    with torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
+        yield
 
 
 # Codes <-> segments
@@ -247,7 +267,9 @@ def _decode_codes(model: Model, header: Header, segments: tuple[bytes | None, ..
                 data = own[piece.layer]
                 if data is None:
                     break
-                coder = coders.setdefault(piece.layer, Decoder(data))
+                if piece.layer not in coders:
+                    coders[piece.layer] = Decoder(data)
+                coder = coders[piece.layer]
                 tables = model.tables.slice(level, index)
 
                 def step(_: int, p: Tensor, coder: Decoder = coder, tables: CodeTables = tables) -> Tensor:
@@ -426,8 +448,8 @@ def _synthesise(model: Model, estimate: Tensor, header: Header, quality: Tensor)
         top, left = inner[0].start * stride, inner[1].start * stride
         target = pixels[top : top + ready.shape[0], left : left + ready.shape[1]]
         target[...] = ready[: target.shape[0], : target.shape[1]]
-    if header.grey:
-        pixels[...] = np.rint(pixels.mean(2, keepdims=True, dtype=np.float32)).astype(np.uint8)
+        if header.grey:
+            target[...] = np.rint(target.mean(2, keepdims=True, dtype=np.float32))
     return pixels
 
 
@@ -480,20 +502,5 @@ def _chunks(picture: Picture) -> list[Chunk]:
         if data
     ]
     if picture.alpha is not None:
-        buffer = io.BytesIO()
-        Image.fromarray(picture.alpha).save(buffer, "PNG", optimize=True)
-        chunks.append(Chunk("ALPH", buffer.getvalue()))
+        chunks.append(Chunk("ALPH", image.encode_alpha(picture.alpha)))
     return chunks
-
-
-def _read_alpha(data: bytes | None, header: Header) -> NDArray[np.uint8] | None:
-    if data is None:
-        return None
-    try:
-        # Not Image.open, whose own limit is below the sizes that the caller may allow; the size is checked here.
-        with PngImagePlugin.PngImageFile(io.BytesIO(data)) as png:
-            if png.size != (header.width, header.height) or png.mode != "L":
-                raise ChecksumError(f"alpha is {png.mode} {png.size}, the picture {(header.width, header.height)}")
-            return np.asarray(png).copy()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ChecksumError(f"alpha cannot be read: {error}") from None

@@ -54,12 +54,20 @@ def split(pictures: Sequence[Path], validation: int) -> tuple[list[Path], list[P
     Returns:
         (training pictures, validation pictures), neither empty.
     """
-    digests = {path: hashlib.sha256(path.read_bytes()).digest() for path in pictures}
+    digests = {path: _digest(path) for path in pictures}
     ranked = sorted(set(digests.values()))
     if len(ranked) == 1:
         return list(pictures), list(pictures)
     held = {digest for digest in ranked[:validation] if digest[0] < VALIDATION_SHARE * 256} or {ranked[0]}
     return [p for p in pictures if digests[p] not in held], [p for p in pictures if digests[p] in held]
+
+
+def _digest(path: Path) -> bytes:
+    """A hash of a file's bytes; of its name where it cannot be read, which `Pictures` will say."""
+    try:
+        return hashlib.sha256(path.read_bytes()).digest()
+    except OSError:
+        return hashlib.sha256(path.name.encode()).digest()
 
 
 class Pictures:

@@ -200,6 +200,29 @@ def save(picture: Picture, suffix: str) -> bytes:
     return out.getvalue()
 
 
+def encode_alpha(alpha: NDArray[np.uint8]) -> bytes:
+    """An alpha channel, uint8 (H, W), as a grey PNG file."""
+    out = io.BytesIO()
+    Image.fromarray(alpha).save(out, "PNG", optimize=True)
+    return out.getvalue()
+
+
+def decode_alpha(data: bytes, width: int, height: int) -> NDArray[np.uint8]:
+    """The inverse of `encode_alpha`.
+
+    Raises:
+        ImageError: not a grey PNG file of this size.
+    """
+    try:
+        # Not Image.open, whose own limit is below the sizes that a caller may allow; the size is checked here.
+        with PngImagePlugin.PngImageFile(io.BytesIO(data)) as png:
+            if png.size != (width, height) or png.mode != "L":
+                raise ImageError(f"alpha is {png.mode} {png.width} x {png.height}, the picture {width} x {height}")
+            return np.asarray(png).copy()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ImageError(f"alpha cannot be read: {error}") from None
+
+
 def _xmp_option(format_name: str, xmp: bytes) -> dict[str, Any]:
     if format_name == "PNG":
         info = PngImagePlugin.PngInfo()

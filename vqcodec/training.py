@@ -33,7 +33,7 @@ from torch import Tensor, distributed, nn
 from vqcodec import data, weights
 from vqcodec.errors import TrainingError
 from vqcodec.models.config import Config, load_config
-from vqcodec.models.joint import RateDistortion
+from vqcodec.models.joint import Losses, RateDistortion
 from vqcodec.models.quantizer import Codebook
 from vqcodec.models.vqvae import Linear1x1, channels_last
 
@@ -53,6 +53,7 @@ CHECKPOINT_SECONDS = 180
 REPORT_SECONDS = 2.0
 VALIDATIONS = 9  # a run, evenly spaced in time
 VALIDATION_PICTURES = 32
+SHEET_PICTURES, SHEET_QUALITY = 6, 30
 # Where codebooks come from data: dead codes are moved so often, while the rate weight rises.
 REVIVE_STEPS = 50
 # What a checkpoint holds besides tensors.
@@ -117,12 +118,12 @@ def train(
         torch.manual_seed(seed)
         run = _Run(settings, output, target, rank, world, minutes * 60, seed, on_progress, on_warning)
         paths = data.find_pictures(pictures)
-        run.open_data(paths)
         if resume:
             run.load()
-        elif given:
+        run.open_data(paths)
+        if given and not resume:
             run.start_from(given)
-        else:
+        elif not resume:
             run.start_fresh()
         run.loop()
         if rank == 0:
@@ -136,8 +137,8 @@ class _process_group:  # noqa: N801 (used as a function)
         self.joined = "RANK" in os.environ and "WORLD_SIZE" in os.environ
         if not self.joined:
             return 0, 1
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        distributed.init_process_group(backend, timeout=timedelta(minutes=20))
+        backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        distributed.init_process_group(backends, timeout=timedelta(minutes=20))
         return distributed.get_rank(), distributed.get_world_size()
 
     def __exit__(self, *_: object) -> None:
@@ -207,18 +208,22 @@ class _Run:
         self.rate_start = RATE_START
         self.bpp = self.psnr = self.loss = math.nan
         self.board = _tensorboard(output) if rank == 0 else None
-        self.before: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
+        self.before: list[data.Pixels] = []  # validation crops as the untrained model decodes them
+        self.validation: list[data.Pixels] = []
 
     # Stages
 
     def open_data(self, paths: list[Path]) -> None:
         training, held = data.split(paths, VALIDATION_PICTURES)
-        self.pictures = data.Pictures(training, self.on_warning)
+        self.pictures = data.Pictures(training, self.on_warning, data.CACHE_BYTES // self.world)
         rng = np.random.default_rng(0)
         size = max(CROP, self.config.multiple)
-        reserved = data.Pictures(held, self.on_warning)
+        if self.rank:
+            return  # the first process validates
+        reserved = data.Pictures(held, self.on_warning, cache_bytes=0)
         pictures = (reserved.get(i) for i in range(len(held)))
-        self.validation = [data.crop(p, size, rng) for p in pictures if p is not None]
+        # Copies: a crop is a view that would keep its whole picture in memory.
+        self.validation = [data.crop(p, size, rng).copy() for p in pictures if p is not None]
         if not self.validation:
             raise TrainingError("none of the pictures set aside for validation could be read")
 
@@ -290,20 +295,28 @@ class _Run:
         if self.rank == 0:
             self._validate()
             self._save()
+            if self.board is not None:
+                self.board.close()
 
     def export(self) -> None:
         """Write the weights file and the sheet."""
         self._report("export")
         self._write_sheet()
-        rows = self._rows()
         notes = {
             "minutes": round(self.spent / 60, 1),
             "steps": self.step,
             "processes": self.world,
             "pictures": len(self.pictures),
-            "validation": rows[-1] if rows else {},
+            "trained": self._measure(self.average),
         }
-        weights.save_model(self.output, self.config, self.average.vqvae, self.average.prior, notes)
+        path = self.output
+        weights.save_model(path, self.config, self.average.vqvae, self.average.prior, notes)
+        # As it will run: half precision, integers, no autocast.
+        model = weights.load(path)
+        exported = RateDistortion(self.config).eval()
+        exported.vqvae, exported.prior = model.vqvae, model.prior
+        notes["exported"] = self._measure(exported.to(self.device), autocast=False)
+        weights.save_model(path, self.config, self.average.vqvae, self.average.prior, notes)
 
     # One step
 
@@ -376,16 +389,14 @@ class _Run:
     # Validation and the sheet
 
     @torch.no_grad()
-    def _validate(self) -> None:
-        """Append a line to the log: bpp, PSNR and cost of the averaged weights at a few qualities."""
-        if self.on_progress:
-            self._report("validate")
-        row: dict[str, float] = {"step": self.step, "minutes": round(self.spent / 60, 2)}
+    def _measure(self, model: RateDistortion, autocast: bool = True) -> dict[str, float]:
+        """bpp, PSNR and cost of the validation crops at a few qualities, and the geometric mean of the costs."""
+        row: dict[str, float] = {}
         total = 0.0
         for quality in VALIDATION_QUALITIES:
             bpp, ratio, cost = 0.0, 0.0, 0.0
             for start in range(0, len(self.validation), BATCH):
-                losses = self._forward(self.validation[start : start + BATCH], quality)
+                losses = self._forward(model, self.validation[start : start + BATCH], quality, autocast)
                 bpp += float(losses.bpp.sum())
                 cost += float(losses.cost.sum())
                 ratio += float((10 * torch.log10(255**2 / losses.mse.clamp(min=1e-3))).sum())
@@ -396,23 +407,38 @@ class _Run:
             total += math.log(cost / count)
         # The geometric mean counts a gain of one percent alike at every quality.
         row["cost"] = round(math.exp(total / len(VALIDATION_QUALITIES)), 5)
+        return row
+
+    def _validate(self) -> None:
+        """Append a line to the log: what the averaged weights do on the validation crops."""
+        self._report("validate")
+        row = {"step": self.step, "minutes": round(self.spent / 60, 2), **self._measure(self.average)}
         row["perplexity"] = round(self._perplexity(), 2)
         if self.board is not None:
             for name, value in row.items():
                 self.board.add_scalar(name, value, self.step)
-        log = self.output.with_suffix(".csv")
-        fresh = self.step == 0 or not log.exists()
-        with log.open("w" if fresh else "a", newline="") as file:
-            writer = csv.DictWriter(file, list(row))
-            if fresh:
-                writer.writeheader()
-            writer.writerow(row)
+        self._write_log([*(self._log() if self.step else []), row])
 
-    def _forward(self, crops: Sequence[Any], quality: int) -> Any:
+    def _log(self) -> list[dict[str, Any]]:
+        """The lines of the log up to this step."""
+        path = self.output.with_suffix(".csv")
+        if not path.exists():
+            return []
+        with path.open(newline="") as file:
+            return [row for row in csv.DictReader(file) if int(row["step"]) < self.step]
+
+    def _write_log(self, rows: list[dict[str, Any]]) -> None:
+        with self.output.with_suffix(".csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def _forward(self, model: RateDistortion, crops: Sequence[data.Pixels], quality: int, autocast: bool) -> Losses:
         pixels = torch.from_numpy(np.stack(crops)).to(self.device).permute(0, 3, 1, 2).float()
         pixels = pixels.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, torch.bfloat16):
-            return self.average(pixels, torch.full((len(crops),), quality, device=self.device))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
+            losses: Losses = model(pixels, torch.full((len(crops),), quality, device=self.device))
+        return losses
 
     def _perplexity(self) -> float:
         values = []
@@ -423,21 +449,17 @@ class _Run:
         return float(torch.cat(values).mean())
 
     @torch.no_grad()
-    def _sheet_row(self) -> list[np.ndarray[Any, np.dtype[np.uint8]]]:
-        losses = self._forward(self.validation[:6], 30)
+    def _sheet_row(self) -> list[data.Pixels]:
+        losses = self._forward(self.average, self.validation[:SHEET_PICTURES], SHEET_QUALITY, autocast=True)
         pixels = losses.reconstruction.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         return list(pixels)
 
     def _write_sheet(self) -> None:
-        """Rows: original, before training, after; columns: validation crops, quality 30."""
-        original, after = self.validation[:6], self._sheet_row()
+        """Rows: original, before training, after; columns: validation crops."""
+        original, after = self.validation[:SHEET_PICTURES], self._sheet_row()
         before = self.before or [np.full_like(p, 128) for p in original]
         rows = [np.concatenate(list(row), axis=1) for row in (original, before, after)]
         Image.fromarray(np.concatenate(rows, axis=0)).save(self.output.with_suffix(".png"))
-
-    def _rows(self) -> list[dict[str, str]]:
-        with self.output.with_suffix(".csv").open(newline="") as file:
-            return list(csv.DictReader(file))
 
     # Checkpoints
 
@@ -450,6 +472,7 @@ class _Run:
         tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
         for index, state in self.optimiser.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{k}": v for k, v in state.items()}
+        tensors |= {f"before.{index}": torch.from_numpy(pixels) for index, pixels in enumerate(self.before)}
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
         facts = {name: getattr(self, name) for name in FACTS}
         metadata = {"config": self.config.to_json(), "facts": json.dumps(facts)}
@@ -476,6 +499,7 @@ class _Run:
             if name.startswith("adam."):
                 _, index, key = name.split(".")
                 state.setdefault(int(index), {})[key] = tensor
+        self.before = [tensors[f"before.{i}"].numpy() for i in range(SHEET_PICTURES) if f"before.{i}" in tensors]
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
         facts = json.loads(metadata["facts"])
         for name in FACTS:

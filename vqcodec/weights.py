@@ -102,6 +102,13 @@ def _load(path: Path, device: str, mtime: int, size: int) -> Model:
         missing = sorted(set(problems.missing_keys) - _not_stored(module))
         if missing or problems.unexpected_keys:
             raise WeightsError(f"weights {path} lack {missing} and have unknown {problems.unexpected_keys}")
+    try:
+        prior.check()
+        for level in range(len(config.levels)):
+            for index in range(len(config.levels[level].slices)):
+                tables.slice(level, index).check()
+    except ValueError as error:
+        raise WeightsError(f"weights {path}: {error}") from None
     return Model(config, vqvae, prior, tables, weights_id, torch.device(device))
 
 
@@ -149,7 +156,7 @@ def save_model(path: Path, config: Config, vqvae: VQVAE, prior: Prior, notes: di
         single = {
             f"{name}.{tensor}"
             for name, part in module.named_modules()
-            for tensor in ("log_steps", "vectors", "bias", "spread", "scale")
+            for tensor in ("log_steps", "vectors", "bias", "spread")
             if isinstance(part, Slice | Codebook)
         }
         for name, tensor in module.state_dict().items():
@@ -195,13 +202,15 @@ def describe(path: Path) -> dict[str, Any]:
     """
     config, metadata, weights_id = _metadata(path)
     vqvae, prior = VQVAE(config), Prior(config)
+    decoder, entropy = vqvae.macs_per_pixel() / 1000, prior.macs_per_pixel(config) / 1000
     return {
         "id": weights_id.hex(),
         "bytes": path.stat().st_size,
         "name": config.name,
         "parameters": sum(p.numel() for m in (vqvae, prior) for p in m.parameters()),
-        "decoder_kmac_per_pixel": round(vqvae.macs_per_pixel() / 1000, 2),
-        "prior_kmac_per_pixel": round(prior.macs_per_pixel(config) / 1000, 2),
+        "decoder_kmac_per_pixel": round(decoder, 2),
+        "prior_kmac_per_pixel": round(entropy, 2),
+        "total_kmac_per_pixel": round(decoder + entropy, 2),
         "notes": json.loads(metadata.get("notes", "{}")),
         "config": json.loads(metadata["config"]),
     }

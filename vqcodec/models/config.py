@@ -134,6 +134,13 @@ class Config:
         low, high = self.lambda_range
         if not 0 < low < high:
             raise ValueError(f"lambda_range must be two growing positive numbers, got {self.lambda_range}")
+        # Crops in training and tiles in coding are multiples of 128 pixels, and a grid of one position has no neighbours.
+        if 128 % self.multiple:
+            raise ValueError(f"the coarsest stride must divide 128, got {self.multiple}")
+        if not (isinstance(self.commitment, int | float) and 0 <= self.commitment < math.inf):
+            raise ValueError(f"commitment must be a number from 0, got {self.commitment!r}")
+        if not 0 < self.lambda_range[0] < self.lambda_range[1]:
+            raise ValueError(f"lambda_range must rise from above 0, got {self.lambda_range}")
         if self.codebook not in ("gradient", "ema"):
             raise ValueError(f"codebook must be gradient or ema, got {self.codebook!r}")
 

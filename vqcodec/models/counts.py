@@ -87,6 +87,20 @@ class CodeTables(nn.Module):
         self.values.copy_((features * 1024).round())
         self.bias.copy_((book.bias.detach()[:, 1:].double() * 256).round())
 
+    def check(self) -> None:
+        """Make sure that no logit can leave the integers that float64 holds exactly.
+
+        Raises:
+            ValueError: one can, or an input of the prior is outside -127..127.
+        """
+        x, lengths = self.values[:, :-2].abs().sum(1), self.values[:, -2:].abs()
+        largest = 127 * ROOT.max() * x + SQUARE.max() * lengths[:, 0] + LINEAR.max() * lengths[:, 1]
+        largest += 2.0**19 * self.bias.abs()
+        if largest.max() >= 2.0**53:
+            raise ValueError("the tables of a code plane are too large for exact sums")
+        if self.inputs.abs().max() > 127:
+            raise ValueError("an input of the prior is outside -127..127")
+
     def value_counts(self, parameters: Tensor, other: Tensor) -> NDArray[np.float32]:
         """Counts of the values 1..K-1 of those symbols of one pass whose flag says that they have one.
 
@@ -103,7 +117,7 @@ class CodeTables(nn.Module):
         s, a = (o[:, dim] + 127).long(), (o[:, dim + 1] + 127).long()
         coefficients = torch.cat([o[:, :dim] * root[s][:, None], square[s][:, None], linear[a][:, None]], 1)
         members = other.sum(0).tolist()
-        counts = torch.empty(len(o), self.bias.shape[1], device=o.device)
+        counts = torch.empty(len(o), self.bias.shape[1], dtype=torch.float32, device=o.device)
         start = 0
         for plane, count in enumerate(members):
             rows = slice(start, start := start + count)

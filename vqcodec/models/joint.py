@@ -11,13 +11,11 @@ from torch import Tensor, nn
 
 from vqcodec.models.config import Config
 from vqcodec.models.prior import PHASES, Prior, phases_of, rates
-from vqcodec.models.quantizer import Codebook
+from vqcodec.models.quantizer import CHOICE_BIAS, Codebook, grid, look_up, rows
 from vqcodec.models.vqvae import PIXEL_SCALE, VQVAE
 
 # At an optimum the loss grows about as lambda^0.4 or lambda^0.5; this exponent lets all qualities count alike.
 BALANCE = 0.4
-# How much of the rate counts in the choice of codes; 1 would ignore that codes are context for later ones.
-CHOICE_BIAS = 0.5
 # Weight of the estimate's squared error, in units of the distortion that it would be without any code.
 ESTIMATE_WEIGHT = 0.1
 
@@ -38,16 +36,6 @@ class Losses:
     mse: Tensor
     cost: Tensor
     reconstruction: Tensor
-
-
-def rows(x: Tensor, planes: int) -> Tensor:
-    """(B, P D, h, w) -> (B h w, P, D): one row a grid position, in raster order."""
-    return x.permute(0, 2, 3, 1).reshape(-1, planes, x.shape[1] // planes)
-
-
-def grid(x: Tensor, batch: int, height: int, width: int) -> Tensor:
-    """The inverse of `rows`: (B h w, P, D) -> (B, P D, h, w)."""
-    return x.reshape(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
 class RateDistortion(nn.Module):
@@ -140,10 +128,3 @@ class RateDistortion(nn.Module):
         loss = loss + (balance * weight * mse).mean()
         bpp = bits / (height * width)
         return Losses(loss, bpp, mse.detach(), bpp + weight * mse.detach(), reconstruction)
-
-
-def look_up(table: Tensor, indices: Tensor) -> Tensor:
-    """Rows of a table per plane: (P, K, F) and int64 (N, P) -> (N, P, F)."""
-    planes, codes, features = table.shape
-    flat = indices + torch.arange(planes, device=indices.device) * codes
-    return nn.functional.embedding(flat, table.reshape(-1, features))

@@ -301,6 +301,18 @@ class Prior(nn.Module):
         super().__init__()
         self.levels = nn.ModuleList([LevelPrior(config, level) for level in range(len(config.levels))])
 
+    def check(self) -> None:
+        """Make sure that frozen weights are what exact sums need.
+
+        Raises:
+            ValueError: a weight is outside -127..127 or an exponent outside 0..MAX_EXPONENT.
+        """
+        for part in self.modules():
+            if isinstance(part, IntegerConv) and (
+                part.weight.abs().max() > 127 or part.exponent.min() < 0 or part.exponent.max() > MAX_EXPONENT
+            ):
+                raise ValueError("a weight or exponent of the prior is out of range")
+
     def level(self, index: int) -> LevelPrior:
         level = self.levels[index]
         assert isinstance(level, LevelPrior)

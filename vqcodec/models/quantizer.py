@@ -24,6 +24,8 @@ from torch.nn import functional
 
 from vqcodec.models.config import SliceConfig
 
+# How much of the rate counts in the choice of codes; 1 would ignore that codes are context for later ones.
+CHOICE_BIAS = 0.5
 # Temperature, in squared steps, of the soft assignment that carries the rate's gradient to the encoder: at 0.5 a code
 # one step away from the nearest has 13 % of its weight.
 TEMPERATURE = 0.5
@@ -140,9 +142,7 @@ class Codebook(nn.Module):
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Code vectors: int64 (N, P) -> float32 (N, P, D)."""
-        planes, codes, dim = self.vectors.shape
-        flat = indices + torch.arange(planes, device=indices.device) * codes
-        return functional.embedding(flat, self.vectors.reshape(-1, dim))
+        return look_up(self.vectors, indices)
 
     def nearest(self, v: Tensor) -> Tensor:
         """Index of the nearest code: float (N, P, D) -> int64 (N, P)."""
@@ -362,3 +362,20 @@ class _Quantise(torch.autograd.Function):
         g = grads[0]
         grad_v, grad_theta, grad_zero, grad_bias = ctx.saved_tensors
         return g * grad_v, g * grad_theta, g * grad_zero, g * grad_bias, None, None, None, None
+
+
+def rows(x: Tensor, planes: int) -> Tensor:
+    """(B, P D, h, w) -> (B h w, P, D): one row a grid position, in raster order."""
+    return x.permute(0, 2, 3, 1).reshape(-1, planes, x.shape[1] // planes)
+
+
+def grid(x: Tensor, batch: int, height: int, width: int) -> Tensor:
+    """The inverse of `rows`: (B h w, P, D) -> (B, P D, h, w)."""
+    return x.reshape(batch, height, width, -1).permute(0, 3, 1, 2)
+
+
+def look_up(table: Tensor, indices: Tensor) -> Tensor:
+    """Rows of a table per plane: (P, K, F) and int64 (N, P) -> (N, P, F)."""
+    planes, codes, features = table.shape
+    flat = indices + torch.arange(planes, device=indices.device) * codes
+    return functional.embedding(flat, table.reshape(-1, features))

@@ -203,8 +203,7 @@ class VQVAE(nn.Module):
         return latents[::-1]
 
     def refine(self, level: int, index: int, estimate: Tensor, quality: Tensor) -> Tensor:
-        """The estimate of a level's latents (B, C, h, w) before slice `index` is coded, or, with the index after the
-        last one, as it is."""
+        """The estimate of a level's latents, (B, C, h, w), before slice `index` is coded."""
         block = self.slice(level, index).refine
         if block is None:
             return estimate
