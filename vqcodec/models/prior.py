@@ -14,7 +14,7 @@ Exactness. Every activation is an integer in [-127, 127], every weight an intege
 that belongs to its output channel, and no sum has more than `MAX_INPUTS` terms, so that all partial sums stay below
 2^24 and float32 computes them exactly in any order, on any device, with any number of threads. Rescaling is by powers
 of two and floor. Training runs the same functions with gradients passed straight through the roundings (fake
-quantisation), so nothing is lost when the integers are written down.
+quantisation); in float32 both give the same integers.
 """
 
 import math
