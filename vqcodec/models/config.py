@@ -139,8 +139,6 @@ class Config:
             raise ValueError(f"the coarsest stride must divide 128, got {self.multiple}")
         if not (isinstance(self.commitment, int | float) and 0 <= self.commitment < math.inf):
             raise ValueError(f"commitment must be a number from 0, got {self.commitment!r}")
-        if not 0 < self.lambda_range[0] < self.lambda_range[1]:
-            raise ValueError(f"lambda_range must rise from above 0, got {self.lambda_range}")
         if self.codebook not in ("gradient", "ema"):
             raise ValueError(f"codebook must be gradient or ema, got {self.codebook!r}")
 
