@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vqcodec.models import counts
-from vqcodec.models.config import NAMED, TINY, Config, SliceConfig
+from vqcodec.models.config import TINY, SliceConfig
 from vqcodec.models.counts import TOTAL, CodeTables, Tables, flag_counts, power
 from vqcodec.models.prior import rates
 from vqcodec.models.quantizer import Codebook, _log_probabilities
@@ -118,16 +118,33 @@ def test_the_result_of_a_symbol_does_not_depend_on_the_others() -> None:
         assert np.array_equal(alone, together[:, n])
 
 
-@pytest.mark.parametrize("config", NAMED.values(), ids=NAMED)
-def test_logits_are_exact_in_float64_with_every_parameter_at_its_bound(config: Config) -> None:
-    for stage in config.levels:
-        for piece in stage.slices:
-            tables = CodeTables(piece)
-            tables.fill(Codebook(piece))
-            factors = [127 * reference.p(12 * 32 + 127, 32)] * piece.dim
-            factors += [reference.p(12 * 16 + 127, 16), reference.p(13 * 16 + 127, 16)]
-            columns = tables.values[0].abs().T.tolist()
-            assert max(sum(f * int(x) for f, x in zip(factors, column, strict=True)) for column in columns) < 2**53
+@pytest.mark.parametrize("piece", SLICES[:3], ids=str)
+def test_check_refuses_what_float64_cannot_sum(piece: SliceConfig) -> None:
+    """Against the largest logit in Python integers, with every parameter at its bound, for codes of all sizes."""
+    outcomes = set()
+    for power_of_ten in np.arange(0, 5, 0.25):
+        book = Codebook(piece)
+        with torch.no_grad():
+            book.vectors *= 10**power_of_ten / book.vectors.abs().max()
+            book.bias[:, -1] += 3
+        tables = CodeTables(piece)
+        tables.fill(book)
+        factors = [127 * reference.p(12 * 32 + 127, 32)] * piece.dim
+        factors += [reference.p(12 * 16 + 127, 16), reference.p(13 * 16 + 127, 16), 2**19]
+        columns = torch.cat([tables.values[0], tables.bias[:1]]).abs().T.tolist()
+        largest = max(sum(f * int(x) for f, x in zip(factors, column, strict=True)) for column in columns)
+        outcomes.add(largest < 2**53)
+        if largest < 2**53:
+            tables.check()
+        else:
+            with pytest.raises(ValueError, match="too large for exact sums"):
+                tables.check()
+    assert outcomes == {True, False}
+    tables, _ = tables_of(piece)
+    tables.check()
+    tables.inputs[0, 1, 0] = 128
+    with pytest.raises(ValueError, match="outside -127..127"):
+        tables.check()
 
 
 @pytest.mark.parametrize("piece", SLICES[:3], ids=str)

@@ -63,6 +63,12 @@ def log_of(output: Path) -> list[dict[str, float]]:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
+def sheet_of(output: Path) -> list[np.ndarray]:
+    """Original, before and after."""
+    with Image.open(output.with_suffix(".png")) as sheet:
+        return np.split(np.asarray(sheet), 3)
+
+
 def checkpoint_of(output: Path) -> dict[str, torch.Tensor]:
     return load_file(output.with_suffix(".ckpt"))
 
@@ -98,9 +104,8 @@ def test_a_few_seconds_beat_the_untrained_state(pictures: Path, tmp_path: Path, 
     assert {path.name for path in output.parent.iterdir()} == {
         f"mine.{s}" for s in ("safetensors", "ckpt", "csv", "png")
     }
-    with Image.open(output.with_suffix(".png")) as sheet:
-        assert sheet.size == (64, 3 * 64)  # one validation picture: original, before, after
-        original, before, after = np.split(np.asarray(sheet), 3)
+    original, before, after = sheet_of(output)
+    assert original.shape == (64, 64, 3), "one validation picture"
     assert len({original.tobytes(), before.tobytes(), after.tobytes()}) == 3
     assert min(psnr(original, before), psnr(original, after)) > 20
 
@@ -167,7 +172,10 @@ def test_resume_goes_on(pictures: Path, tmp_path: Path, small: None) -> None:
     assert [p.step for p in again] == [stopped] * len(again)
     assert log_of(output)[: len(rows)] == rows
 
+    sheet = sheet_of(output)
     seen = run(pictures, output, 2, resume=True)
+    assert np.array_equal(sheet_of(output)[:2], sheet[:2]), "the original and what it looked like before all training"
+    assert not np.array_equal(sheet_of(output)[2], sheet[2])
     running = [p for p in seen if p.stage == "train"]
     assert running[0].step > stopped and running[0].elapsed > 0.9
     assert seen[-1].step > stopped

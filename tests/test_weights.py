@@ -12,6 +12,7 @@ import models
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from vqcodec import weights
@@ -209,6 +210,30 @@ def test_metadata_that_does_not_fit(tmp_path: Path, data: bytes) -> None:
     refused(path, with_metadata(data, config=json.dumps(deeper)), "lack .*blocks.1")
     deeper["prior"]["blocks"] = 0
     refused(path, with_metadata(data, config=json.dumps(deeper)), "unknown .*blocks.0")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("prior.levels.1.slices.0.head.exponent", 15, "exponent of the prior is out of range"),
+        ("prior.levels.1.slices.0.head.exponent", -1, "exponent of the prior is out of range"),
+        ("prior.levels.1.slices.0.head.weight", -128, "weight or exponent of the prior is out of range"),
+        ("tables.levels.1.0.inputs", 200, "outside -127..127"),
+        ("tables.levels.1.0.values", 2**31 - 1, "too large for exact sums"),
+    ],
+)
+def test_integers_that_would_not_be_exact(name: str, value: int, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.safetensors"
+    with safe_open(models.tiny_weights(), framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(models.tiny_weights())
+    tensors[name] = tensors[name].long()
+    save_file(tensors, path, metadata)
+    weights.load(path)
+    tensors[name].flatten()[0] = value
+    save_file(tensors, path, metadata)
+    with pytest.raises(WeightsError, match=message):
+        weights.load(path)
 
 
 def test_a_flipped_byte_is_another_id(tmp_path: Path, data: bytes) -> None:
