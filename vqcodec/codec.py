@@ -218,7 +218,7 @@ def _code_slice(part: SlicePrior, tables: CodeTables, state: Tensor, quality: Te
     height, width = state.shape[2:]
     planes, _, features = tables.inputs.shape
     state, context = part.prepare(state, quality)
-    known = torch.zeros(1, planes * features, height, width, device=state.device)
+    known = torch.zeros(1, planes * features, height, width, dtype=torch.float32, device=state.device)
     known = known.contiguous(memory_format=torch.channels_last)
     indices = torch.zeros(height, width, planes, dtype=torch.int64, device=state.device)
     for phase in phases_of(height, width):

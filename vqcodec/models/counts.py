@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vqcodec.models.config import Config, SliceConfig
-from vqcodec.models.quantizer import Codebook
+from vqcodec.models.quantizer import CHUNK, Codebook, plane_blocks
 
 # The range coder's precision; it gives every symbol one more than its count, so that n counts sum to TOTAL - n.
 TOTAL = 1 << 24
@@ -118,12 +118,13 @@ class CodeTables(nn.Module):
         coefficients = torch.cat([o[:, :dim] * root[s][:, None], square[s][:, None], linear[a][:, None]], 1)
         members = other.sum(0).tolist()
         counts = torch.empty(len(o), self.bias.shape[1], dtype=torch.float32, device=o.device)
-        start = 0
-        for plane, count in enumerate(members):
-            rows = slice(start, start := start + count)
-            if count:
-                logits = torch.addmm(self.bias[plane] * 2.0**19, coefficients[rows], self.values[plane])
-                _counts(logits, weights, counts[rows])
+        for block in plane_blocks(members, CHUNK // self.bias.shape[1]):
+            rows = slice(block[0][1].start, block[-1][1].stop)
+            logits = torch.empty(rows.stop - rows.start, self.bias.shape[1], dtype=torch.float64, device=o.device)
+            for plane, part in block:
+                here = logits[part.start - rows.start : part.stop - rows.start]
+                torch.addmm(self.bias[plane] * 2.0**19, coefficients[part], self.values[plane], out=here)
+            _counts(logits, weights, counts[rows])
         return counts.cpu().numpy()
 
 

@@ -174,26 +174,34 @@ class Codebook(nn.Module):
         Returns:
             int64 (N, P).
         """
+        with torch.autocast(v.device.type, enabled=False):
+            return self._choose(v.float(), rates, weight, bias)
+
+    def _choose(self, v: Tensor, rates: Rates, weight: Tensor, bias: float) -> Tensor:
         # Code 0 is certain where its cost is below that of a free code at the least distance any other can have.
         length = v.norm(dim=-1)
         nearest = self.vectors[:, 1:].norm(dim=-1).amin(1)
         cost = weight * (v - self.vectors[:, 0]).square().sum(-1) + bias * (_softplus2(rates.zero) - rates.zero)
         open_rows = cost >= weight * (nearest - length).clamp(min=0).square()
+        features, vectors = self.features(), self.vectors.detach()
+        lengths = vectors.square().sum(-1)
+        # One row for each open symbol, plane after plane.
+        mask = open_rows.T
+        target, theta, zero = (x.transpose(0, 1)[mask] for x in (v, rates.theta, rates.zero))
+        importance = weight.T[mask][:, None]
+        chosen = torch.empty(len(target), dtype=torch.int64, device=v.device)
+        for block in plane_blocks(mask.sum(1).tolist(), CHUNK // vectors.shape[1]):
+            rows = slice(block[0][1].start, block[-1][1].stop)
+            scores = torch.empty(rows.stop - rows.start, vectors.shape[1], dtype=torch.float32, device=v.device)
+            distances = torch.empty_like(scores)
+            for plane, part in block:
+                here = slice(part.start - rows.start, part.stop - rows.start)
+                torch.addmm(self.bias.detach()[plane], theta[part], features[plane].T, out=scores[here])
+                torch.addmm(-lengths[plane], target[part], vectors[plane].T, alpha=2, out=distances[here])
+            scores = _normalise(scores, zero[rows, None])[0].clamp_(min=-MOST_BITS)
+            chosen[rows] = scores.mul_(bias).add_(distances.mul_(importance[rows])).max(-1)[1]
         indices = torch.zeros(v.shape[:2], dtype=torch.int64, device=v.device)
-        features = self.features()
-        with torch.autocast(v.device.type, enabled=False):
-            for plane in range(v.shape[1]):
-                rows = open_rows[:, plane].nonzero()[:, 0]
-                if len(rows):
-                    scores = _log_probabilities(
-                        features[plane, None],
-                        self.bias.detach()[plane, None],
-                        rates.theta[rows, plane, None],
-                        rates.zero[rows, plane, None],
-                    )[0]
-                    distances = _distances(v[rows, plane, None], self.vectors.detach()[plane, None])
-                    scores.clamp_(min=-MOST_BITS).mul_(bias).add_(distances.mul_(weight[None, rows, plane, None]))
-                    indices[rows, plane] = scores.max(-1)[1][0]
+        indices.T[mask] = chosen
         return indices
 
     def quantise(
@@ -277,18 +285,43 @@ class Codebook(nn.Module):
         self.vectors.copy_(self.vectors.gather(1, order[..., None].expand_as(self.vectors)))
 
 
-def _log_probabilities(
-    features: Tensor, bias: Tensor, theta: Tensor, zero: Tensor, values: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def plane_blocks(members: list[int], limit: int) -> Iterator[list[tuple[int, slice]]]:
+    """Cut rows that lie plane after plane into blocks of at least one plane and, if possible, at most `limit` rows.
+
+    Args:
+        members: rows of each plane. limit: see above.
+
+    Yields:
+        (plane, its rows) of the planes of a block; planes without rows are left out.
+    """
+    block: list[tuple[int, slice]] = []
+    start = 0
+    for plane, count in enumerate(members):
+        if not count:
+            continue
+        if block and start + count - block[0][1].start > limit:
+            yield block
+            block = []
+        block.append((plane, slice(start, start := start + count)))
+    if block:
+        yield block
+
+
+def _log_probabilities(features: Tensor, bias: Tensor, theta: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
     """log2 p of all codes (p, N, K), and the distribution over the codes but 0, with 0 in its place (p, N, K)."""
     logits = torch.baddbmm(bias[:, None], theta.transpose(0, 1), features.transpose(1, 2))
+    return _normalise(logits, zero.T[..., None])
+
+
+def _normalise(logits: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+    """The same from logits (..., K), overwritten, and log2 odds of code 0 (..., 1)."""
     logits[..., 0] = -math.inf
     logits -= logits.amax(-1, keepdim=True)
-    values = torch.exp2(logits, out=values)
+    values = torch.exp2(logits)
     total = values.sum(-1, keepdim=True)
-    softplus = _softplus2(zero).T[..., None]
+    softplus = _softplus2(zero)
     logits -= torch.log2(total) + softplus
-    logits[..., 0] = zero.T - softplus[..., 0]
+    logits[..., :1] = zero - softplus
     return logits, values.div_(total)
 
 
