@@ -166,7 +166,7 @@ def test_decoder_reach() -> None:
     moved = estimate.clone()
     moved[:, :, row, column] += 3
     changed = (before != shaken().descend(1, moved, QUALITY)).any(1)[0].nonzero()
-    reach = shaken().decoder_reach()
+    reach = shaken().decoder_reach(1)
     assert reach == 1 * 8 + 1 * 4
     assert changed.amin(0).tolist() == [row * stride - reach, column * stride - reach]
     assert changed.amax(0).tolist() == [row * stride + stride - 1 + reach, column * stride + stride - 1 + reach]

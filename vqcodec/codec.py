@@ -375,10 +375,24 @@ def _vectors(piece: Slice, scale: Tensor, indices: Tensor) -> Tensor:
 
 
 def _begin(model: Model, level: int, coarser: Tensor | None, shape: Any, quality: Tensor) -> Tensor:
-    """The estimate of a level before its first slice, writable."""
-    if coarser is None:
-        return torch.zeros(shape, device=model.device).contiguous(memory_format=torch.channels_last)
-    return model.vqvae.descend(level - 1, coarser, quality).contiguous(memory_format=torch.channels_last)
+    """The estimate of a level before its first slice, (1, C, h, w), writable."""
+    estimate = torch.zeros(shape, dtype=torch.float32, device=model.device).contiguous(
+        memory_format=torch.channels_last
+    )
+    if coarser is not None:
+        stride = model.config.levels[level - 1].stride
+        ratio = stride // model.config.levels[level].stride
+        reach = -(-model.vqvae.decoder_reach(level - 1) // stride)
+        for inner, outer, part in _windows(coarser.shape[2], coarser.shape[3], max(1, WINDOW // stride), reach):
+            finer = model.vqvae.descend(level - 1, coarser[(slice(None), slice(None), *outer)], quality)
+            estimate[_finer(inner, ratio)] = finer[_finer(part, ratio)]
+    return estimate
+
+
+def _finer(box: "_Box", ratio: int) -> tuple[slice, slice, slice, slice]:
+    """A box of grid positions on a grid that is finer by a factor, as an index of maps (1, C, h, w)."""
+    rows, columns = (slice(s.start * ratio, s.stop * ratio) for s in box)
+    return slice(None), slice(None), rows, columns
 
 
 def _refine(model: Model, level: int, index: int, estimate: Tensor, quality: Tensor) -> Tensor:
@@ -424,9 +438,7 @@ def _analyse(model: Model, pixels: NDArray[np.uint8], quality: Tensor) -> list[T
             ]
         for whole, z, stage in zip(latents, found, model.config.levels, strict=True):
             ratio = unit // stage.stride
-            target = tuple(slice(s.start * ratio, s.stop * ratio) for s in inner)
-            origin = tuple(slice(s.start * ratio, s.stop * ratio) for s in part)
-            whole[(slice(None), slice(None), *target)] = z[(slice(None), slice(None), *origin)]
+            whole[_finer(inner, ratio)] = z[_finer(part, ratio)]
     return latents
 
 
@@ -440,7 +452,7 @@ def _synthesise(model: Model, estimate: Tensor, header: Header, quality: Tensor)
     pixels = np.empty((header.height, header.width, 3), np.uint8)
     stride = model.config.levels[-1].stride
     level = len(model.config.levels) - 1
-    reach = -(-model.vqvae.decoder_reach() // stride)
+    reach = -(-model.vqvae.decoder_reach(level) // stride)
     for inner, outer, part in _windows(estimate.shape[2], estimate.shape[3], max(1, WINDOW // stride), reach):
         decoded = model.vqvae.descend(level, estimate[(slice(None), slice(None), *outer)], quality)[0]
         ys, xs = (slice(s.start * stride, s.stop * stride) for s in part)

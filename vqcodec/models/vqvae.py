@@ -214,21 +214,24 @@ class VQVAE(nn.Module):
         """From a level's final estimate to the start of the next finer one, or to pixels 0..255 from the finest."""
         cond = self.condition(quality)
         x = estimate
-        start = self.config.stages.index(self.config.levels[level])
-        for index in range(start, -1, -1):
+        for index in self._below(level):
             x = self.stage(index).decode(x, cond)
-            if index and self.config.stages[index - 1].slices:
-                return x
-        return x * PIXEL_SCALE + PIXEL_CENTRE
+        finest = level == len(self.config.levels) - 1
+        return x * PIXEL_SCALE + PIXEL_CENTRE if finest else x
 
     def encoder_reach(self) -> int:
         """How many pixels away a latent still sees the picture."""
         return sum(c.encoder_blocks * c.stride for c in self.config.stages)
 
-    def decoder_reach(self) -> int:
-        """How many pixels away a position of the finest level's estimate still changes the picture."""
-        finest = self.config.levels[-1].stride
-        return sum(c.decoder_blocks * c.stride for c in self.config.stages if c.stride <= finest)
+    def decoder_reach(self, level: int) -> int:
+        """How many pixels away a position of a level's estimate still changes what `descend` makes of it."""
+        return sum(self.config.stages[i].decoder_blocks * self.config.stages[i].stride for i in self._below(level))
+
+    def _below(self, level: int) -> range:
+        """The stages from a level's own down to the one above the next finer level, or to the finest."""
+        start = self.config.stages.index(self.config.levels[level])
+        finer = [i for i in range(start) if self.config.stages[i].slices]
+        return range(start, finer[-1] if finer else -1, -1)
 
     def macs_per_pixel(self) -> float:
         """Multiply-accumulate operations of the decoder per picture pixel."""
