@@ -88,7 +88,10 @@ def available() -> list[Variant]:
 def compare(jobs: Sequence[Job], variants: Sequence[Variant]) -> bool:
     """Run every variant, print a table, and say whether all came to the same codes."""
     print(f"torch {torch.__version__}, {platform.machine()}, {platform.system()}")
-    found = {variant.name: _run(variant, jobs) for variant in variants}
+    found = {}
+    for variant in variants:
+        capability, found[variant.name] = _run(variant, jobs)
+        print(f"    {variant.name:<12}{variant.device}, {capability}")
     known = {str(job.file): job.expected for job in jobs} | {BOUNDS: _bounds_in_integers()}
     equal = True
     for row, expected in known.items():
@@ -119,8 +122,8 @@ def hash_of_codes(data: bytes, weights_file: Path, device: str) -> str:
     return hash_of([level.numpy() for level in codes])
 
 
-def _run(variant: Variant, jobs: Sequence[Job]) -> dict[str, str]:
-    """The hashes that a process of this variant computes, by file name."""
+def _run(variant: Variant, jobs: Sequence[Job]) -> tuple[str, dict[str, str]]:
+    """The instructions that torch says it uses, and the hashes by file name, of a process of this variant."""
     task = {
         "threads": variant.threads,
         "device": variant.device,
@@ -132,12 +135,12 @@ def _run(variant: Variant, jobs: Sequence[Job]) -> dict[str, str]:
         stdout=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": str(variant.threads), **variant.environment},
     )
-    hashes: dict[str, str] = json.loads(done.stdout)
-    return hashes
+    capability, hashes = json.loads(done.stdout)
+    return capability, hashes
 
 
-def _child(task: dict[str, object]) -> dict[str, str]:
-    """What a variant's process does."""
+def _child(task: dict[str, object]) -> tuple[str, dict[str, str]]:
+    """What a variant's process does: see `_run`."""
     threads, device, jobs = task["threads"], str(task["device"]), task["jobs"]
     assert isinstance(threads, int) and isinstance(jobs, list)
     torch.set_num_threads(threads)
@@ -147,7 +150,7 @@ def _child(task: dict[str, object]) -> dict[str, str]:
     results = [conv.run(layout.to(device)) for layout in (x, x.contiguous(memory_format=torch.channels_last))]
     assert torch.equal(*results)
     hashes[BOUNDS] = hash_of([results[0].cpu().numpy()])
-    return hashes
+    return torch.backends.cpu.get_cpu_capability(), hashes
 
 
 def _bounds() -> tuple[IntegerConv, torch.Tensor]:

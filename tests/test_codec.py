@@ -368,6 +368,12 @@ def test_a_cut_file_is_a_coarser_picture() -> None:
         decode(data[: ends[11]])
 
 
+def test_decompress_warns_of_what_is_missing() -> None:
+    _, data = tiled()
+    with pytest.warns(UserWarning, match="segment 18 of 18"):
+        assert decompress(data[:-1], partial=True).size == (180, 128)
+
+
 def test_a_cut_inside_a_segment_is_a_cut_before_it() -> None:
     _, data = tiled()
     ends = segment_ends(data)

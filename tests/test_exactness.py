@@ -31,6 +31,7 @@ def test_threads_and_instruction_sets(capsys: pytest.CaptureFixture[str]) -> Non
     assert exactness.compare(jobs(), [exactness.TWO_THREADS, exactness.AVX2])
     printed = capsys.readouterr().out
     assert printed.count(": equal") == 3
+    assert "AVX2        cpu, AVX2\n" in printed
     assert printed.endswith("\nall equal\n")
 
 
@@ -69,7 +70,7 @@ def test_variants_reach_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def run(command: list[str], env: dict[str, str], **_: object) -> subprocess.CompletedProcess[bytes]:
         seen.append(env)
-        return subprocess.CompletedProcess(command, 0, stdout=b"{}")
+        return subprocess.CompletedProcess(command, 0, stdout=b'["AVX2", {}]')
 
     monkeypatch.setattr(subprocess, "run", run)
     exactness._run(exactness.AVX2, [])
