@@ -107,6 +107,16 @@ def test_no_symbols() -> None:
     assert flag_counts(torch.zeros(0, 3, 5)).shape == (0, 2)
 
 
+def test_the_result_does_not_depend_on_how_planes_are_chunked(monkeypatch: pytest.MonkeyPatch) -> None:
+    piece = SLICES[1]
+    tables, _ = tables_of(piece)
+    parameters, other = random_parameters(piece, 60), torch.rand(60, piece.planes) < 0.5
+    whole = tables.value_counts(parameters, other)
+    for chunk in (1, 39 * 40, 39 * 70):
+        monkeypatch.setattr(counts, "CHUNK", chunk)
+        assert np.array_equal(tables.value_counts(parameters, other), whole)
+
+
 def test_the_result_of_a_symbol_does_not_depend_on_the_others() -> None:
     piece = SLICES[1]
     tables, _ = tables_of(piece)

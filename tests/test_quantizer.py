@@ -1,5 +1,6 @@
 """Vectors <-> indices: choices against a search in numpy, gradients against autograd, learning against recomputation."""
 
+import itertools
 import math
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from torch.nn import functional
 
 from vqcodec.models import quantizer
 from vqcodec.models.config import SliceConfig
-from vqcodec.models.quantizer import Codebook, Rates, grid, look_up, rows, structured_start
+from vqcodec.models.quantizer import Codebook, Rates, grid, look_up, plane_blocks, rows, structured_start
 
 Floats = NDArray[np.float64]
 SHAPES = [(1, 1, 16), (5, 1, 64), (3, 2, 40), (2, 4, 33)]  # planes, dim, codes
@@ -196,10 +197,26 @@ def test_choice_near_zero() -> None:
 def test_result_does_not_depend_on_how_planes_are_chunked(monkeypatch: pytest.MonkeyPatch) -> None:
     book, v = book_and_rows(5, 2, 40)
     rates, weight, share = rate_model(book), torch.ones(50, 5), torch.ones(50)
-    whole = book.quantise(v, rates, weight, 0.5, share)
+    whole, chosen = book.quantise(v, rates, weight, 0.5, share), book.choose(v, rates, weight, 0.5)
     monkeypatch.setattr(quantizer, "CHUNK", 1)
+    assert torch.equal(book.choose(v, rates, weight, 0.5), chosen)
     for ours, expected in zip(book.quantise(v, rates, weight, 0.5, share), whole, strict=True):
         torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("limit", [0, 1, 5, 7, 100])
+def test_planes_in_blocks(limit: int) -> None:
+    members = [3, 0, 4, 9, 0, 0, 1, 1, 2]
+    blocks = list(plane_blocks(members, limit))
+    flat = [item for block in blocks for item in block]
+    assert [(plane, rows.stop - rows.start) for plane, rows in flat] == [(0, 3), (2, 4), (3, 9), (6, 1), (7, 1), (8, 2)]
+    assert [rows.start for _, rows in flat] == [0, 3, 7, 16, 17, 18]
+    for block, following in itertools.pairwise([*blocks, []]):
+        size = block[-1][1].stop - block[0][1].start
+        assert size <= limit or len(block) == 1
+        if following:
+            assert size + following[0][1].stop - following[0][1].start > limit, "the next plane would have fitted"
+    assert list(plane_blocks([0, 0], limit)) == []
 
 
 def test_bfloat16_autocast_does_not_reach_the_choice() -> None:

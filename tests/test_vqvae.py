@@ -158,18 +158,20 @@ def test_encoder_reach(place: tuple[int, int]) -> None:
             assert int(gaps.max()) > stage.stride / 2, "the probe must come near the limit"
 
 
-def test_decoder_reach() -> None:
-    """A position of the finest estimate changes pixels up to exactly `decoder_reach` from its block."""
-    estimate = shaken().analyse(probe_picture(), QUALITY)[1]
-    before = shaken().descend(1, estimate, QUALITY)
-    row, column, stride = 20, 17, 8
+@pytest.mark.parametrize(("level", "expected"), [(0, 32), (1, 8 + 4)])
+def test_decoder_reach(level: int, expected: int) -> None:
+    """A position of an estimate changes what it hands down up to exactly `decoder_reach` from its block."""
+    estimate = shaken().analyse(probe_picture(), QUALITY)[level]
+    before = shaken().descend(level, estimate, QUALITY)
+    row, column = estimate.shape[2] // 2, estimate.shape[3] // 2 - 1
     moved = estimate.clone()
     moved[:, :, row, column] += 3
-    changed = (before != shaken().descend(1, moved, QUALITY)).any(1)[0].nonzero()
-    reach = shaken().decoder_reach(1)
-    assert reach == 1 * 8 + 1 * 4
-    assert changed.amin(0).tolist() == [row * stride - reach, column * stride - reach]
-    assert changed.amax(0).tolist() == [row * stride + stride - 1 + reach, column * stride + stride - 1 + reach]
+    changed = (before != shaken().descend(level, moved, QUALITY)).any(1)[0].nonzero()
+    assert shaken().decoder_reach(level) == expected
+    stride, finer = TINY.levels[level].stride, (8, 1)[level]
+    low = [(place * stride - expected) // finer for place in (row, column)]
+    high = [((place + 1) * stride + expected) // finer - 1 for place in (row, column)]
+    assert (changed.amin(0).tolist(), changed.amax(0).tolist()) == (low, high)
 
 
 @pytest.mark.parametrize(("level", "index"), [(1, 0), (1, 1)])
