@@ -92,7 +92,7 @@ class IntegerConv(nn.Conv2d):
     def _integers(self) -> tuple[Tensor, Tensor]:
         """8-bit integer weights, as float32, and the exponent of each output channel."""
         largest = self.weight.detach().flatten(1).abs().amax(1)
-        exponent = torch.floor(torch.log2(127 / largest.clamp(min=1e-9))).clamp(0, MAX_EXPONENT)
+        exponent = torch.floor(torch.log2(127 / largest.clamp(min=1e-9))).clamp(self.bits, MAX_EXPONENT)
         scale = 2.0**self.bits / self.powers[exponent.long()][:, None, None, None]
         return (self.weight.detach() * scale).round().clamp(-127, 127), exponent
 
@@ -305,11 +305,11 @@ class Prior(nn.Module):
         """Make sure that frozen weights are what exact sums need.
 
         Raises:
-            ValueError: a weight is outside -127..127 or an exponent outside 0..MAX_EXPONENT.
+            ValueError: a weight is outside -127..127 or an exponent outside bits..MAX_EXPONENT.
         """
         for part in self.modules():
             if isinstance(part, IntegerConv) and (
-                part.weight.abs().max() > 127 or part.exponent.min() < 0 or part.exponent.max() > MAX_EXPONENT
+                part.weight.abs().max() > 127 or part.exponent.min() < part.bits or part.exponent.max() > MAX_EXPONENT
             ):
                 raise ValueError("a weight or exponent of the prior is out of range")
 

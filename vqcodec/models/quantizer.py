@@ -35,7 +35,7 @@ OUTER_SPHERES = 6
 OUTER_GROWTH = 1.4
 # In one dimension, where the last code lies relative to the last integer.
 OUTER_REACH = 3.0
-# No symbol costs more bits: the range coder gives every one a count of at least 1 in 2^24.
+# No value costs more bits: the range coder gives every one a count of at least 1 in 2^24.
 MOST_BITS = 24.0
 # Entries of a K-wide tensor that are worked on at once: 2^17 floats, several such tensors fit the second-level cache.
 CHUNK = 1 << 17
