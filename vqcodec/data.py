@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from vqcodec import image
 from vqcodec.errors import ImageError, TrainingError
+from vqcodec.files import PICTURE_SUFFIXES
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".ppm"})
 CACHE_BYTES = 4 << 30
 VALIDATION_SHARE = 0.1  # of all pictures that are set aside for validation, while there are few
 MAX_PIXELS = 100_000_000
@@ -34,13 +34,13 @@ def find_pictures(inputs: Iterable[Path]) -> list[Path]:
     found: set[Path] = set()
     for path in inputs:
         if path.is_dir():
-            found.update(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            found.update(p for p in path.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file())
         elif path.is_file():
             found.add(path)
         else:
             raise TrainingError(f"no such file or folder: {path}")
     if not found:
-        raise TrainingError("no pictures found: expected files ending in " + ", ".join(sorted(SUFFIXES)))
+        raise TrainingError("no pictures found: expected files ending in " + ", ".join(sorted(PICTURE_SUFFIXES)))
     return sorted(found)
 
 
