@@ -40,7 +40,7 @@ def test_folders_are_searched_through(tmp_path: Path) -> None:
     assert find_pictures([tmp_path]) == sorted(found)
     assert find_pictures([tmp_path, tmp_path / "sub", found[0]]) == sorted(found)
     assert find_pictures([tmp_path / "notes.txt"]) == [tmp_path / "notes.txt"], "a file that is named is taken"
-    assert {".png", ".jpg", ".avif"} <= PICTURE_SUFFIXES
+    assert {".png", ".jpg", ".avif"} <= set(PICTURE_SUFFIXES)
 
 
 def test_nothing_found(tmp_path: Path) -> None:
