@@ -40,7 +40,7 @@ from vqcodec.models.vqvae import Linear1x1, channels_last
 BATCH = 8  # crops a step, over all processes
 CROP, LARGE_CROP = 256, 384
 LARGE_FROM = 0.85  # share of the time after which crops are large
-LEARNING_RATE = 5e-4
+LEARNING_RATE = 3e-4
 PRIOR_LEARNING_RATE = 8e-4
 # The KLT matrices multiply large inputs: at the full rate a few steps would undo them.
 KLT_LEARNING_RATE = 1e-5
