@@ -4,6 +4,7 @@ Crops and batches are small here, but for the slow tests.
 """
 
 import csv
+import dataclasses
 import math
 import os
 import signal
@@ -23,7 +24,7 @@ from safetensors.torch import load_file
 from vqcodec import codec, training, weights
 from vqcodec.errors import TrainingError, WeightsError
 from vqcodec.metrics import psnr
-from vqcodec.models.config import TINY
+from vqcodec.models.config import PHOTO, TINY
 from vqcodec.training import Progress, train
 
 SMALL = {"CROP": 64, "LARGE_CROP": 96, "BATCH": 4, "LEARNING_RATE": 1e-3, "PRIOR_LEARNING_RATE": 4e-3}
@@ -279,7 +280,8 @@ def test_start_from_weights(pictures: Path, tmp_path: Path, small: None) -> None
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
     run(pictures, first, 2)
     run(pictures, second, 0.5, start_from=first, config="photo")
-    assert weights.load(second).config == TINY, "the configuration comes with the weights"
+    expected = dataclasses.replace(TINY, commitment=PHOTO.commitment)
+    assert weights.load(second).config == expected, "the shape comes with the weights, the commitment does not"
     before, after = log_of(first), log_of(second)
     assert after[0]["step"] == 0
     assert after[0]["cost"] == pytest.approx(before[-1]["cost"], rel=0.03)

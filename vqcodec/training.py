@@ -12,6 +12,7 @@ torchrun the same function trains data-parallel, one process a device.
 import contextlib
 import copy
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -104,7 +105,7 @@ def train(
         pictures: files and folders. output: the weights file, .safetensors.
         config: name of a configuration or a JSON file. minutes: budget of the whole run, earlier parts included.
         resume: go on from the checkpoint. device: "auto", "cpu" or "cuda". seed: of crops and initial weights.
-        start_from: a weights file to train on from, instead of from scratch; its configuration is taken too.
+        start_from: a weights file to train on from, instead of from scratch; of `config` only the commitment counts then.
         on_progress, on_warning: called now and then with a `Progress`, and with one line for each picture skipped.
 
     Raises:
@@ -112,7 +113,9 @@ def train(
         WeightsError: unknown configuration or device.
     """
     given = weights.load(start_from) if start_from else None
-    settings = given.config if given else load_config(str(config))
+    settings = load_config(str(config))
+    if given:  # what shapes a model comes with its weights, how it learns does not
+        settings = dataclasses.replace(given.config, commitment=settings.commitment)
     with _process_group() as (rank, world):
         target = _device(device, rank)
         torch.manual_seed(seed)

@@ -214,6 +214,7 @@ PHOTO = Config(
             ),
         ),
     ),
+    commitment=0.25,
 )
 
 # The paper's own layout (Razavi et al. 2019): one plane a level, K=512, strides 4 and 8.
