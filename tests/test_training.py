@@ -27,7 +27,7 @@ from vqcodec.metrics import psnr
 from vqcodec.models.config import PHOTO, TINY
 from vqcodec.training import Progress, train
 
-SMALL = {"CROP": 64, "LARGE_CROP": 96, "BATCH": 4, "LEARNING_RATE": 1e-3, "PRIOR_LEARNING_RATE": 4e-3}
+SMALL = {"CROP": 64, "LARGE_CROP": 96, "BATCH": 4, "MATRIX_LEARNING_RATE": 1e-2}
 SMALL |= {"WARM_UP_STEPS": 10, "REPORT_SECONDS": 0.0, "CHECKPOINT_SECONDS": 0.5, "VALIDATIONS": 3}
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from vqcodec.models.config import NAMED, PHOTO, TINY, VQVAE2, Config
 from vqcodec.models.prior import Prior
-from vqcodec.models.vqvae import KNOTS, RESIDUAL_SHARE, VQVAE, Linear1x1, Stage, principal_components, usual_step
+from vqcodec.models.vqvae import KNOTS, VQVAE, Linear1x1, Stage, principal_components, usual_step
 
 QUALITY = torch.tensor([50])
 
@@ -116,7 +116,7 @@ def test_condition_tells_qualities_apart_smoothly() -> None:
     np.testing.assert_allclose(basis, chebyshev, atol=1e-4)
     # Residual blocks work in a share of the step, which follows lambda as sqrt(10 / lambda), in units of 64.
     lambdas = np.array([TINY.lambda_of(float(x)) for x in t])
-    np.testing.assert_allclose(found.unit, RESIDUAL_SHARE * np.sqrt(10 / lambdas) / 64, rtol=1e-4)
+    np.testing.assert_allclose(found.unit, TINY.residual_unit * np.sqrt(10 / lambdas) / 64, rtol=1e-4)
     np.testing.assert_allclose(usual_step(TINY, t), np.sqrt(10 / lambdas) / 64, rtol=1e-4)
 
 

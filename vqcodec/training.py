@@ -37,14 +37,15 @@ from vqcodec.models.config import Config, load_config
 from vqcodec.models.joint import Losses, RateDistortion
 from vqcodec.models.quantizer import Codebook
 from vqcodec.models.vqvae import Linear1x1, channels_last
+from vqcodec.muon import Muon
 
 BATCH = 8  # crops a step, over all processes
 CROP, LARGE_CROP = 256, 384
 LARGE_FROM = 0.85  # share of the time after which crops are large
-LEARNING_RATE = 3e-4
-PRIOR_LEARNING_RATE = 8e-4
+LEARNING_RATE = 2e-3
+MATRIX_LEARNING_RATE = 7e-3
 # The KLT matrices multiply large inputs: at the full rate a few steps would undo them.
-KLT_LEARNING_RATE = 1e-5
+KLT_LEARNING_RATE = 3e-5
 WARM_UP_STEPS = 100
 RATE_WARM_UP = 0.2  # share of the time over which the rate weight rises
 RATE_START = 0.5
@@ -159,6 +160,19 @@ def _device(name: str, rank: int) -> torch.device:
     return torch.device(name)
 
 
+def _optimisers(model: RateDistortion) -> dict[str, torch.optim.Optimizer]:
+    """Muon for the weights of convolutions, Adam for the rest; each group with its peak learning rate."""
+    klt = [p for m in model.modules() if isinstance(m, Linear1x1) for p in m.parameters()]
+    kernels = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
+    known = {id(p) for p in [*klt, *kernels]}
+    others = [p for p in model.parameters() if id(p) not in known]
+    groups = [{"params": others, "peak": LEARNING_RATE}, {"params": klt, "peak": KLT_LEARNING_RATE}]
+    return {
+        "muon": Muon([{"params": kernels, "peak": MATRIX_LEARNING_RATE}], MATRIX_LEARNING_RATE),
+        "adam": torch.optim.Adam(groups, LEARNING_RATE, betas=(0.9, 0.99), foreach=True),
+    }
+
+
 def _tensorboard(output: Path) -> Any:
     """A TensorBoard writer beside the output, if TensorBoard is installed."""
     try:
@@ -197,15 +211,7 @@ class _Run:
         self.on_warning = on_warning if rank == 0 else None
         self.model = channels_last(RateDistortion(config), device)
         self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
-        klt = [p for m in self.model.modules() if isinstance(m, Linear1x1) for p in m.parameters()]
-        known = {id(p) for p in klt}
-        others = [p for p in self.model.vqvae.parameters() if id(p) not in known]
-        groups = [
-            {"params": others, "peak": LEARNING_RATE},
-            {"params": klt, "peak": KLT_LEARNING_RATE},
-            {"params": list(self.model.prior.parameters()), "peak": PRIOR_LEARNING_RATE},
-        ]
-        self.optimiser = torch.optim.Adam(groups, LEARNING_RATE, betas=(0.9, 0.99), foreach=True)
+        self.optimisers = _optimisers(self.model)
         self.structured = all(book.structured for book in self.model.modules() if isinstance(book, Codebook))
         self.step, self.spent = 0, 0.0
         self.rate_start = RATE_START
@@ -342,8 +348,9 @@ class _Run:
     def _set_rates(self, share: float) -> None:
         rate = min(1.0, (self.step + 1) / WARM_UP_STEPS)
         rate *= 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share))
-        for group in self.optimiser.param_groups:
-            group["lr"] = group["peak"] * rate
+        for optimiser in self.optimisers.values():
+            for group in optimiser.param_groups:
+                group["lr"] = group["peak"] * rate
 
     def _rate_weight(self, share: float) -> float:
         return min(1.0, self.rate_start + (1 - self.rate_start) * share / RATE_WARM_UP)
@@ -369,11 +376,12 @@ class _Run:
         revival = not self.structured and self.step % REVIVE_STEPS == 0 and rate_weight < 1
         with self._maintenance(_revive if revival else None), torch.autocast(self.device.type, torch.bfloat16):
             losses = trained(pixels, quality, rate_weight)
-        self.optimiser.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         losses.total.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
         if torch.isfinite(norm):
-            self.optimiser.step()
+            for optimiser in self.optimisers.values():
+                optimiser.step()
         self.step += 1
         decay = min(AVERAGE_DECAY, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
@@ -473,8 +481,9 @@ class _Run:
         """Everything that resuming needs, as safetensors, replaced atomically."""
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
-        for index, state in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"adam.{index}.{k}": v for k, v in state.items()}
+        for name, optimiser in self.optimisers.items():
+            for index, state in optimiser.state_dict()["state"].items():
+                tensors |= {f"{name}.{index}.{k}": v for k, v in state.items()}
         tensors |= {f"before.{index}": torch.from_numpy(pixels) for index, pixels in enumerate(self.before)}
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
         facts = {name: getattr(self, name) for name in FACTS}
@@ -497,13 +506,14 @@ class _Run:
             raise TrainingError(f"{path} is of another configuration")
         for prefix, module in (("model.", self.model), ("average.", self.average)):
             module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("adam."):
-                _, index, key = name.split(".")
-                state.setdefault(int(index), {})[key] = tensor
+        for name, optimiser in self.optimisers.items():
+            state: dict[int, dict[str, Tensor]] = {}
+            for key, tensor in tensors.items():
+                if key.startswith(f"{name}."):
+                    _, index, field = key.split(".")
+                    state.setdefault(int(index), {})[field] = tensor
+            optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
         self.before = [tensors[f"before.{i}"].numpy() for i in range(SHEET_PICTURES) if f"before.{i}" in tensors]
-        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
         facts = json.loads(metadata["facts"])
         for name in FACTS:
             setattr(self, name, facts[name])

@@ -107,6 +107,7 @@ class Config:
             0..255 scale; qualities between are spaced evenly in log(lambda).
         codebook: how codebooks learn, "gradient" (van den Oord et al. 2017, eq. 3) or "ema" (their appendix A.1).
         commitment: weight beta of the commitment loss.
+        residual_unit: what 1 at the output of a residual block means, in usual quantiser steps (`vqvae.usual_step`).
     """
 
     name: str
@@ -115,6 +116,7 @@ class Config:
     lambda_range: tuple[float, float] = (0.0005, 0.1)
     codebook: str = "gradient"
     commitment: float = 0.0
+    residual_unit: float = 0.1
 
     def __post_init__(self) -> None:
         strides = [1, *(stage.stride for stage in self.stages)]
@@ -139,6 +141,8 @@ class Config:
             raise ValueError(f"the coarsest stride must divide 128, got {self.multiple}")
         if not (isinstance(self.commitment, int | float) and 0 <= self.commitment < math.inf):
             raise ValueError(f"commitment must be a number from 0, got {self.commitment!r}")
+        if not (isinstance(self.residual_unit, int | float) and 0 < self.residual_unit < math.inf):
+            raise ValueError(f"residual_unit must be a positive number, got {self.residual_unit!r}")
         if self.codebook not in ("gradient", "ema"):
             raise ValueError(f"codebook must be gradient or ema, got {self.codebook!r}")
 
@@ -187,7 +191,7 @@ class Config:
 PHOTO = Config(
     name="photo",
     stages=(
-        StageConfig(stride=4, channels=48, hidden=64, encoder_blocks=2, decoder_blocks=3),
+        StageConfig(stride=4, channels=48, hidden=64, encoder_blocks=1, decoder_blocks=2),
         StageConfig(stride=8, channels=192, hidden=96, encoder_blocks=2, decoder_blocks=3),
         StageConfig(
             stride=16,
@@ -197,7 +201,7 @@ PHOTO = Config(
             decoder_blocks=3,
             slices=(
                 SliceConfig(planes=16, dim=1, codes=256, layer=1),
-                SliceConfig(planes=20, dim=2, codes=160, layer=1),
+                SliceConfig(planes=40, dim=1, codes=96, layer=1),
                 SliceConfig(planes=28, dim=2, codes=96, layer=2),
                 SliceConfig(planes=88, dim=2, codes=64, layer=3),
             ),
@@ -215,6 +219,7 @@ PHOTO = Config(
         ),
     ),
     commitment=0.25,
+    residual_unit=1.5,
 )
 
 # The paper's own layout (Razavi et al. 2019): one plane a level, K=512, strides 4 and 8.

@@ -39,6 +39,8 @@ OUTER_REACH = 3.0
 MOST_BITS = 24.0
 # Entries of a K-wide tensor that are worked on at once: 2^17 floats, several such tensors fit the second-level cache.
 CHUNK = 1 << 17
+# Codes next to code 0.
+NEAR = 13
 
 
 def structured_start(codes: int, dim: int) -> Tensor:
@@ -177,12 +179,19 @@ class Codebook(nn.Module):
         with torch.autocast(v.device.type, enabled=False):
             return self._choose(v.float(), rates, weight, bias)
 
-    def _choose(self, v: Tensor, rates: Rates, weight: Tensor, bias: float) -> Tensor:
-        # Code 0 is certain where its cost is below that of a free code at the least distance any other can have.
+    def open_symbols(self, v: Tensor, zero: Tensor, weight: Tensor, bias: float) -> Tensor:
+        """Where another code than 0 could be chosen; bool (N, P), arguments as of `choose`.
+
+        Code 0 is certain where its cost is below that of a free code at the least distance any other can have.
+        """
+        vectors = self.vectors.detach()
         length = v.norm(dim=-1)
-        nearest = self.vectors[:, 1:].norm(dim=-1).amin(1)
-        cost = weight * (v - self.vectors[:, 0]).square().sum(-1) + bias * (_softplus2(rates.zero) - rates.zero)
-        open_rows = cost >= weight * (nearest - length).clamp(min=0).square()
+        nearest = vectors[:, 1:].norm(dim=-1).amin(1)
+        cost = weight * (v - vectors[:, 0]).square().sum(-1) + bias * (_softplus2(zero) - zero)
+        return cost >= weight * (nearest - length).clamp(min=0).square()
+
+    def _choose(self, v: Tensor, rates: Rates, weight: Tensor, bias: float) -> Tensor:
+        open_rows = self.open_symbols(v, rates.zero, weight, bias)
         features, vectors = self.features(), self.vectors.detach()
         lengths = vectors.square().sum(-1)
         # One row for each open symbol, plane after plane.
@@ -341,6 +350,17 @@ def _softplus2(x: Tensor) -> Tensor:
     return functional.softplus(x * math.log(2)) / math.log(2)
 
 
+def _soft_gradient(
+    features: Tensor, vectors: Tensor, v: Tensor, theta: Tensor, zero: Tensor, bias: Tensor
+) -> Tensor:
+    """Gradient of the expected bits of a soft assignment to some codes, float (N, P, D)."""
+    logp, _ = _log_probabilities(features, bias, theta, zero)
+    logp.clamp_(min=-MOST_BITS)
+    w = torch.softmax(_distances(v, vectors).mul_(1 / TEMPERATURE), -1)
+    logp -= torch.linalg.vecdot(w, logp)[..., None]
+    return torch.bmm(w.mul_(logp), vectors).transpose(0, 1) * (-2 / TEMPERATURE)
+
+
 class _Quantise(torch.autograd.Function):
     """`Codebook.quantise`: K-wide tensors live only inside forward, which also computes every gradient."""
 
@@ -357,35 +377,57 @@ class _Quantise(torch.autograd.Function):
         share: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         features, vectors = book.features(), book.vectors.detach()
-        grad_v, grad_theta = torch.empty_like(v), torch.empty_like(theta)
-        grad_zero, grad_bias = torch.empty_like(zero), torch.zeros_like(bias)
-        indices = torch.empty(v.shape[:2], dtype=torch.int64, device=v.device)
-        bits = v.new_zeros(len(v))
-        for planes in book._chunks(len(v)):
-            f = features[planes]
-            logp, values = _log_probabilities(f, bias[planes], theta[:, planes], zero[:, planes])
+        lengths = vectors.square().sum(-1)
+        softplus = _softplus2(zero)
+        bits = (softplus - zero).clamp_(max=MOST_BITS)
+        indices = torch.zeros(zero.shape, dtype=torch.int64, device=v.device)
+        grad_theta, grad_bias = torch.zeros_like(theta), torch.zeros_like(bias)
+        # Symbols that have code 0 for certain are pulled to it as far as the codes next to it say.
+        grad_v = _soft_gradient(features[:, :NEAR], vectors[:, :NEAR], v, theta, zero, bias[:, :NEAR])
+        grad_v *= share[:, None, None]
+        # One row for each open symbol, plane after plane; the others have code 0.
+        mask = book.open_symbols(v, zero, weight, rate_bias).T
+        target, drift, odds = (x.transpose(0, 1)[mask] for x in (v, theta, zero))
+        importance = weight.T[mask][:, None]
+        portion = share.expand(mask.shape)[mask]
+        count, codes = len(target), vectors.shape[1]
+        chosen, spent = torch.empty(count, dtype=torch.int64, device=v.device), torch.empty(count, device=v.device)
+        soft, expected = torch.empty_like(target), torch.empty_like(drift)
+        for block in plane_blocks(mask.sum(1).tolist(), CHUNK // codes):
+            rows = slice(block[0][1].start, block[-1][1].stop)
+            parts = [(plane, slice(p.start - rows.start, p.stop - rows.start)) for plane, p in block]
+            logp = torch.empty(rows.stop - rows.start, codes, device=v.device)
+            distances = torch.empty_like(logp)
+            for plane, part in parts:
+                here = slice(part.start + rows.start, part.stop + rows.start)
+                torch.addmm(bias[plane], drift[here], features[plane].T, out=logp[part])
+                torch.addmm(-lengths[plane], target[here], vectors[plane].T, alpha=2, out=distances[part])
+            logp, values = _normalise(logp, odds[rows, None])
             logp.clamp_(min=-MOST_BITS)
-            distances = _distances(v[:, planes], vectors[planes])
-            scores = torch.mul(distances, weight.T[planes, :, None]).add_(logp, alpha=rate_bias)
-            k = scores.max(-1)[1]
-            indices[:, planes] = k.T
-            spent = -logp.gather(-1, k[..., None])[..., 0]
-            bits += spent.sum(0)
+            k = torch.add(logp * rate_bias, distances * importance[rows]).max(-1)[1]
+            chosen[rows] = k
+            spent[rows] = -logp.gather(-1, k[:, None])[:, 0]
             # The soft assignment w = softmax(-|v - e|^2 / T) gives d E_w[bits] / dv = -2/T Cov_w(log2 p, e).
             w = torch.softmax(distances.mul_(1 / TEMPERATURE), -1)
-            mean_e = torch.bmm(w, vectors[planes])
-            w.mul_(logp)
-            soft = torch.bmm(w, vectors[planes]) - w.sum(-1, keepdim=True) * mean_e
-            grad_v[:, planes] = (soft * (-2 / TEMPERATURE) * share[None, :, None]).transpose(0, 1)
+            logp -= torch.linalg.vecdot(w, logp)[:, None]
+            w *= logp
             # The rate model learns from the chosen code: d bits / d theta = E_p[f] - f_k, for k other than 0
             # whose bits are not at their limit.
-            other = ((k > 0) & (spent < MOST_BITS)).float() * share
-            chosen = functional.embedding(
-                k + torch.arange(len(f), device=k.device)[:, None] * f.shape[1], f.reshape(-1, f.shape[-1])
-            )
-            grad_theta[:, planes] = ((torch.bmm(values, f) - chosen) * other[..., None]).transpose(0, 1)
-            grad_zero[:, planes] = (torch.sigmoid(zero[:, planes] * math.log(2)) - (k == 0).T.float()) * share[:, None]
-            grad_bias[planes] = torch.bmm(other[:, None], values)[:, 0].scatter_add(1, k, -other)
+            other = ((k > 0) & (spent[rows] < MOST_BITS)).float() * portion[rows]
+            values *= other[:, None]
+            for plane, part in parts:
+                here = slice(part.start + rows.start, part.stop + rows.start)
+                torch.mm(w[part], vectors[plane], out=soft[here])
+                torch.mm(values[part], features[plane], out=expected[here])
+                expected[here].addcmul_(features[plane][k[part]], other[part][:, None], value=-1)
+                grad_bias[plane] += values[part].sum(0).scatter_add_(0, k[part], -other[part])
+        soft *= (-2 / TEMPERATURE) * portion[:, None]
+        grad_v.transpose(0, 1)[mask] = soft
+        grad_theta.transpose(0, 1)[mask] = expected
+        indices.T[mask] = chosen
+        bits.T[mask] = spent
+        bits = bits.sum(1)
+        grad_zero = (torch.sigmoid(zero * math.log(2)) - (indices == 0).float()) * share[:, None]
         ctx.save_for_backward(grad_v, grad_theta, grad_zero, grad_bias)
         ctx.mark_non_differentiable(indices, bits)
         return (bits * share).sum(), indices, bits

@@ -30,9 +30,8 @@ from vqcodec.models.quantizer import Codebook
 
 # Pixels are centred and scaled to about unit range; latents are orthonormal combinations of such pixels.
 PIXEL_CENTRE, PIXEL_SCALE = 128.0, 64.0
-# Unit of a residual block's output, as a share of the usual quantiser step: what it changes is of the size of the
-# quantisation noise, and must not grow with the latents, which are larger than a step by orders of magnitude.
-RESIDUAL_SHARE = 0.1
+# Steps before training, in usual ones: choosing codes by rate as well wants larger steps than rounding does.
+START_STEP = 1.5
 # Knots of the piecewise linear log step over t in [0, 1].
 KNOTS = 9
 
@@ -48,7 +47,9 @@ class Condition:
     """What the networks know of the quality.
 
     Attributes:
-        basis: (B, 6) smooth functions of t. unit: (B,) of the output of residual blocks.
+        basis: (B, 6) smooth functions of t. unit: (B,) of the output of residual blocks, in proportion to the quantiser
+            step: what they change is of the size of the quantisation noise, and must not grow with the latents, which
+            are larger by orders of magnitude.
     """
 
     basis: Tensor
@@ -138,7 +139,7 @@ class Slice(nn.Module):
         first = stage is config.levels[0] and index == 0
         self.refine = None if first else ResidualBlock(stage.channels, stage.hidden)
         self.codebook = Codebook(piece, config.codebook)
-        steps = usual_step(config, torch.arange(KNOTS) / (KNOTS - 1))
+        steps = START_STEP * usual_step(config, torch.arange(KNOTS) / (KNOTS - 1))
         self.log_steps = nn.Parameter(steps.log()[:, None].repeat(1, piece.planes))
 
     def steps(self, quality: Tensor) -> Tensor:
@@ -188,7 +189,7 @@ class VQVAE(nn.Module):
         t = (quality.float() - 1) / 99
         angles = torch.acos((2 * t - 1).clamp(-1, 1))
         basis = torch.stack([torch.cos(n * angles) for n in range(6)], 1)
-        return Condition(basis, RESIDUAL_SHARE * usual_step(self.config, t))
+        return Condition(basis, self.config.residual_unit * usual_step(self.config, t))
 
     def analyse(self, pixels: Tensor, quality: Tensor) -> list[Tensor]:
         """Pixels (B, 3, H, W), 0..255, H and W multiples of `Config.multiple` -> latents of each level."""
