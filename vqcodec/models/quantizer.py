@@ -350,9 +350,7 @@ def _softplus2(x: Tensor) -> Tensor:
     return functional.softplus(x * math.log(2)) / math.log(2)
 
 
-def _soft_gradient(
-    features: Tensor, vectors: Tensor, v: Tensor, theta: Tensor, zero: Tensor, bias: Tensor
-) -> Tensor:
+def _soft_gradient(features: Tensor, vectors: Tensor, v: Tensor, theta: Tensor, zero: Tensor, bias: Tensor) -> Tensor:
     """Gradient of the expected bits of a soft assignment to some codes, float (N, P, D)."""
     logp, _ = _log_probabilities(features, bias, theta, zero)
     logp.clamp_(min=-MOST_BITS)
