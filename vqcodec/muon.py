@@ -29,7 +29,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             # Matrices of one shape are orthogonalised together.
             alike: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = {}

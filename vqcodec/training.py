@@ -4,8 +4,7 @@
     train    tokenizer and prior together on the rate-distortion loss, the prior under fake quantisation
     export   the averaged weights, the prior as integers, validated as they will run
 
-The schedule follows the clock: `minutes` is divided into a short warm-up, a long part at falling learning rate, and a
-last part on larger crops. A checkpoint beside the output survives any interruption; `resume` goes on from it. Under
+The schedule follows the clock: see schedule.py. A checkpoint beside the output survives any interruption; `resume` goes on from it. Under
 torchrun the same function trains data-parallel, one process a device.
 """
 
@@ -38,23 +37,13 @@ from vqcodec.models.joint import Losses, RateDistortion
 from vqcodec.models.quantizer import Codebook
 from vqcodec.models.vqvae import Linear1x1, channels_last
 from vqcodec.muon import Muon
+from vqcodec.schedule import Schedule
 
-BATCH = 8  # crops a step, over all processes
-CROP, LARGE_CROP = 256, 384
-LARGE_FROM = 0.85  # share of the time after which crops are large
-LEARNING_RATE = 2e-3
-MATRIX_LEARNING_RATE = 7e-3
-# The KLT matrices multiply large inputs: at the full rate a few steps would undo them.
-KLT_LEARNING_RATE = 3e-5
-WARM_UP_STEPS = 100
-RATE_WARM_UP = 0.2  # share of the time over which the rate weight rises
-RATE_START = 0.5
-AVERAGE_DECAY = 0.999
-CLIP_NORM = 1.0
 CHECKPOINT_SECONDS = 180
 REPORT_SECONDS = 2.0
 VALIDATIONS = 9  # a run, evenly spaced in time
-VALIDATION_PICTURES = 32
+VALIDATION_PICTURES, VALIDATION_CROP, VALIDATION_BATCH = 32, 256, 8
+START_CROPS = 64  # from which the start is computed
 SHEET_PICTURES, SHEET_QUALITY = 6, 30
 # Where codebooks come from data: dead codes are moved so often, while the rate weight rises.
 REVIVE_STEPS = 50
@@ -88,12 +77,13 @@ def train(
     pictures: Sequence[Path],
     output: Path,
     *,
-    config: str | Path = "photo",
+    config: str | Path | Config = "photo",
     minutes: float = 180,
     resume: bool = False,
     device: str = "auto",
     seed: int = 0,
     start_from: Path | None = None,
+    schedule: Schedule | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     on_warning: Callable[[str], None] | None = None,
 ) -> None:
@@ -104,9 +94,10 @@ def train(
 
     Args:
         pictures: files and folders. output: the weights file, .safetensors.
-        config: name of a configuration or a JSON file. minutes: budget of the whole run, earlier parts included.
+        config: a configuration, the name of one, or a JSON file. minutes: budget of the whole run, earlier parts included.
         resume: go on from the checkpoint. device: "auto", "cpu" or "cuda". seed: of crops and initial weights.
         start_from: a weights file to train on from, instead of from scratch; of `config` only the commitment counts then.
+        schedule: learning rates, batches and crops; None for the usual one.
         on_progress, on_warning: called now and then with a `Progress`, and with one line for each picture skipped.
 
     Raises:
@@ -114,13 +105,14 @@ def train(
         WeightsError: unknown configuration or device.
     """
     given = weights.load(start_from) if start_from else None
-    settings = load_config(str(config))
+    settings = config if isinstance(config, Config) else load_config(str(config))
     if given:  # what shapes a model comes with its weights, how it learns does not
         settings = dataclasses.replace(given.config, commitment=settings.commitment)
     with _process_group() as (rank, world):
         target = _device(device, rank)
         torch.manual_seed(seed)
-        run = _Run(settings, output, target, rank, world, minutes * 60, seed, on_progress, on_warning)
+        plan = schedule or Schedule()
+        run = _Run(settings, plan, output, target, rank, world, minutes * 60, seed, on_progress, on_warning)
         paths = data.find_pictures(pictures)
         if resume:
             run.load()
@@ -160,16 +152,16 @@ def _device(name: str, rank: int) -> torch.device:
     return torch.device(name)
 
 
-def _optimisers(model: RateDistortion) -> dict[str, torch.optim.Optimizer]:
+def _optimisers(model: RateDistortion, schedule: Schedule) -> dict[str, torch.optim.Optimizer]:
     """Muon for the weights of convolutions, Adam for the rest; each group with its peak learning rate."""
     klt = [p for m in model.modules() if isinstance(m, Linear1x1) for p in m.parameters()]
     kernels = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
     known = {id(p) for p in [*klt, *kernels]}
     others = [p for p in model.parameters() if id(p) not in known]
-    groups = [{"params": others, "peak": LEARNING_RATE}, {"params": klt, "peak": KLT_LEARNING_RATE}]
+    groups = [{"params": others, "peak": schedule.rate}, {"params": klt, "peak": schedule.klt_rate}]
     return {
-        "muon": Muon([{"params": kernels, "peak": MATRIX_LEARNING_RATE}], MATRIX_LEARNING_RATE),
-        "adam": torch.optim.Adam(groups, LEARNING_RATE, betas=(0.9, 0.99), foreach=True),
+        "muon": Muon([{"params": kernels, "peak": schedule.kernel_rate}], schedule.kernel_rate),
+        "adam": torch.optim.Adam(groups, schedule.rate, betas=(0.9, 0.99), foreach=True),
     }
 
 
@@ -196,6 +188,7 @@ class _Run:
     def __init__(
         self,
         config: Config,
+        schedule: Schedule,
         output: Path,
         device: torch.device,
         rank: int,
@@ -205,16 +198,16 @@ class _Run:
         on_progress: Callable[[Progress], None] | None,
         on_warning: Callable[[str], None] | None,
     ) -> None:
-        self.config, self.output, self.device = config, output, device
+        self.config, self.schedule, self.output, self.device = config, schedule, output, device
         self.rank, self.world, self.budget, self.seed = rank, world, budget, seed
         self.on_progress = on_progress if rank == 0 else None
         self.on_warning = on_warning if rank == 0 else None
         self.model = channels_last(RateDistortion(config), device)
         self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
-        self.optimisers = _optimisers(self.model)
+        self.optimisers = _optimisers(self.model, schedule)
         self.structured = all(book.structured for book in self.model.modules() if isinstance(book, Codebook))
         self.step, self.spent = 0, 0.0
-        self.rate_start = RATE_START
+        self.rate_start = schedule.rate_start
         self.bpp = self.psnr = self.loss = math.nan
         self.board = _tensorboard(output) if rank == 0 else None
         self.before: list[data.Pixels] = []  # validation crops as the untrained model decodes them
@@ -226,7 +219,7 @@ class _Run:
         training, held = data.split(paths, VALIDATION_PICTURES)
         self.pictures = data.Pictures(training, self.on_warning, data.CACHE_BYTES // self.world)
         rng = np.random.default_rng(0)
-        size = max(CROP, self.config.multiple)
+        size = max(VALIDATION_CROP, self.config.multiple)
         if self.rank:
             return  # the first process validates
         reserved = data.Pictures(held, self.on_warning, cache_bytes=0)
@@ -248,9 +241,9 @@ class _Run:
     def start_fresh(self) -> None:
         """The KLT start."""
         self._report("start")
-        size = max(CROP, self.config.multiple)
-        stream = data.batches(self.pictures, batch=BATCH, size=size, seed=self.seed)
-        crops = np.concatenate([next(stream) for _ in range(8)])
+        size = self.schedule.crop_side(0, self.config.multiple)
+        stream = data.batches(self.pictures, batch=START_CROPS, size=size, seed=self.seed)
+        crops = next(stream)
         stream.close()  # type: ignore[attr-defined]
         self.model.cpu()
         pixels = torch.from_numpy(crops).permute(0, 3, 1, 2).float()
@@ -279,18 +272,18 @@ class _Run:
         begun = time.monotonic() - self.spent
         reported = saved = validated = time.monotonic()
         stream: Iterator[Any] | None = None
-        large = False
+        side = 0
         while True:
             share = self._agree((time.monotonic() - begun) / self.budget)
             self.spent = time.monotonic() - begun
             if share >= 1:
                 break
-            if stream is None or large != (share >= LARGE_FROM):
-                large = share >= LARGE_FROM
-                stream = self._batches(large)
+            if stream is None or side != self.schedule.crop_side(share, self.config.multiple):
+                side = self.schedule.crop_side(share, self.config.multiple)
+                stream = self._batches(side)
             self._set_rates(share)
             crops = torch.from_numpy(next(stream)).to(self.device).permute(0, 3, 1, 2).float()
-            self._optimise(trained, crops, self._rate_weight(share))
+            self._optimise(trained, crops, self.schedule.rate_weight(share, self.rate_start))
             now = time.monotonic()
             if self.rank == 0 and now - reported > REPORT_SECONDS:
                 reported = now
@@ -329,13 +322,11 @@ class _Run:
 
     # One step
 
-    def _batches(self, large: bool) -> Iterator[Any]:
-        size = max(LARGE_CROP if large else CROP, self.config.multiple)
-        size -= size % self.config.multiple
-        batch = max(1, round(BATCH / self.world * min(1.0, (CROP / size) ** 2)))
-        # Every process and every resumption draws its own crops.
-        seed = self.seed + 1000 * self.rank + self.step + (1 << 20) * large
-        return data.batches(self.pictures, batch=batch, size=size, seed=seed)
+    def _batches(self, side: int) -> Iterator[Any]:
+        batch = self.schedule.crops_a_step(side, self.world)
+        # Every process, every resumption and every size of crops draws its own.
+        seed = self.seed + 1000 * self.rank + self.step + (side << 20)
+        return data.batches(self.pictures, batch=batch, size=side, seed=seed)
 
     def _agree(self, share: float) -> float:
         """All processes must take the same number of steps: the first one's clock counts."""
@@ -346,14 +337,10 @@ class _Run:
         return float(clock)
 
     def _set_rates(self, share: float) -> None:
-        rate = min(1.0, (self.step + 1) / WARM_UP_STEPS)
-        rate *= 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share))
+        rate = self.schedule.learning_rate(self.step, share)
         for optimiser in self.optimisers.values():
             for group in optimiser.param_groups:
                 group["lr"] = group["peak"] * rate
-
-    def _rate_weight(self, share: float) -> float:
-        return min(1.0, self.rate_start + (1 - self.rate_start) * share / RATE_WARM_UP)
 
     @contextlib.contextmanager
     def _maintenance(self, work: Callable[[Codebook, Tensor], object] | None) -> Iterator[None]:
@@ -378,12 +365,12 @@ class _Run:
             losses = trained(pixels, quality, rate_weight)
         self.model.zero_grad(set_to_none=True)
         losses.total.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.schedule.clip_norm)
         if torch.isfinite(norm):
             for optimiser in self.optimisers.values():
                 optimiser.step()
         self.step += 1
-        decay = min(AVERAGE_DECAY, (1 + self.step) / (10 + self.step))
+        decay = min(self.schedule.average_decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             means: list[Tensor] = list(self.average.parameters())
             values: list[Tensor] = list(self.model.parameters())
@@ -406,8 +393,9 @@ class _Run:
         total = 0.0
         for quality in VALIDATION_QUALITIES:
             bpp, ratio, cost = 0.0, 0.0, 0.0
-            for start in range(0, len(self.validation), BATCH):
-                losses = self._forward(model, self.validation[start : start + BATCH], quality, autocast)
+            for start in range(0, len(self.validation), VALIDATION_BATCH):
+                crops = self.validation[start : start + VALIDATION_BATCH]
+                losses = self._forward(model, crops, quality, autocast)
                 bpp += float(losses.bpp.sum())
                 cost += float(losses.cost.sum())
                 ratio += float((10 * torch.log10(255**2 / losses.mse.clamp(min=1e-3))).sum())

@@ -25,7 +25,7 @@ from vqcodec.models.quantizer import Codebook
 from vqcodec.models.vqvae import VQVAE, Slice, channels_last
 
 DEFAULT = "photo.safetensors"
-FORMAT = "vqcodec weights 1"
+FORMAT = "vqcodec weights 2"
 ID_BYTES = 4
 
 

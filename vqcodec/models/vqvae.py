@@ -57,17 +57,18 @@ class Condition:
 
 
 class ResidualBlock(nn.Module):
-    """x + 1x1(f(3x3(f(1x1(x / scale))))), with the hidden channels scaled and shifted by the quality.
+    """x + unit * 1x1(f(3x3(f(1x1(x / size))))), with the hidden channels scaled and shifted by the quality.
 
-    The input is divided by each channel's standard deviation, so that weak channels are seen as well as strong ones;
-    the sum stays in float32 because latents are large against their steps.
+    The size of a channel is its standard deviation or the unit, whichever is larger: weak channels are seen as well as
+    strong ones, but what one block adds is never more than the next one's usual input, so that no chain of blocks blows
+    up. The sum stays in float32 because latents are large against their steps.
     """
 
-    scale: Tensor
+    deviation: Tensor
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
-        self.register_buffer("scale", torch.ones(channels))
+        self.register_buffer("deviation", torch.ones(channels))
         self.reduce = nn.Conv2d(channels, hidden, 1)
         self.spatial = nn.Conv2d(hidden, hidden, 3, padding=1)
         self.expand = nn.Conv2d(hidden, channels, 1)
@@ -79,9 +80,8 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, cond: Condition) -> Tensor:
         """x: (B, C, h, w)."""
         gain, shift = self.quality(cond.basis)[:, :, None, None].chunk(2, 1)
-        # Scaling the weights instead of x saves a pass over the largest tensor here.
-        y = functional.conv2d(x, self.reduce.weight * self.scale[:, None, None], self.reduce.bias)
-        y = functional.leaky_relu(y, 0.1)
+        size = torch.maximum(self.deviation, cond.unit[:, None])
+        y = functional.leaky_relu(self.reduce(x / size[:, :, None, None]), 0.1)
         y = functional.leaky_relu(torch.addcmul(shift, self.spatial(y), 1 + gain), 0.1)
         return x + cond.unit[:, None, None, None] * self.expand(y).float()
 
@@ -253,7 +253,7 @@ class VQVAE(nn.Module):
     def start_from_pictures(self, pixels: Tensor) -> None:
         """KLT start from training crops, float (B, 3, H, W), 0..255, sides multiples of `Config.multiple`.
 
-        Sets the pointwise convolutions, the input scale of every residual block, and the spread of every plane.
+        Sets the pointwise convolutions, the deviations of every residual block's input, and the spread of every plane.
         """
         x = (pixels - PIXEL_CENTRE) / PIXEL_SCALE
         for index, config in enumerate(self.config.stages):
@@ -273,7 +273,7 @@ class VQVAE(nn.Module):
                     piece.codebook.spread.copy_(torch.exp2((energy / middle / 2).clamp(min=1).log2().round()))
             for block in blocks:
                 if isinstance(block, ResidualBlock):
-                    block.scale.copy_(1 / (deviation + 0.05 * deviation.max() / math.sqrt(len(deviation)) + 1e-4))
+                    block.deviation.copy_(deviation + 0.05 * deviation.max() / math.sqrt(len(deviation)) + 1e-4)
 
 
 def principal_components(x: Tensor, count: int, limit: int = 768) -> Tensor:

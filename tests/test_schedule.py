@@ -1,0 +1,38 @@
+"""The schedule of a run: what its curves are at the start, on the way and at the end."""
+
+import pytest
+
+from vqcodec.schedule import Schedule
+
+
+def test_learning_rate_rises_and_falls() -> None:
+    plan = Schedule(warm_up_steps=10)
+    assert [plan.learning_rate(step, 0.0) for step in (0, 4, 9, 10_000)] == pytest.approx([0.1, 0.5, 1, 1])
+    over_time = [plan.learning_rate(1000, share / 20) for share in range(21)]
+    assert over_time == sorted(over_time, reverse=True)
+    assert over_time[10] == pytest.approx(0.505) and over_time[20] == pytest.approx(0.01)
+
+
+def test_rate_weight_reaches_one_and_stays() -> None:
+    plan = Schedule(rate_warm_up=0.4)
+    assert [plan.rate_weight(share, 0.5) for share in (0, 0.2, 0.4, 1)] == pytest.approx([0.5, 0.75, 1, 1])
+    assert plan.rate_weight(0, 1.0) == 1
+
+
+def test_large_crops_come_late_and_cost_no_more() -> None:
+    plan = Schedule(batch=8, crop=256, large_crop=384, large_from=0.85)
+    assert [plan.crop_side(share, 64) for share in (0, 0.84, 0.85, 1)] == [256, 256, 384, 384]
+    assert [plan.crops_a_step(side, processes) for side, processes in ((256, 1), (256, 2), (384, 1), (384, 2))] == [
+        8,
+        4,
+        4,
+        2,
+    ]
+    assert plan.crops_a_step(4096, 1) == 1
+
+
+def test_crops_fit_the_model() -> None:
+    plan = Schedule(crop=100, large_crop=200)
+    assert plan.crop_side(0, 64) == 64
+    assert plan.crop_side(1, 64) == 192
+    assert plan.crop_side(0, 128) == 128

@@ -1,0 +1,52 @@
+"""When a training run does what: learning rates, weight of the rate, batches and crops as its time passes."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a run learns; what it learns is `Config`.
+
+    Attributes:
+        batch: crops a step, over all processes. crop: their side in pixels.
+        large_crop: side from the share `large_from` of the time on, with as many pixels a batch.
+        kernel_rate: Muon's peak learning rate, for the kernels of convolutions. rate: Adam's, for the rest.
+        klt_rate: Adam's for the KLT matrices, which multiply large inputs: at the full rate a few steps would undo them.
+        warm_up_steps: optimiser steps over which learning rates rise.
+        rate_start: weight of the rate in the loss at the start of a fresh run; it rises to 1 over the share
+            `rate_warm_up` of the time.
+        average_decay: of the moving average of the weights, which is what is exported.
+        clip_norm: longest gradient.
+    """
+
+    batch: int = 8
+    crop: int = 256
+    large_crop: int = 384
+    large_from: float = 0.85
+    kernel_rate: float = 5e-3
+    rate: float = 1.5e-3
+    klt_rate: float = 3e-5
+    warm_up_steps: int = 100
+    rate_start: float = 0.5
+    rate_warm_up: float = 0.2
+    average_decay: float = 0.999
+    clip_norm: float = 1.0
+
+    def learning_rate(self, step: int, share: float) -> float:
+        """What the peak learning rates are multiplied by: a linear rise over the first steps, a cosine over time."""
+        rise = min(1.0, (step + 1) / self.warm_up_steps)
+        return rise * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
+
+    def rate_weight(self, share: float, start: float) -> float:
+        """Weight of the rate, from `start` to 1."""
+        return min(1.0, start + (1 - start) * share / self.rate_warm_up)
+
+    def crop_side(self, share: float, multiple: int) -> int:
+        """Side of the crops, a multiple of `multiple`."""
+        side = max(self.large_crop if share >= self.large_from else self.crop, multiple)
+        return side - side % multiple
+
+    def crops_a_step(self, side: int, processes: int) -> int:
+        """Crops of each process: as many pixels a step whatever their side."""
+        return max(1, round(self.batch / processes * min(1.0, (self.crop / side) ** 2)))
