@@ -116,7 +116,7 @@ class Config:
     lambda_range: tuple[float, float] = (0.0005, 0.1)
     codebook: str = "gradient"
     commitment: float = 0.0
-    residual_unit: float = 0.1
+    residual_unit: float = 1.5
 
     def __post_init__(self) -> None:
         strides = [1, *(stage.stride for stage in self.stages)]
@@ -219,7 +219,6 @@ PHOTO = Config(
         ),
     ),
     commitment=0.25,
-    residual_unit=1.5,
 )
 
 # The paper's own layout (Razavi et al. 2019): one plane a level, K=512, strides 4 and 8.

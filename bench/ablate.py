@@ -1,0 +1,169 @@
+"""Short training runs that differ in one thing: what does it bring?
+
+    python bench/ablate.py PICTURES... [--variants photo,scalar] [--minutes 5] [-o out/ablate] [--jobs 1]
+
+Every variant trains for the same minutes, from the same seed, on the same pictures, in a process of one thread, and is
+validated on the same crops (`vqcodec train` sets them aside). Printed: steps done, bits per pixel and PSNR at five
+qualities, and the cost, the geometric mean over these qualities of bpp + lambda * squared error. Runs whose weights are
+there already are not repeated. Nothing else should keep the machine busy: the clock ends the runs.
+"""
+
+import argparse
+import contextlib
+import csv
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from unittest import mock
+
+if not __package__:  # run as a file: let the imports below find the repository's packages
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from bench.scalar import RoundingBook
+from vqcodec import training
+from vqcodec.models import vqvae
+from vqcodec.models.config import PHOTO, Config, PriorConfig, SliceConfig
+from vqcodec.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One run.
+
+    Attributes:
+        about: what is different.
+        config, schedule: see there.
+        rounding: a scalar quantiser instead of codebooks.
+    """
+
+    about: str
+    config: Config = PHOTO
+    schedule: Schedule = field(default_factory=Schedule)
+    rounding: bool = False
+
+
+def _with_slices(*slices: SliceConfig) -> Config:
+    """The photo model with other slices on its bottom level."""
+    stages = tuple(replace(s, slices=slices) if s.slices and s.stride == 16 else s for s in PHOTO.stages)
+    return replace(PHOTO, stages=stages)
+
+
+def _bottom() -> tuple[SliceConfig, ...]:
+    return PHOTO.levels[-1].slices
+
+
+def _scalars(codes: int | None) -> Config:
+    """Every plane of one dimension."""
+    stages = tuple(
+        replace(s, slices=tuple(replace(p, planes=p.channels, dim=1, codes=codes or p.codes) for p in s.slices))
+        for s in PHOTO.stages
+    )
+    return replace(PHOTO, stages=stages)
+
+
+def _without_top() -> Config:
+    stages = tuple(
+        replace(s, slices=tuple(replace(p, layer=max(0, p.layer - 1)) for p in s.slices)) for s in PHOTO.stages[:-1]
+    )
+    return replace(PHOTO, stages=stages)
+
+
+VARIANTS = {
+    "photo": Variant("as shipped"),
+    # The quantiser
+    "scalar": Variant("rounding and a Gaussian prior", replace(_scalars(1023), commitment=0.0), rounding=True),
+    "d1": Variant("codebooks, every plane of one dimension", _scalars(None)),
+    "d4": Variant(
+        "planes of four dimensions in the last slice",
+        _with_slices(*_bottom()[:-1], replace(_bottom()[-1], planes=44, dim=4, codes=128)),
+    ),
+    "half-codes": Variant(
+        "codebooks of half the size", _with_slices(*(replace(p, codes=p.codes // 2) for p in _bottom()))
+    ),
+    "ema": Variant("codebooks learn by moving averages", replace(PHOTO, codebook="ema")),
+    "no-commitment": Variant("no commitment loss", replace(PHOTO, commitment=0.0)),
+    "small-unit": Variant("residual blocks in a fifth of the unit", replace(PHOTO, residual_unit=0.3)),
+    # Levels and prior
+    "no-top": Variant("no top level", _without_top()),
+    "prior-64": Variant("context of 64 channels", replace(PHOTO, prior=PriorConfig(64, 64, 1))),
+    "prior-2-blocks": Variant("two gated blocks before each slice", replace(PHOTO, prior=PriorConfig(96, 64, 2))),
+    # The schedule
+    "half-rate": Variant("half the learning rates", schedule=Schedule(kernel_rate=2.5e-3, rate=7.5e-4)),
+    "double-rate": Variant("twice the learning rates", schedule=Schedule(kernel_rate=1e-2, rate=3e-3)),
+    "slow-rate": Variant("the rate's weight from 0.1, over 0.6", schedule=Schedule(rate_start=0.1, rate_warm_up=0.6)),
+    "full-rate": Variant("the rate's weight 1 throughout", schedule=Schedule(rate_start=1.0)),
+    "batch-4": Variant("batches of 4", schedule=Schedule(batch=4)),
+    "batch-16": Variant("batches of 16", schedule=Schedule(batch=16)),
+    "crops-128": Variant("four times as many crops, of 128", schedule=Schedule(batch=32, crop=128, large_crop=192)),
+}
+
+
+def run(name: str, pictures: list[Path], minutes: float, folder: Path) -> None:
+    """Train one variant in this process."""
+    variant = VARIANTS[name]
+    with mock.patch.object(vqvae, "Codebook", RoundingBook) if variant.rounding else contextlib.nullcontext():
+        training.train(
+            pictures,
+            folder / f"{name}.safetensors",
+            config=variant.config,
+            schedule=variant.schedule,
+            minutes=minutes,
+            device="cpu",
+        )
+
+
+def row(name: str, folder: Path) -> str:
+    """A line of the table: what the last validation of a run says."""
+    path = folder / f"{name}.csv"
+    if not (folder / f"{name}.safetensors").exists():
+        return f"| {name} | failed |"
+    with path.open(newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    pairs = [f"{float(last[f'bpp_{q}']):.3f}/{float(last[f'psnr_{q}']):.2f}" for q in training.VALIDATION_QUALITIES]
+    return f"| {name} | {VARIANTS[name].about} | {last['step']} | {' | '.join(pairs)} | {float(last['cost']):.4f} |"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("pictures", nargs="+", type=Path, help="pictures to train on, or folders of them")
+    parser.add_argument("--variants", default="photo,scalar", help=f"some of {', '.join(VARIANTS)}, or all")
+    parser.add_argument("--minutes", type=float, default=5.0, help="of each run")
+    parser.add_argument("-o", "--output", type=Path, default=Path("out/ablate"))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time: at most one a core")
+    options = parser.parse_args(arguments)
+    names = list(VARIANTS) if options.variants == "all" else options.variants.split(",")
+    unknown = sorted(set(names) - set(VARIANTS))
+    if unknown:
+        parser.error(f"no such variant: {', '.join(unknown)}")
+    options.output.mkdir(parents=True, exist_ok=True)
+
+    def start(name: str) -> None:
+        if (options.output / f"{name}.safetensors").exists():
+            return
+        call = {"name": name, "minutes": options.minutes, "folder": str(options.output.resolve())}
+        call["pictures"] = [str(p.resolve()) for p in options.pictures]
+        program = (
+            "import json, sys; from pathlib import Path; from bench import ablate; c = json.loads(sys.argv[1]);"
+            "ablate.run(c['name'], [Path(p) for p in c['pictures']], c['minutes'], Path(c['folder']))"
+        )
+        subprocess.run(
+            [sys.executable, "-c", program, json.dumps(call)],
+            check=False,
+            cwd=Path(__file__).resolve().parents[1],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    qualities = " | ".join(f"q {q}" for q in training.VALIDATION_QUALITIES)
+    print(f"| variant | what | steps | {qualities} | cost |\n|{'---|' * (4 + len(training.VALIDATION_QUALITIES))}")
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for name, _ in zip(names, pool.map(start, names), strict=True):
+            print(row(name, options.output), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
