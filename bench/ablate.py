@@ -94,7 +94,8 @@ VARIANTS = {
     # The schedule
     "half-rate": Variant("half the learning rates", schedule=Schedule(kernel_rate=2.5e-3, rate=7.5e-4)),
     "double-rate": Variant("twice the learning rates", schedule=Schedule(kernel_rate=1e-2, rate=3e-3)),
-    "slow-rate": Variant("the rate's weight from 0.1, over 0.6", schedule=Schedule(rate_start=0.1, rate_warm_up=0.6)),
+    "slow-rate": Variant("the rate's weight starts at 0.1", schedule=Schedule(rate_start=0.1)),
+    "no-fall": Variant("learning rates fall with the time alone", schedule=Schedule(fall_steps=1e9)),
     "full-rate": Variant("the rate's weight 1 throughout", schedule=Schedule(rate_start=1.0)),
     "batch-4": Variant("batches of 4", schedule=Schedule(batch=4)),
     "batch-16": Variant("batches of 16", schedule=Schedule(batch=16)),

@@ -6,16 +6,18 @@ from vqcodec.schedule import Schedule
 
 
 def test_learning_rate_rises_and_falls() -> None:
-    plan = Schedule(warm_up_steps=10)
-    assert [plan.learning_rate(step, 0.0) for step in (0, 4, 9, 10_000)] == pytest.approx([0.1, 0.5, 1, 1])
+    plan = Schedule(warm_up_steps=10, fall_steps=1e9)
+    assert [plan.learning_rate(step, 0.0) for step in (0, 4, 9, 10_000)] == pytest.approx([0.1, 0.5, 1, 1], rel=1e-3)
     over_time = [plan.learning_rate(1000, share / 20) for share in range(21)]
     assert over_time == sorted(over_time, reverse=True)
-    assert over_time[10] == pytest.approx(0.505) and over_time[20] == pytest.approx(0.01)
+    assert over_time[10] == pytest.approx(0.505, rel=1e-3) and over_time[20] == pytest.approx(0.01, rel=1e-3)
+    plan = Schedule(warm_up_steps=10, fall_steps=100)
+    assert [plan.learning_rate(step, 0.0) for step in (100, 300, 900)] == pytest.approx([1 / 2, 1 / 4, 1 / 10])
 
 
 def test_rate_weight_reaches_one_and_stays() -> None:
-    plan = Schedule(rate_warm_up=0.4)
-    assert [plan.rate_weight(share, 0.5) for share in (0, 0.2, 0.4, 1)] == pytest.approx([0.5, 0.75, 1, 1])
+    plan = Schedule(warm_up_steps=100)
+    assert [plan.rate_weight(step, 0.5) for step in (0, 50, 100, 1000)] == pytest.approx([0.5, 0.75, 1, 1])
     assert plan.rate_weight(0, 1.0) == 1
 
 

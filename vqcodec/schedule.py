@@ -13,9 +13,10 @@ class Schedule:
         large_crop: side from the share `large_from` of the time on, with as many pixels a batch.
         kernel_rate: Muon's peak learning rate, for the kernels of convolutions. rate: Adam's, for the rest.
         klt_rate: Adam's for the KLT matrices, which multiply large inputs: at the full rate a few steps would undo them.
-        warm_up_steps: optimiser steps over which learning rates rise.
-        rate_start: weight of the rate in the loss at the start of a fresh run; it rises to 1 over the share
-            `rate_warm_up` of the time.
+        warm_up_steps: optimiser steps over which learning rates rise, and the weight of the rate in the loss.
+        fall_steps: learning rates fall as 1 / (1 + step / fall_steps): the start is learned in a few hundred steps at
+            rates at which training cannot stay for long.
+        rate_start: weight of the rate at the start of a fresh run; it rises to 1.
         average_decay: of the moving average of the weights, which is what is exported.
         clip_norm: longest gradient.
     """
@@ -28,19 +29,20 @@ class Schedule:
     rate: float = 1.5e-3
     klt_rate: float = 3e-5
     warm_up_steps: int = 100
+    fall_steps: float = 200.0
     rate_start: float = 0.5
-    rate_warm_up: float = 0.2
     average_decay: float = 0.999
     clip_norm: float = 1.0
 
     def learning_rate(self, step: int, share: float) -> float:
-        """What the peak learning rates are multiplied by: a linear rise over the first steps, a cosine over time."""
+        """What the peak learning rates are multiplied by: a rise and a fall over the steps, a cosine over the time."""
         rise = min(1.0, (step + 1) / self.warm_up_steps)
-        return rise * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
+        fall = 1 / (1 + step / self.fall_steps)
+        return rise * fall * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
 
-    def rate_weight(self, share: float, start: float) -> float:
+    def rate_weight(self, step: int, start: float) -> float:
         """Weight of the rate, from `start` to 1."""
-        return min(1.0, start + (1 - start) * share / self.rate_warm_up)
+        return min(1.0, start + (1 - start) * step / self.warm_up_steps)
 
     def crop_side(self, share: float, multiple: int) -> int:
         """Side of the crops, a multiple of `multiple`."""

@@ -283,7 +283,7 @@ class _Run:
                 stream = self._batches(side)
             self._set_rates(share)
             crops = torch.from_numpy(next(stream)).to(self.device).permute(0, 3, 1, 2).float()
-            self._optimise(trained, crops, self.schedule.rate_weight(share, self.rate_start))
+            self._optimise(trained, crops, self.schedule.rate_weight(self.step, self.rate_start))
             now = time.monotonic()
             if self.rank == 0 and now - reported > REPORT_SECONDS:
                 reported = now
