@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from vqcodec.muon import ADAM_SCALE, Muon, orthogonalise
+from vqcodec.muon import ADAM_SCALE, LARGEST, Muon, orthogonalise
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 5, 40), (4, 40, 5), (1, 1, 7)])
@@ -39,6 +39,17 @@ def test_update_has_the_size_of_adams(channels_last: bool) -> None:
     assert float((weight.detach() * weight.grad).sum()) < 0, "downhill"
 
 
+def test_no_singular_value_grows_beyond_the_bound() -> None:
+    gradient = torch.randn(12, 20, generator=torch.Generator().manual_seed(4))
+    weight = nn.Parameter(torch.zeros(12, 20))
+    optimiser = Muon([weight], lr=0.1)
+    for _ in range(300):
+        weight.grad = gradient.clone()
+        optimiser.step()
+    largest = float(torch.linalg.matrix_norm(weight.detach(), 2))
+    assert 0.7 * LARGEST < largest < 1.25 * LARGEST
+
+
 def test_layout_does_not_matter_and_alike_matrices_go_together() -> None:
     generator = torch.Generator().manual_seed(2)
     values, gradients = torch.randn(2, 3, 6, 4, 3, 3, generator=generator)
@@ -63,7 +74,7 @@ def test_layout_does_not_matter_and_alike_matrices_go_together() -> None:
 def test_learns_faint_directions_that_plain_descent_leaves() -> None:
     generator = torch.Generator().manual_seed(3)
     inputs = torch.randn(256, 12, generator=generator) * torch.logspace(0, -1, 12)
-    target = torch.randn(8, 12, generator=generator)
+    target = 0.3 * torch.randn(8, 12, generator=generator)
 
     def loss_after(make: type[torch.optim.Optimizer], rate: float) -> float:
         weight = nn.Parameter(torch.zeros(8, 12))

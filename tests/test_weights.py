@@ -197,7 +197,7 @@ def test_metadata_that_does_not_fit(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "bad.safetensors"
     path.write_bytes(with_metadata(data))
     weights.load(path)
-    refused(path, with_metadata(data, format="vqcodec weights 2"), "not a vqcodec weights file")
+    refused(path, with_metadata(data, format="vqcodec weights 1"), "not a vqcodec weights file")
     refused(path, with_metadata(data, config=None), "not a model configuration")
     refused(path, with_metadata(data, config="{"), "not a model configuration")
     wider = json.loads(TINY.to_json())

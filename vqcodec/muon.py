@@ -3,7 +3,9 @@
 The update of a matrix is its averaged gradient with all singular values set to about 1: directions that the gradient
 knows only faintly are learned as fast as the strongest (Jordan et al. 2024, "Muon: An optimizer for hidden layers in
 neural networks"). The scale is that of Liu et al. 2025, "Muon is scalable for LLM training", section 2.2: entries of about
-the size of Adam's, so that learning rates mean the same. Everything that is no matrix is left to Adam.
+the size of Adam's, so that learning rates mean the same. Weight decay bounds the spectral norm (Chen, Li & Liu 2025, "Muon
+optimizes under spectral norm constraints"): steps do not shrink with the gradient, and without a bound weights that no
+longer gain anything keep growing. Everything that is no matrix is left to Adam.
 """
 
 from collections.abc import Iterable
@@ -16,6 +18,8 @@ from torch import Tensor, distributed, nn
 ADAM_SCALE = 0.2
 MOMENTUM = 0.95
 ITERATIONS = 4
+# Weights shrink by so much with every step that singular values stay below this.
+LARGEST = 3.0
 
 
 class Muon(torch.optim.Optimizer):
@@ -47,7 +51,8 @@ class Muon(torch.optim.Optimizer):
                 scale = ADAM_SCALE * max(shape) ** 0.5
                 updates = _share_work(torch.stack([update for _, update in members]))
                 for (parameter, _), update in zip(members, updates, strict=True):
-                    parameter.add_(update.view(parameter.shape), alpha=-group["lr"] * scale)
+                    length = group["lr"] * scale
+                    parameter.mul_(1 - length / LARGEST).add_(update.view(parameter.shape), alpha=-length)
 
 
 def _share_work(updates: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class Schedule:
     rate: float = 1.5e-3
     klt_rate: float = 3e-5
     warm_up_steps: int = 100
-    fall_steps: float = 200.0
+    fall_steps: float = 400.0
     rate_start: float = 0.5
     average_decay: float = 0.999
     clip_norm: float = 1.0
