@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.ssimulacra2 import ssimulacra2
 from bench.torchvision_compat import import_torchvision
 from vqcodec.metrics import ms_ssim, psnr
+from vqcodec.ssimulacra2 import ssimulacra2
 
 Pixels = NDArray[np.uint8]  # (H, W, 3), sRGB
 Function = Callable[[Pixels, Pixels], float]  # (original, decoded)

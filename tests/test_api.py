@@ -19,7 +19,7 @@ def modules_after(code: str) -> set[str]:
 
 def test_public_names():
     exceptions = {name for name, value in vars(errors).items() if isinstance(value, type)}
-    assert set(vqcodec.__all__) == exceptions | {"__version__", "compress", "decompress", "read_info"}
+    assert set(vqcodec.__all__) == exceptions | {"Target", "__version__", "compress", "decompress", "read_info"}
     assert dir(vqcodec) == sorted(vqcodec.__all__)
     for name in exceptions:
         assert getattr(vqcodec, name) is getattr(errors, name)

@@ -22,11 +22,11 @@ pytest.importorskip("imagecodecs", reason="needs the extra 'bench': pip install 
 
 from bench import codecs, measures, rate_distortion, report, results, speed
 from bench.bd_rate import Curve, bd_rate, pchip
-from bench.ssimulacra2 import ssimulacra2
 from vqcodec.metrics import psnr as measured_psnr
 from vqcodec.models.config import TINY
 from vqcodec.models.prior import Prior
 from vqcodec.models.vqvae import VQVAE
+from vqcodec.ssimulacra2 import ssimulacra2
 from vqcodec.weights import save_model
 
 Array = NDArray[np.float64]

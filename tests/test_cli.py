@@ -23,9 +23,9 @@ from vqcodec.errors import FormatError, TrainingError, WeightsError
 ROOT = Path(vqcodec.__file__).parents[1]
 
 
-def fake_compress(picture, *, quality, weights, device, verify):
+def fake_compress(picture, *, quality, target, max_size, weights, device, verify):
     height, width, _ = picture.pixels.shape
-    header = bitstream.Header(width, height, quality, b"fake", layers=1, tile=0, grey=picture.grey)
+    header = bitstream.Header(width, height, quality or 50, b"fake", layers=1, tile=0, grey=picture.grey)
     return bitstream.write(header, [], [image.save(picture, ".png")])
 
 
@@ -95,7 +95,7 @@ def test_help(command, option):
 
 def test_help_has_ranges_and_defaults():
     assert re.search(
-        r"--quality INTEGER RANGE .*\[default: 50; 1<=x<=100\]", " ".join(run("compress", "-h").stdout.split())
+        r"--quality INTEGER RANGE .*\[default: \(50\); 1<=x<=100\]", " ".join(run("compress", "-h").stdout.split())
     )
 
 
@@ -107,6 +107,10 @@ def test_help_has_ranges_and_defaults():
         (["nonsense"], "No such command 'nonsense'. (see vqcodec --help)"),
         (["compress", "-q", "0", "x"], "Invalid value for '-q' / '--quality': 0 is not in the range 1<=x<=100."),
         (["compress", "-q", "101", "x"], "Invalid value for '-q' / '--quality': 101 is not in the range 1<=x<=100."),
+        (["compress", "-q", "9", "--target-bpp", "1", "x"], "Give one of -q and the --target options."),
+        (["compress", "--target-psnr", "nan", "x"], "psnr must be above 0 and below inf, got nan."),
+        (["compress", "--max-size", "0", "x"], "Invalid value for '--max-size': '0' is not a size like"),
+        (["compress", "--target-size", "5XB", "x"], "Invalid value for '--target-size': '5XB' is not a size like"),
         (["compress", "--device", "tpu", "x"], "Invalid value for '--device'"),
         (["compress", "--weights", "no", "x"], "Invalid value for '--weights': File 'no' does not exist."),
         (["compress", "a.png", "a.jpg"], "a.png and a.jpg would both become a.vqz"),
@@ -157,9 +161,34 @@ def test_options_reach_the_codec(codec, photo, monkeypatch):
         run("compress", "photo.png", "-q", "7", "--weights", "w.safetensors", "--device", "cpu", "--verify").exit_code
         == 0
     )
-    assert seen == {"quality": 7, "weights": "w.safetensors", "device": "cpu", "verify": True}
+    nothing = {"quality": None, "target": None, "max_size": None}
+    assert seen == {**nothing, "quality": 7, "weights": "w.safetensors", "device": "cpu", "verify": True}
     assert run("compress", "photo.png", "-f").exit_code == 0
-    assert seen == {"quality": 50, "weights": None, "device": "auto", "verify": False}
+    assert seen == {**nothing, "weights": None, "device": "auto", "verify": False}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "target", "max_size"),
+    [
+        (["--target-size", "1.5KB"], vqcodec.Target("size", 1500), None),
+        (["--target-size", "2 kib", "--max-size", "3000"], vqcodec.Target("size", 2048), 3000),
+        (["--target-bpp", ".3"], vqcodec.Target("bpp", 0.3), None),
+        (["--target-psnr", "36"], vqcodec.Target("psnr", 36.0), None),
+        (["--target-ssimulacra2", "-5"], vqcodec.Target("ssimulacra2", -5.0), None),
+        (["--max-size", "1M"], None, 1_000_000),
+    ],
+)
+def test_targets(codec, photo, monkeypatch, arguments, target, max_size):
+    seen = {}
+
+    def compress(picture, **options):
+        seen.update(options)
+        return fake_compress(picture, **options)
+
+    monkeypatch.setattr(codec, "compress", compress)
+    ran = run("compress", "photo.png", *arguments)
+    assert ran.exit_code == 0 and re.search(r" bpp, quality 50, \d+\.\d\d s$", ran.stderr.strip())
+    assert (seen["quality"], seen["target"], seen["max_size"]) == (None, target, max_size)
 
 
 @pytest.mark.parametrize(("suffix", "format"), [(".jpg", "JPEG"), (".WEBP", "WEBP"), (".tif", "TIFF"), (".bmp", "BMP")])

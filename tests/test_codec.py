@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import io
+import math
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +17,14 @@ from models import Pixels, picture
 from PIL import Image, ImageCms, features
 
 from vqcodec import bitstream, codec, image
-from vqcodec.bitstream import Chunk, Container, Header
+from vqcodec.bitstream import Chunk, Container, Header, read_info
 from vqcodec.entropy import Counts, Encoder
-from vqcodec.errors import ChecksumError, FormatError, HeaderError, ImageError, LimitError, WeightsError
+from vqcodec.errors import ChecksumError, FormatError, HeaderError, ImageError, LimitError, TargetError, WeightsError
 from vqcodec.image import Picture
 from vqcodec.metrics import psnr
 from vqcodec.models.config import TINY, VQVAE2, Config, SliceConfig, StageConfig
+from vqcodec.ssimulacra2 import ssimulacra2
+from vqcodec.target import Target
 from vqcodec.weights import load
 
 
@@ -195,6 +198,44 @@ def test_grey_with_alpha() -> None:
     restored = decompress(compress(source))
     assert restored.mode == "LA"
     assert np.array_equal(np.asarray(restored)[..., 1], values[..., 1])
+
+
+@pytest.mark.parametrize(
+    ("target", "reached"),
+    [
+        (Target("size", 400), lambda data, _: math.log(len(data) / 400) / 0.02),
+        (Target("bpp", 0.5), lambda data, _: math.log(8 * len(data) / (64 * 96) / 0.5) / 0.02),
+        (Target("psnr", 32), lambda data, source: (psnr(source, decode(data).pixels) - 32) / 0.2),
+        (Target("ssimulacra2", 40), lambda data, source: (ssimulacra2(source, decode(data).pixels) - 40) / 3),
+    ],
+)
+def test_target(target: Target, reached: Callable[[bytes, Pixels], float]) -> None:
+    source = picture(64, 96)
+    data = compress(source, target=target)
+    assert abs(reached(data, source)) < 1
+    assert data == compress(source, quality=read_info(data).header.quality)
+
+
+def test_max_size() -> None:
+    source = picture(64, 96)
+    sizes = [len(compress(source, quality=q)) for q in (60, 61, 63)]
+    limit = sizes[1]
+    assert sizes[0] < limit < sizes[2]
+    for options in ({}, {"quality": 90}, {"target": Target("size", 1.4 * limit)}):
+        best = compress(source, max_size=limit, **options)
+        assert len(best) == limit and read_info(best).header.quality in (61, 62)
+    assert read_info(compress(source, quality=20, max_size=limit)).header.quality == 20
+    assert read_info(compress(source, max_size=10**9)).header.quality == 100
+    with pytest.raises(TargetError, match="no file has at most 50 bytes: quality 1 takes"):
+        compress(source, max_size=50)
+
+
+def test_targets_that_are_none() -> None:
+    with pytest.raises(ValueError, match="quality and target exclude each other"):
+        compress(picture(8, 8), quality=50, target=Target("bpp", 1))
+    for limit in (0, 1.5):
+        with pytest.raises(ValueError, match="max_size must be a positive integer"):
+            compress(picture(8, 8), max_size=limit)
 
 
 @pytest.mark.parametrize("quality", [0, 101, -5])

@@ -15,6 +15,7 @@ from vqcodec.errors import (
     ImageError,
     LimitError,
     NotVqzError,
+    TargetError,
     TrailingDataError,
     TrainingError,
     TruncatedError,
@@ -22,6 +23,7 @@ from vqcodec.errors import (
     VqcodecError,
     WeightsError,
 )
+from vqcodec.target import Target
 
 if TYPE_CHECKING:
     from vqcodec.codec import compress, decompress
@@ -35,6 +37,8 @@ __all__ = [
     "ImageError",
     "LimitError",
     "NotVqzError",
+    "Target",
+    "TargetError",
     "TrailingDataError",
     "TrainingError",
     "TruncatedError",

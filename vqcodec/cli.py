@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import time
 import traceback
@@ -20,6 +21,7 @@ import click
 
 from vqcodec import __version__, bitstream, files
 from vqcodec.errors import VqcodecError
+from vqcodec.target import HIGHEST, LOWEST, Target
 
 if TYPE_CHECKING:
     from vqcodec.image import Picture
@@ -92,6 +94,21 @@ def _weights_option(text: str) -> Callable[[Any], Any]:
     return click.option("--weights", type=click.Path(exists=True, dir_okay=False, readable=True), help=text)
 
 
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
+
+
+def _size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+    """Bytes of a text like 50000, 50KB, 48.8KiB or 1.5MB."""
+    if value is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?i?)b?", value.strip().lower())
+    size = int(float(found[1]) * _UNITS[found[2]]) if found and found[2] in _UNITS else 0
+    if size < 1:
+        raise click.BadParameter(f"{value!r} is not a size like 50000, 50KB or 1.5MiB.")
+    return size
+
+
+_above_zero = click.FloatRange(min=0, min_open=True)
 _inputs = click.argument("inputs", metavar="IN...", nargs=-1, required=True, type=click.Path(allow_dash=True))
 _output = click.option(
     "-o",
@@ -137,10 +154,23 @@ def main(debug: bool) -> None:
 @click.option(
     "-q",
     "--quality",
-    type=click.IntRange(1, 100),
-    default=50,
-    show_default=True,
+    type=click.IntRange(LOWEST, HIGHEST),
+    show_default="50",
     help="From small to beautiful.",
+)
+@click.option(
+    "--target-size", callback=_size, metavar="SIZE", help="Choose the quality so that the file comes to about SIZE."
+)
+@click.option("--target-bpp", type=_above_zero, metavar="BITS", help="... to about so many bits per pixel.")
+@click.option("--target-psnr", type=_above_zero, metavar="DB", help="... so that the picture comes to this PSNR.")
+@click.option(
+    "--target-ssimulacra2",
+    type=click.FloatRange(max=100, max_open=True),
+    metavar="POINTS",
+    help="... to this SSIMULACRA2: 90 cannot be told from the original, 70 is high, 50 medium quality.",
+)
+@click.option(
+    "--max-size", callback=_size, metavar="SIZE", help="Never write more than SIZE; without -q or a target, fill it."
 )
 @_weights
 @_device
@@ -150,7 +180,12 @@ def main(debug: bool) -> None:
 def compress(
     inputs: tuple[str, ...],
     output: str | None,
-    quality: int,
+    quality: int | None,
+    target_size: int | None,
+    target_bpp: float | None,
+    target_psnr: float | None,
+    target_ssimulacra2: float | None,
+    max_size: int | None,
     weights: str | None,
     device: str,
     force: bool,
@@ -160,13 +195,23 @@ def compress(
     """Compress pictures: PNG, JPEG, WebP, AVIF, TIFF, BMP, GIF, PNM.
 
     IN is a picture, a folder to search for pictures, or - for standard input. photo.png becomes photo.vqz beside it
-    unless -o says otherwise; for several inputs, -o is a folder.
+    unless -o says otherwise; for several inputs, -o is a folder. A SIZE is in bytes, or like 50KB (50,000) or 50KiB
+    (51,200). Targets take the time of about five files.
 
     \b
     Examples:
       vqcodec compress photo.png -q 30 -o small.vqz
+      vqcodec compress photo.png --max-size 100KB
       vqcodec compress holiday/ -o archive/
     """
+    numbers = {"size": target_size, "bpp": target_bpp, "psnr": target_psnr, "ssimulacra2": target_ssimulacra2}
+    try:
+        targets = [Target(name, value) for name, value in numbers.items() if value is not None]
+    except ValueError as error:
+        raise click.UsageError(f"{error}.") from None
+    if len(targets) + (quality is not None) > 1:
+        raise click.UsageError("Give one of -q and the --target options.")
+    target = targets[0] if targets else None
     jobs = _plan(inputs, output, files.PICTURE_SUFFIXES, files.VQZ_SUFFIXES[0])
 
     def work(job: files.Job) -> tuple[int, int]:
@@ -175,12 +220,21 @@ def compress(
         start = time.perf_counter()
         data = files.read(job.source)
         picture = image.load(data, max_pixels=bitstream.DEFAULT_MAX_PIXELS)
-        encoded = codec.compress(picture, quality=quality, weights=weights, device=device, verify=verify)
+        encoded = codec.compress(
+            picture,
+            quality=quality,
+            target=target,
+            max_size=max_size,
+            weights=weights,
+            device=device,
+            verify=verify,
+        )
         files.write(job.target, encoded, overwrite=force)
         if not quiet:
             for note in picture.notes:
                 _say(f"vqcodec: {job.source}: note: {note}")
-            _say_result(job, picture, len(data), len(encoded), len(encoded), start)
+            chosen = f", quality {bitstream.read_info(encoded).header.quality}" if target or max_size else ""
+            _say_result(job, picture, len(data), len(encoded), len(encoded), start, chosen)
         return len(data), len(encoded)
 
     return _run(jobs, work, overwrite=force, quiet=quiet)
@@ -480,13 +534,20 @@ def _run(
 
 
 def _say_result(
-    job: files.Job, picture: "Picture", read: int, written: int, compressed: int, start: float, test: bool = False
+    job: files.Job,
+    picture: "Picture",
+    read: int,
+    written: int,
+    compressed: int,
+    start: float,
+    chosen: str = "",
+    test: bool = False,
 ) -> None:
     height, width, _ = picture.pixels.shape
     bpp = 8 * compressed / (width * height)
     seconds = time.perf_counter() - start
     what = f"{job.source}: fine, {read:,}" if test else f"{job.source} -> {job.target}: {read:,} -> {written:,}"
-    _say(f"{what} bytes, {width} x {height}, {bpp:.4f} bpp, {seconds:.2f} s")
+    _say(f"{what} bytes, {width} x {height}, {bpp:.4f} bpp{chosen}, {seconds:.2f} s")
 
 
 @contextlib.contextmanager

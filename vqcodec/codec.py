@@ -8,6 +8,7 @@ grids, in windows that overlap by more than the networks reach, so that tiles le
 """
 
 import contextlib
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from vqcodec import bitstream, image, weights
+from vqcodec import bitstream, image, metrics, weights
 from vqcodec.bitstream import Chunk, Container, Header, tile_boxes
 from vqcodec.entropy import Decoder, Encoder
 from vqcodec.errors import ChecksumError, FormatError, HeaderError, ImageError, WeightsError
@@ -31,6 +32,8 @@ from vqcodec.models.counts import CodeTables, flag_counts
 from vqcodec.models.prior import PHASES, SlicePrior, phases_of, rates
 from vqcodec.models.quantizer import CHOICE_BIAS, grid, look_up, rows
 from vqcodec.models.vqvae import PIXEL_SCALE, Slice
+from vqcodec.ssimulacra2 import ssimulacra2
+from vqcodec.target import HIGHEST, LOWEST, Target, largest_within
 from vqcodec.weights import Model
 
 DEFAULT_QUALITY = 50
@@ -45,7 +48,9 @@ CodePass = Callable[[int, Tensor], Tensor]
 def compress(
     picture: Image.Image | NDArray[np.uint8] | Picture,
     *,
-    quality: int = DEFAULT_QUALITY,
+    quality: int | None = None,
+    target: Target | None = None,
+    max_size: int | None = None,
     weights: str | Path | None = None,
     device: str = "auto",
     tile: int = TILE,
@@ -56,31 +61,58 @@ def compress(
     Args:
         picture: a Pillow image of any mode that `image.from_pil` takes, uint8 (H, W), (H, W, 3) or (H, W, 4), or a
             Picture.
-        quality: 1 (smallest) to 100 (best).
+        quality: 1 (smallest) to 100 (best); None for 50, unless `target` or `max_size` say more.
+        target: what the file should come to instead.
+        max_size: most bytes of the file. Quality or target are met as far as it allows; with neither, it is filled.
         weights: a weights file; None for the packaged photo model.
         device: "auto", "cpu" or "cuda".
         tile: side of the independently coded tiles, a multiple of 64 up to 16320; 0 codes the picture as one tile.
         verify: decode the codes again and compare.
 
     Raises:
-        ValueError: quality or tile not an allowed integer. ImageError: unsupported picture. WeightsError: no such weights.
+        ValueError: quality, max_size or tile not an allowed integer, or both quality and target given. TargetError: no
+            quality comes to the target, or stays below max_size. ImageError: unsupported picture. WeightsError: no such
+            weights.
     """
-    if not isinstance(quality, int) or not 1 <= quality <= 100:
-        raise ValueError(f"quality must be an integer from 1 to 100, got {quality!r}")
+    if quality is not None and (not isinstance(quality, int) or not LOWEST <= quality <= HIGHEST):
+        raise ValueError(f"quality must be an integer from {LOWEST} to {HIGHEST}, got {quality!r}")
+    if quality is not None and target is not None:
+        raise ValueError("quality and target exclude each other")
+    if max_size is not None and (not isinstance(max_size, int) or max_size < 1):
+        raise ValueError(f"max_size must be a positive integer, got {max_size!r}")
     source = _as_picture(picture)
     model = _load(weights, device)
     unit = math.lcm(bitstream.TILE_UNIT, model.config.multiple)
     if not isinstance(tile, int) or not 0 <= tile <= bitstream.MAX_TILE or tile % unit:
         raise ValueError(f"tile must be 0 or a multiple of {unit} up to {bitstream.MAX_TILE}, got {tile!r}")
     height, width = source.pixels.shape[:2]
-    header = Header(width, height, quality, model.id, model.config.layers, tile, source.grey)
-    with _exact(model):
-        segments, codes = _encode(model, header, source.pixels)
-        if verify and any(
-            not torch.equal(a, b) for a, b in zip(codes, _decode_codes(model, header, segments), strict=True)
-        ):
-            raise FormatError("verification failed: the file would not decode to the codes it was made from")
-    return bitstream.write(header, _chunks(source), segments)
+    chunks = _chunks(source)
+
+    @functools.cache
+    def at(quality: int) -> tuple[bytes, float]:
+        """The file of a quality, and its measure."""
+        header = Header(width, height, quality, model.id, model.config.layers, tile, source.grey)
+        with _exact(model):
+            segments, codes = _encode(model, header, source.pixels)
+            if verify and any(
+                not torch.equal(a, b) for a, b in zip(codes, _decode_codes(model, header, segments), strict=True)
+            ):
+                raise FormatError("verification failed: the file would not decode to the codes it was made from")
+            data = bitstream.write(header, chunks, segments)
+            if target is None or target.measure == "size":
+                return data, len(data)
+            if target.measure == "bpp":
+                return data, metrics.bits_per_pixel(len(data), width, height)
+            restored = _reconstruct(model, header, codes)
+            like = metrics.psnr if target.measure == "psnr" else ssimulacra2
+            return data, like(source.pixels, restored)
+
+    best = quality or (DEFAULT_QUALITY if max_size is None else HIGHEST)
+    if target is not None:
+        best = target.find(lambda quality: at(quality)[1])
+    if max_size is not None:
+        best = largest_within(lambda quality: len(at(quality)[0]), max_size, best)
+    return at(best)[0]
 
 
 def decompress(

@@ -11,6 +11,7 @@
     |   +-- LimitError         a size in the file exceeds a limit
     +-- WeightsError           weights missing, unreadable, or not the ones a file was made with
     +-- ImageError             a picture that cannot be read, or that the codec does not support
+    +-- TargetError            no quality gives the size or likeness that was asked for
     +-- TrainingError          nothing to train on, or a run that cannot be resumed
 
 Messages are one line and name what was found and what was expected; the command line adds the file's name.
@@ -59,6 +60,10 @@ class WeightsError(VqcodecError):
 
 class ImageError(VqcodecError):
     """A picture cannot be read, or is of a kind that the codec does not support."""
+
+
+class TargetError(VqcodecError):
+    """No quality gives the size or the likeness that was asked for."""
 
 
 class TrainingError(VqcodecError):

@@ -1,0 +1,108 @@
+"""Targets: which quality is found, with how few probes, and what is said where there is none."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vqcodec.errors import TargetError
+from vqcodec.target import Target, bracket, largest_within
+
+
+class Curve:
+    """Sizes that grow like those of the codec, and counts who asks."""
+
+    def __init__(self, first: float = 3000, growth: float = 0.034, bend: float = 0.0) -> None:
+        self.first, self.growth, self.bend = first, growth, bend
+        self.calls = 0
+
+    def __call__(self, quality: int) -> int:
+        assert 1 <= quality <= 100
+        self.calls += 1
+        x = (quality - 1) / 99
+        return round(self.first * math.exp(99 * self.growth * (x + self.bend * x * (1 - x))))
+
+
+@given(st.floats(3100, 80_000), st.floats(-0.5, 0.5))
+def test_the_nearest_size_is_found_in_a_few_probes(wanted: float, bend: float) -> None:
+    curve = Curve(bend=bend)
+    quality = Target("size", wanted).find(curve)
+    assert curve.calls <= 10
+    reached = curve(quality)
+    others = [curve(q) for q in (quality - 1, quality + 1) if 1 <= q <= 100]
+    assert all(abs(math.log(reached / wanted)) <= abs(math.log(other / wanted)) + 1e-9 for other in others)
+
+
+def test_probes_are_few_where_the_codec_is_as_usual() -> None:
+    counts = []
+    for wanted in range(4000, 80_000, 4000):
+        curve = Curve(growth=0.036, bend=0.2)
+        Target("size", wanted).find(curve)
+        counts.append(curve.calls)
+    assert max(counts) <= 6 and sum(counts) / len(counts) <= 4.5
+
+
+def test_psnr() -> None:
+    quality = Target("psnr", 33.3).find(lambda q: 25 + 0.12 * q)
+    assert quality == 69
+
+
+@pytest.mark.parametrize(
+    ("target", "line"),
+    [
+        (Target("size", 2000), "no quality comes to 2,000 bytes: 1 gives 3,000 bytes"),
+        (Target("size", 1e6), "no quality comes to 1,000,000 bytes: 100 gives 86,8"),
+    ],
+)
+def test_out_of_reach(target: Target, line: str) -> None:
+    with pytest.raises(TargetError, match=line):
+        target.find(Curve())
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_measure_that_is_no_number(value: float) -> None:
+    with pytest.raises(TargetError, match=f"no quality comes to 40.00 dB PSNR: 1 gives {value} dB PSNR"):
+        Target("psnr", 40).find(lambda _: value)
+
+
+def test_ends_count_where_they_are_close() -> None:
+    assert Target("size", 2990).find(Curve()) == 1
+    assert Target("size", 3000).find(Curve()) == 1
+    assert Target("size", 88_000).find(Curve()) == 100
+
+
+def test_constant_measure() -> None:
+    low, high, _ = bracket(lambda _: 5.0, 5.0, 0.1, 50)
+    assert (low, high) == (100, 101)
+    assert Target("ssimulacra2", 5.0).find(lambda _: 5.0) == 100
+
+
+@pytest.mark.parametrize("top", [100, 60, 2, 1])
+def test_largest_within(top: int) -> None:
+    curve = Curve()
+    sizes = [curve(q) for q in range(1, top + 1)]
+    for limit in {3000, 3001, 10_000, sizes[-1] - 1, sizes[-1], 10**9} - set(range(3000)):
+        best = largest_within(curve, limit, top)
+        assert best == sum(size <= limit for size in sizes)
+
+
+def test_nothing_within() -> None:
+    with pytest.raises(TargetError, match="no file has at most 2,999 bytes: quality 1 takes 3,000"):
+        largest_within(Curve(), 2999)
+
+
+@pytest.mark.parametrize(
+    ("measure", "value", "line"),
+    [
+        ("weight", 1, "measure must be one of size, bpp, psnr, ssimulacra2, got 'weight'"),
+        ("size", 0, "size must be above 0"),
+        ("bpp", -1, "bpp must be above 0"),
+        ("psnr", math.nan, "psnr must be above 0"),
+        ("psnr", math.inf, "psnr must be above 0 and below inf, got inf"),
+        ("ssimulacra2", 100, "ssimulacra2 must be above -inf and below 100, got 100"),
+    ],
+)
+def test_not_a_target(measure: str, value: float, line: str) -> None:
+    with pytest.raises(ValueError, match=line):
+        Target(measure, value)
