@@ -18,6 +18,8 @@ from vqcodec.models.vqvae import PIXEL_SCALE, VQVAE
 BALANCE = 0.4
 # Weight of the estimate's squared error, in units of the distortion that it would be without any code.
 ESTIMATE_WEIGHT = 0.1
+# Weight of all that residual blocks add, as if it were distortion: what is useful gains twenty times as much.
+ADDED_WEIGHT = 0.05
 
 
 @dataclass
@@ -126,5 +128,9 @@ class RateDistortion(nn.Module):
         reconstruction = self.vqvae.descend(len(latents) - 1, estimate, quality)
         mse = (reconstruction - pixels).square().mean((1, 2, 3))
         loss = loss + (balance * weight * mse).mean()
+        if self.training:
+            # What the encoder adds and the estimate predicts costs no bits, and the decoder can take it back: nothing else
+            # keeps all of them from growing without end.
+            loss = loss + ADDED_WEIGHT * (balance * weight * self.vqvae.added_error()).mean()
         bpp = bits / (height * width)
         return Losses(loss, bpp, mse.detach(), bpp + weight * mse.detach(), reconstruction)

@@ -62,9 +62,13 @@ class ResidualBlock(nn.Module):
     The size of a channel is its standard deviation or the unit, whichever is larger: weak channels are seen as well as
     strong ones, but what one block adds is never more than the next one's usual input, so that no chain of blocks blows
     up. The sum stays in float32 because latents are large against their steps.
+
+    Attributes:
+        energy: float (B,), in training: the squares of what the last call added, summed over channels, mean over positions.
     """
 
     deviation: Tensor
+    energy: Tensor
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
@@ -83,7 +87,10 @@ class ResidualBlock(nn.Module):
         size = torch.maximum(self.deviation, cond.unit[:, None])
         y = functional.leaky_relu(self.reduce(x / size[:, :, None, None]), 0.1)
         y = functional.leaky_relu(torch.addcmul(shift, self.spatial(y), 1 + gain), 0.1)
-        return x + cond.unit[:, None, None, None] * self.expand(y).float()
+        added = cond.unit[:, None, None, None] * self.expand(y).float()
+        if self.training:
+            self.energy = added.square().mean((2, 3)).sum(1)
+        return x + added
 
 
 class Linear1x1(nn.Linear):
@@ -219,6 +226,18 @@ class VQVAE(nn.Module):
             x = self.stage(index).decode(x, cond)
         finest = level == len(self.config.levels) - 1
         return x * PIXEL_SCALE + PIXEL_CENTRE if finest else x
+
+    def added_error(self) -> Tensor:
+        """In training, after a pass: the mean squared error, 0..255 scale, that all that residual blocks added would be were it
+        noise; float (B,)."""
+        total = torch.zeros(())
+        for stage, config in zip(self.stages, self.config.stages, strict=True):
+            assert isinstance(stage, Stage)
+            pieces = self.level_slices(self.config.levels.index(config)) if config.slices else []
+            blocks = [*stage.encoder, *stage.decoder, *(piece.refine for piece in pieces)]
+            energy = sum(block.energy for block in blocks if isinstance(block, ResidualBlock))
+            total = total + energy * PIXEL_SCALE**2 / (3 * config.stride**2)
+        return total
 
     def encoder_reach(self) -> int:
         """How many pixels away a latent still sees the picture."""
