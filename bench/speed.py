@@ -196,8 +196,8 @@ class _CodingClock:
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        codec: Any = importlib.import_module("vqcodec.codec")
-        code_slice = codec._code_slice
+        coding: Any = importlib.import_module("vqcodec.coding")
+        code_slice = coding.code_slice
 
         def timed(*args: Any) -> Any:
             start = time.perf_counter()
@@ -206,7 +206,7 @@ class _CodingClock:
             finally:
                 self.seconds += time.perf_counter() - start
 
-        codec._code_slice = timed
+        coding.code_slice = timed
 
 
 def _peak_mib() -> float:

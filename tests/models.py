@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vqcodec import codec, weights
+from vqcodec import coding, weights
 from vqcodec.bitstream import Header
 from vqcodec.entropy import Encoder
 from vqcodec.models.config import TINY, Config
@@ -160,7 +160,7 @@ def run_prior(prior: Prior, inputs: list[list[Tensor]], quality: int = 50) -> li
 def encode_codes(model: Model, header: Header, codes: list[Tensor]) -> list[bytes]:
     """Segments of given codes (as `codec.decode_codes` returns them): the encoder without its choice."""
     quality = torch.tensor([header.quality])
-    tiles = codec._tiles(model, header)
+    tiles = coding.tiles_of(model, header)
     coders = [[Encoder() for _ in range(header.layers)] for _ in tiles]
     with torch.inference_mode():
         for tile, own in zip(tiles, coders, strict=True):
@@ -182,10 +182,10 @@ def encode_codes(model: Model, header: Header, codes: list[Tensor]) -> list[byte
                     ) -> Tensor:
                         row, column = PHASES[phase]
                         k = given[row::2, column::2].reshape(-1, given.shape[-1])
-                        codec._put(coder, tables, parameters, k)
+                        coding.put(coder, tables, parameters, k)
                         return k
 
                     part = model.prior.level(level).slice(index)
-                    tile.state, _ = codec._code_slice(part, tables, tile.state, quality, step)
+                    tile.state, _ = coding.code_slice(part, tables, tile.state, quality, step)
                     first += piece.planes
     return [own[layer].finish() for layer in range(header.layers) for own in coders]

@@ -16,7 +16,7 @@ import torch
 from models import Pixels, picture
 from PIL import Image, ImageCms, features
 
-from vqcodec import bitstream, codec, image
+from vqcodec import bitstream, codec, coding, image, synthesis
 from vqcodec.bitstream import Chunk, Container, Header, read_info
 from vqcodec.entropy import Counts, Encoder
 from vqcodec.errors import ChecksumError, FormatError, HeaderError, ImageError, LimitError, TargetError, WeightsError
@@ -299,14 +299,14 @@ def test_another_number_of_layers() -> None:
 
 
 def test_verification(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = codec._decode_codes
+    plain = coding.decode
 
     def wrong(*arguments: Any) -> list[torch.Tensor]:
         codes = plain(*arguments)
         codes[1][0, 0, 0] += 1
         return codes
 
-    monkeypatch.setattr(codec, "_decode_codes", wrong)
+    monkeypatch.setattr(coding, "decode", wrong)
     compress(picture(8, 8))
     with pytest.raises(FormatError, match="verification failed"):
         compress(picture(8, 8), verify=True)
@@ -582,13 +582,13 @@ def test_windows_leave_no_seams(
     source = picture(*size, seed=45)
     data = codec.compress(source, quality=60, weights=weights)
     with torch.inference_mode():
-        latents = codec._analyse(model, source, quality)
+        latents = synthesis.analyse(model, source, quality)
         restored = codec.decode_picture(data, weights=weights).pixels
-        monkeypatch.setattr(codec, "WINDOW", window)
+        monkeypatch.setattr(synthesis, "WINDOW", window)
         calls = []
         descend = model.vqvae.descend
         monkeypatch.setattr(model.vqvae, "descend", lambda *a: calls.append(a) or descend(*a))
-        for found, expected in zip(codec._analyse(model, source, quality), latents, strict=True):
+        for found, expected in zip(synthesis.analyse(model, source, quality), latents, strict=True):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
         found = codec.decode_picture(data, weights=weights).pixels
     assert len(calls) > 3, "the picture must not fit one window"
@@ -605,7 +605,7 @@ def test_pixels_are_rounded() -> None:
     with torch.inference_mode():
         estimate = model.vqvae.analyse(models.batch(picture(64, 64, seed=46)) * 4 - 384, quality)[1]
         expected = model.vqvae.descend(1, estimate, quality)[0].permute(1, 2, 0).numpy()
-        found = codec._synthesise(model, estimate, Header(60, 50, 50, model.id, 3, 0), quality)
+        found = synthesis._synthesise(model, estimate, Header(60, 50, 50, model.id, 3, 0), quality)
     assert (expected < 0).any() and (expected > 255).any()
     assert np.array_equal(found, np.clip(np.rint(expected), 0, 255)[:50, :60])
 

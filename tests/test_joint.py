@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vqcodec import codec
+from vqcodec import codec, synthesis
 from vqcodec.bitstream import Header
 from vqcodec.models.config import TINY, VQVAE2, Config
 from vqcodec.models.joint import RateDistortion
@@ -104,7 +104,7 @@ def test_training_believes_what_files_cost(quality: int) -> None:
     header = Header(160, 128, quality, loaded.id, TINY.layers, 0)
     with torch.inference_mode():
         segments, codes = codec._encode(loaded, header, picture)
-        restored = codec._reconstruct(loaded, header, codes)
+        restored = synthesis.reconstruct(loaded, header, codes)
     bits = 8 * sum(map(len, segments))
     assert all(segments), "a layer of nothing but code 0 takes no bytes, which the loss cannot know"
     believed = float(losses.bpp) * 128 * 160
