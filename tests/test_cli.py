@@ -84,7 +84,7 @@ def test_version():
     assert (ran.exit_code, ran.stdout) == (0, f"vqcodec {vqcodec.__version__} (format {bitstream.VERSION})\n")
 
 
-@pytest.mark.parametrize("command", [[], ["compress"], ["decompress"], ["info"], ["compare"], ["train"]])
+@pytest.mark.parametrize("command", [[], ["compress"], ["decompress"], ["info"], ["compare"], ["train"], ["sample"]])
 @pytest.mark.parametrize("option", ["-h", "--help"])
 def test_help(command, option):
     ran = run(*command, option)
@@ -118,6 +118,10 @@ def test_help_has_ranges_and_defaults():
         (["decompress", "a.vqz", "-o", "a.xyz"], "no picture format has the suffix '.xyz'"),
         (["decompress", "a.vqz", "--test", "-o", "a.png"], "--test writes nothing, so -o has no use."),
         (["info"], "Give either files or --weights."),
+        (["sample"], "Missing option '-o' / '--output'."),
+        (["sample", "-o", "a.xyz"], "no picture format has the suffix '.xyz'"),
+        (["sample", "-o", "a.png", "--rows", "3"], "--rows says what to keep of --complete PICTURE."),
+        (["sample", "-o", "a.png", "--temperature", "nan"], "--temperature must be a number."),
         (["train", "x"], "Missing option '-o' / '--output'."),
         (["train", "x", "-o", "y", "--minutes", "0"], "Invalid value for '--minutes'"),
     ],
@@ -566,6 +570,52 @@ def process(*arguments: str, **options: object) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([sys.executable, *arguments], **{"env": environment} | pipes | options)
+
+
+# sample
+
+
+@pytest.fixture
+def sampling(monkeypatch):
+    """Draws black pictures and remembers what it was asked for."""
+    from vqcodec.sampling import contact_sheet
+
+    seen = {}
+
+    def sample(count, **options):
+        seen.update(options, count=count)
+        return iter([np.zeros((options["height"], options["width"], 3), np.uint8)] * count)
+
+    use(monkeypatch, ModuleType("vqcodec.sampling"))
+    module = sys.modules["vqcodec.sampling"]
+    module.sample, module.contact_sheet = sample, contact_sheet
+    module.seen = seen
+    return module
+
+
+def test_sample(sampling):
+    ran = run("sample", "-n", "4", "--size", "20", "--temperature", "0.8", "--seed", "3", "-q", "9", "-o", "sheet.png")
+    assert (ran.exit_code, ran.stdout, ran.stderr) == (0, "", "")
+    with Image.open("sheet.png") as sheet:
+        assert sheet.size == (40, 40)
+    options = {"weights_file": None, "quality": 9, "temperature": 0.8, "seed": 3, "device": "auto"}
+    assert sampling.seen == {**options, "count": 4, "height": 20, "width": 20, "picture": None, "rows": None}
+    fails(run("sample", "-o", "sheet.png"), 1, "vqcodec: sheet.png: File exists, -f would overwrite it")
+    assert run("sample", "-f", "-n", "1", "-o", "sheet.png").exit_code == 0
+
+
+def test_sample_completes_a_picture(sampling, photo):
+    ran = run("sample", "-n", "1", "--complete", "photo.png", "--rows", "2", "-o", "-")
+    assert ran.exit_code == 0 and ran.stdout_bytes.startswith(b"\x89PNG")
+    assert sampling.seen["rows"] == 2 and np.array_equal(sampling.seen["picture"].pixels, photo)
+
+
+def test_sample_failures(sampling):
+    fails(run("sample", "--complete", "no.png", "-o", "a.png"), 1, "vqcodec: no.png: No such file or directory")
+    Path("bad.png").write_bytes(b"not a picture")
+    ran = run("sample", "--complete", "bad.png", "-o", "a.png")
+    assert ran.exit_code == 1 and ran.stderr.startswith("vqcodec: bad.png: ") and len(ran.stderr.splitlines()) == 1
+    assert tree() == ["bad.png"]
 
 
 def test_python_m_vqcodec():

@@ -103,7 +103,7 @@ def test_training_believes_what_files_cost(quality: int) -> None:
     loaded = models.tiny_model()
     header = Header(160, 128, quality, loaded.id, TINY.layers, 0)
     with torch.inference_mode():
-        segments, codes = codec._encode(loaded, header, picture)
+        segments, codes = codec.encode(loaded, header, picture)
         restored = synthesis.reconstruct(loaded, header, codes)
     bits = 8 * sum(map(len, segments))
     assert all(segments), "a layer of nothing but code 0 takes no bytes, which the loss cannot know"

@@ -477,6 +477,91 @@ def train(
     return outcome.status
 
 
+@main.command()
+@click.argument("weights", metavar="[WEIGHTS]", required=False, type=click.Path(exists=True, dir_okay=False))
+@click.option(
+    "-o", "--output", metavar="OUT", type=click.Path(allow_dash=True), required=True, help="Picture to write."
+)
+@click.option("-n", "count", type=click.IntRange(1, 1024), default=16, show_default=True, help="How many to draw.")
+@click.option("--size", type=click.IntRange(1, 2048), default=256, show_default=True, help="Pixels a side of each.")
+@click.option(
+    "-q", "--quality", type=click.IntRange(LOWEST, HIGHEST), default=50, show_default=True, help="How much detail."
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=1.0,
+    show_default=True,
+    help="Below 1 the probable becomes more probable; at 0 there is no chance left.",
+)
+@click.option("--complete", metavar="PICTURE", type=click.Path(allow_dash=True), help="Complete this picture.")
+@click.option(
+    "--rows", type=click.IntRange(min=0), help="Rows of codes that are kept of it, from the top.  [default: half]"
+)
+@_device
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the dice.")
+@_force
+def sample(
+    weights: str | None,
+    output: str,
+    count: int,
+    size: int,
+    quality: int,
+    temperature: float,
+    complete: str | None,
+    rows: int | None,
+    device: str,
+    seed: int,
+    force: bool,
+) -> int:
+    """Draw pictures from the prior: what these weights take for likely. Several make a sheet.
+
+    \b
+    Examples:
+      vqcodec sample -n 9 -o sheet.png
+      vqcodec sample my.safetensors --complete photo.png --rows 8 -o endings.png
+    """
+    if complete is None and rows is not None:
+        raise click.UsageError("--rows says what to keep of --complete PICTURE.")
+    if not math.isfinite(temperature):
+        raise click.UsageError("--temperature must be a number.")
+    job = files.Job(complete or files.STREAM, output)
+    if output == files.STREAM and sys.stdout.isatty():
+        raise click.UsageError("Standard output is a terminal; give a file with -o, or redirect it.")
+    _check_suffixes([job])
+    outcome = _Outcome()
+    with outcome.of(output):
+        files.check(job, overwrite=force)
+    picture = None
+    if complete is not None and not outcome.failed:
+        with outcome.of(complete):
+            from vqcodec import image
+
+            picture = image.load(files.read(complete), max_pixels=bitstream.DEFAULT_MAX_PIXELS)
+    if outcome.failed:
+        return outcome.status
+    with outcome.of(complete or output):
+        from vqcodec import image, sampling
+
+        drawn = sampling.sample(
+            count,
+            weights_file=weights,
+            height=size,
+            width=size,
+            quality=quality,
+            temperature=temperature,
+            seed=seed,
+            picture=picture,
+            rows=rows,
+            device=device,
+        )
+        hidden = not sys.stderr.isatty()
+        with click.progressbar(drawn, length=count, file=sys.stderr, hidden=hidden) as steps:
+            sheet = sampling.contact_sheet(list(steps))
+        files.write(output, image.save(image.Picture(sheet), _suffix(output)), overwrite=force)
+    return outcome.status
+
+
 @contextlib.contextmanager
 def _usage() -> Iterator[None]:
     """Arguments that make no sense together are wrong usage."""

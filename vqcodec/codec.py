@@ -83,7 +83,7 @@ def compress(
         """The file of a quality, and its measure."""
         header = Header(width, height, quality, model.id, model.config.layers, tile, source.grey)
         with coding.exact(model):
-            segments, codes = _encode(model, header, source.pixels)
+            segments, codes = encode(model, header, source.pixels)
             if verify and any(
                 not torch.equal(a, b) for a, b in zip(codes, coding.decode(model, header, segments), strict=True)
             ):
@@ -187,8 +187,8 @@ def decode_codes(container: Container, model: Model) -> list[Tensor]:
         return coding.decode(model, header, container.segments)
 
 
-def _encode(model: Model, header: Header, pixels: NDArray[np.uint8]) -> tuple[list[bytes], list[Tensor]]:
-    """Choose and code: pixels uint8 (H, W, 3) -> segments in file order, and the codes as `decode_codes` returns."""
+def encode(model: Model, header: Header, pixels: NDArray[np.uint8]) -> tuple[list[bytes], list[Tensor]]:
+    """Choose and code: pixels uint8 (H, W, 3) -> segments in file order, and the codes as `decode_codes` returns them."""
     quality = torch.tensor([header.quality], device=model.device)
     weight = model.config.lambda_of((header.quality - 1) / 99)
     latents = synthesis.analyse(model, pixels, quality)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vqcodec.bitstream import Header, tile_boxes
-from vqcodec.entropy import Decoder, Encoder
+from vqcodec.entropy import Decoder, Encoder, Source
 from vqcodec.models.counts import CodeTables, flag_counts
 from vqcodec.models.prior import PHASES, SlicePrior, phases_of
 from vqcodec.models.quantizer import grid, look_up
@@ -91,7 +91,7 @@ def put(coder: Encoder, tables: CodeTables, parameters: Tensor, k: Tensor) -> No
     coder.put(k.T[other.T].cpu().numpy() - 1, tables.value_counts(parameters, other))
 
 
-def get(coder: Decoder, tables: CodeTables, parameters: Tensor) -> Tensor:
+def get(coder: Source, tables: CodeTables, parameters: Tensor) -> Tensor:
     """The inverse of `put`."""
     flags = coder.get(flag_counts(parameters))
     k = torch.from_numpy(flags.astype(np.int64)).reshape(parameters.shape[:2]).to(parameters.device)
@@ -102,6 +102,7 @@ def get(coder: Decoder, tables: CodeTables, parameters: Tensor) -> Tensor:
 
 
 def decode(model: Model, header: Header, segments: tuple[bytes | None, ...] | list[bytes]) -> list[Tensor]:
+    """Segments in file order -> codes, as `codec.decode_codes` returns them."""
     quality = torch.tensor([header.quality], device=model.device)
     codes = [
         torch.zeros(h, w, sum(s.planes for s in stage.slices), dtype=torch.int16)

@@ -6,6 +6,8 @@ its format. Bytes are the coder's 32-bit words, little endian, without trailing 
 behind the end anyway. Nothing here notices damage; that is what the container's checksums are for.
 """
 
+from typing import Protocol
+
 import constriction
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +34,13 @@ class Encoder:
     def finish(self) -> bytes:
         words: NDArray[np.uint32] = self._coder.get_compressed()
         return words.astype("<u4").tobytes().rstrip(b"\0")
+
+
+class Source(Protocol):
+    """Where symbols come from: a `Decoder`, or chance."""
+
+    def get(self, counts: Counts) -> Symbols:
+        """The next n symbols under counts (n, m)."""
 
 
 class Decoder:

@@ -1,0 +1,145 @@
+"""Drawing codes from the prior: pictures that were never taken, and other endings of one that was.
+
+The prior says how probable every symbol is; decoding looks up in a file which it was, sampling throws dice. What comes
+out shows what the prior has learned of pictures. (Razavi et al. 2019, section 3.3; van den Oord et al. 2016.)
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vqcodec import codec, coding, synthesis, weights
+from vqcodec.bitstream import Header
+from vqcodec.entropy import Counts, Symbols
+from vqcodec.errors import ImageError
+from vqcodec.image import Picture
+from vqcodec.models.counts import CodeTables
+from vqcodec.models.prior import PHASES
+from vqcodec.weights import Model
+
+MAX_SIDE = 2048
+
+
+class Dice:
+    """A decoder of nothing: draws symbols by their counts, sharpened by a temperature.
+
+    Args:
+        temperature: 1 draws by the prior's own probabilities p, others in proportion to p^(1 / temperature), 0 takes the
+            most probable. rng: source of chance.
+    """
+
+    def __init__(self, temperature: float, rng: np.random.Generator) -> None:
+        self.temperature, self.rng = temperature, rng
+
+    def get(self, counts: Counts) -> Symbols:
+        """One symbol for every row of counts, (n, m) -> int32 (n,)."""
+        if not self.temperature:
+            return counts.argmax(1).astype(np.int32)
+        # The range coder adds one to every count.
+        logits = np.log(counts.astype(np.float64) + 1) / self.temperature
+        sums = np.exp(logits - logits.max(1, keepdims=True, initial=-math.inf)).cumsum(1)
+        thrown = self.rng.random((len(sums), 1)) * sums[:, -1:]
+        return (sums <= thrown).sum(1).clip(max=counts.shape[1] - 1).astype(np.int32)
+
+
+def sample(
+    count: int,
+    *,
+    weights_file: str | Path | None = None,
+    height: int = 256,
+    width: int = 256,
+    quality: int = codec.DEFAULT_QUALITY,
+    temperature: float = 1.0,
+    seed: int = 0,
+    picture: Picture | None = None,
+    rows: int | None = None,
+    device: str = "auto",
+) -> Iterator[NDArray[np.uint8]]:
+    """Draw pictures.
+
+    Args:
+        count: how many. weights_file: None for the packaged photo model. height, width: of each, up to 2048 pixels.
+        quality: 1 to 100: how much detail the codes carry. temperature: see `Dice`. seed: the same gives the same codes.
+        picture: complete this one, instead of `height` and `width`. rows: of its codes on the finest grid, from
+            the top, that are kept, None for half of them; coarser codes are kept where they cover nothing else.
+        device: "auto", "cpu" or "cuda".
+
+    Yields:
+        uint8 (H, W, 3).
+
+    Raises:
+        ValueError: a number is out of range. ImageError: the picture is too large. WeightsError: no such weights.
+    """
+    if picture is not None:
+        height, width = picture.pixels.shape[:2]
+    if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
+        kind = ValueError if picture is None else ImageError
+        raise kind(f"pictures must have 1 to {MAX_SIDE} pixels a side, got {width} x {height}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be a number from 0, got {temperature!r}")
+    model = weights.load(weights.find(weights_file), device)
+    header = Header(width, height, quality, model.id, model.config.layers, tile=0)
+    with coding.exact(model):
+        given = codec.encode(model, header, picture.pixels)[1] if picture is not None else None
+        kept = coding.grids(model, header)[-1][0] // 2 if rows is None else rows
+        dice = Dice(temperature, np.random.default_rng(seed))
+        for _ in range(count):
+            yield synthesis.reconstruct(model, header, draw(model, header, dice, given, kept))
+
+
+def draw(model: Model, header: Header, dice: Dice, given: list[Tensor] | None = None, rows: int = 0) -> list[Tensor]:
+    """Draw all codes of a picture that is one tile.
+
+    Args:
+        given, rows: codes as `coding.decode` returns them, of which the first rows of the finest grid are kept.
+
+    Returns:
+        As `coding.decode`.
+    """
+    quality = torch.tensor([header.quality], device=model.device)
+    finest = model.config.levels[-1].stride
+    codes: list[Tensor] = []
+    state: Tensor | None = None
+    for level, ((h, w), stage) in enumerate(zip(coding.grids(model, header), model.config.levels, strict=True)):
+        prior = model.prior.level(level)
+        state = prior.begin(state, quality, 1, h, w)
+        kept = rows * finest // stage.stride
+        slices: list[Tensor] = []
+        first = 0
+        for index, piece in enumerate(stage.slices):
+            known = None if given is None else given[level][:kept, :, first : first + piece.planes]
+            first += piece.planes
+            tables = model.tables.slice(level, index)
+
+            def step(
+                phase: int,
+                parameters: Tensor,
+                tables: CodeTables = tables,
+                known: Tensor | None = known,
+                width: int = w,
+            ) -> Tensor:
+                k = coding.get(dice, tables, parameters)
+                if known is not None:
+                    row, column = PHASES[phase]
+                    part = known[row::2, column::2].to(k)
+                    k.view(-1, -(-(width - column) // 2), k.shape[1])[: len(part)] = part
+                return k
+
+            state, indices = coding.code_slice(prior.slice(index), tables, state, quality, step)
+            slices.append(indices.to(torch.int16).cpu())
+        codes.append(torch.cat(slices, -1))
+    return codes
+
+
+def contact_sheet(pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """Pictures of one size, side by side in rows, about as many rows as columns."""
+    columns = math.ceil(math.sqrt(len(pictures)))
+    blank = np.full_like(pictures[0], 255)
+    cells = [*pictures, *[blank] * (-len(pictures) % columns)]
+    rows = [np.concatenate(cells[i : i + columns], axis=1) for i in range(0, len(cells), columns)]
+    return np.concatenate(rows, axis=0)
