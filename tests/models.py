@@ -15,7 +15,7 @@ from vqcodec.bitstream import Header
 from vqcodec.entropy import Encoder
 from vqcodec.models.config import TINY, Config
 from vqcodec.models.joint import RateDistortion
-from vqcodec.models.prior import PHASES, Prior, QualityBias, SlicePrior
+from vqcodec.models.prior import Places, Prior, QualityBias, SlicePrior
 from vqcodec.models.quantizer import Codebook
 from vqcodec.models.vqvae import VQVAE, ResidualBlock, Slice
 from vqcodec.weights import Model
@@ -145,13 +145,12 @@ def run_prior(prior: Prior, inputs: list[list[Tensor]], quality: int = 50) -> li
             state, context = part.prepare(state, qualities)
             parameters = torch.zeros(count, h, w, part.planes, part.dim + 3, dtype=codes.dtype)
             known = torch.zeros_like(codes)
-            for phase, (row, column) in enumerate(PHASES):
-                if row >= h or column >= w:
-                    continue
-                here = part.parameters_at(phase, context, known).detach()
-                rows, columns = -(-(h - row) // 2), -(-(w - column) // 2)
-                parameters[:, row::2, column::2] = here.reshape(count, rows, columns, part.planes, part.dim + 3)
-                known[:, :, row::2, column::2] = codes[:, :, row::2, column::2]
+            for number, places in part.passes(h, w):
+                at = (slice(None), slice(None), *places)
+                here = part.parameters_at(number, context, known).detach()
+                target = parameters[:, places[0], places[1]]
+                parameters[:, places[0], places[1]] = here.reshape(target.shape)
+                known[at] = codes[at]
             state = part.update(state, codes)
             found.append(parameters)
     return found
@@ -174,14 +173,13 @@ def encode_codes(model: Model, header: Header, codes: list[Tensor]) -> list[byte
                     tables = model.tables.slice(level, index)
 
                     def step(
-                        phase: int,
+                        places: Places,
                         parameters: Tensor,
                         given: Tensor = given,
                         tables: nn.Module = tables,
                         coder: Encoder = own[piece.layer],
                     ) -> Tensor:
-                        row, column = PHASES[phase]
-                        k = given[row::2, column::2].reshape(-1, given.shape[-1])
+                        k = given[places].reshape(-1, given.shape[-1])
                         coding.put(coder, tables, parameters, k)
                         return k
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 from vqcodec.models import prior as module
 from vqcodec.models.config import MAX_INPUTS, NAMED, TINY, Config
 from vqcodec.models.joint import RateDistortion
-from vqcodec.models.prior import PHASES, IntegerConv, Prior, QualityBias, phases_of
+from vqcodec.models.prior import PHASES, IntegerConv, Prior, QualityBias
 
 HEIGHT, WIDTH = 96, 160  # of the picture: 3 x 5 top positions, 12 x 20 bottom ones
 
@@ -50,12 +50,12 @@ def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (4, 1), (2, 2), (3, 5), (8, 8)])
-def test_phases_cover_every_position_once(size: tuple[int, int]) -> None:
+def test_passes_cover_every_position_once(size: tuple[int, int]) -> None:
     seen = torch.zeros(size)
-    for phase in phases_of(*size):
-        row, column = PHASES[phase]
-        assert seen[row::2, column::2].numel()
-        seen[row::2, column::2] += 1
+    for number, places in frozen().level(0).slice(0).passes(*size):
+        assert places == tuple(slice(start, None, 2) for start in PHASES[number])
+        assert seen[places].numel()
+        seen[places] += 1
     assert torch.equal(seen, torch.ones(size))
 
 

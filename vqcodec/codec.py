@@ -24,7 +24,7 @@ from vqcodec.entropy import Encoder
 from vqcodec.errors import ChecksumError, FormatError, HeaderError, ImageError, WeightsError
 from vqcodec.image import Picture
 from vqcodec.models.counts import CodeTables
-from vqcodec.models.prior import PHASES, rates
+from vqcodec.models.prior import Places, rates
 from vqcodec.models.quantizer import CHOICE_BIAS, rows
 from vqcodec.models.vqvae import PIXEL_SCALE, Slice
 from vqcodec.ssimulacra2 import ssimulacra2
@@ -219,7 +219,7 @@ def encode(model: Model, header: Header, pixels: NDArray[np.uint8]) -> tuple[lis
                 v = (z[(slice(None), slice(piece.start, piece.stop), *window)] - own_estimate) / scale
 
                 def step(
-                    phase: int,
+                    places: Places,
                     parameters: Tensor,
                     v: Tensor = v,
                     piece: Slice = piece,
@@ -227,8 +227,7 @@ def encode(model: Model, header: Header, pixels: NDArray[np.uint8]) -> tuple[lis
                     importance: Tensor = importance,
                     coder: Encoder = own[config.layer],
                 ) -> Tensor:
-                    row, column = PHASES[phase]
-                    target = rows(v[:, :, row::2, column::2], piece.planes)
+                    target = rows(v[(slice(None), slice(None), *places)], piece.planes)
                     weights = importance.expand(len(target), -1)
                     k = piece.codebook.choose(target, rates(parameters), weights, CHOICE_BIAS)
                     coding.put(coder, tables, parameters, k)

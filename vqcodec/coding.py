@@ -14,12 +14,12 @@ from torch import Tensor
 from vqcodec.bitstream import Header, tile_boxes
 from vqcodec.entropy import Decoder, Encoder, Source
 from vqcodec.models.counts import CodeTables, flag_counts
-from vqcodec.models.prior import PHASES, SlicePrior, phases_of
+from vqcodec.models.prior import Places, SlicePrior
 from vqcodec.models.quantizer import grid, look_up
 from vqcodec.weights import Model
 
-# Turns the parameters of one pass, (N, P, D + 3), into its indices, int64 (N, P): by choosing, decoding or drawing.
-CodePass = Callable[[int, Tensor], Tensor]
+# Turns places and parameters of one pass, (N, P, D + 3), into its indices, int64 (N, P): by choosing, decoding or drawing.
+CodePass = Callable[[Places, Tensor], Tensor]
 
 
 @contextlib.contextmanager
@@ -75,12 +75,11 @@ def code_slice(part: SlicePrior, tables: CodeTables, state: Tensor, quality: Ten
     known = torch.zeros(1, planes * features, height, width, dtype=torch.float32, device=state.device)
     known = known.contiguous(memory_format=torch.channels_last)
     indices = torch.zeros(height, width, planes, dtype=torch.int64, device=state.device)
-    for phase in phases_of(height, width):
-        row, column = PHASES[phase]
-        k = step(phase, part.parameters_at(phase, context, known))
-        h, w = -(-(height - row) // 2), -(-(width - column) // 2)
-        indices[row::2, column::2] = k.reshape(h, w, planes)
-        known[:, :, row::2, column::2] = grid(look_up(tables.inputs, k), 1, h, w)
+    for number, places in part.passes(height, width):
+        k = step(places, part.parameters_at(number, context, known))
+        here = (slice(None), slice(None), *places)
+        indices[places] = k.reshape(indices[places].shape)
+        known[here] = grid(look_up(tables.inputs, k), 1, *known[here].shape[2:])
     return part.update(state, known), indices
 
 
@@ -127,7 +126,7 @@ def decode(model: Model, header: Header, segments: tuple[bytes | None, ...] | li
                 coder = coders[piece.layer]
                 tables = model.tables.slice(level, index)
 
-                def step(_: int, p: Tensor, coder: Decoder = coder, tables: CodeTables = tables) -> Tensor:
+                def step(_: Places, p: Tensor, coder: Decoder = coder, tables: CodeTables = tables) -> Tensor:
                     return get(coder, tables, p)
 
                 part = prior.slice(index)

@@ -19,7 +19,7 @@ from vqcodec.entropy import Counts, Symbols
 from vqcodec.errors import ImageError
 from vqcodec.image import Picture
 from vqcodec.models.counts import CodeTables
-from vqcodec.models.prior import PHASES
+from vqcodec.models.prior import Places
 from vqcodec.weights import Model
 
 MAX_SIDE = 2048
@@ -117,17 +117,15 @@ def draw(model: Model, header: Header, dice: Dice, given: list[Tensor] | None = 
             tables = model.tables.slice(level, index)
 
             def step(
-                phase: int,
+                places: Places,
                 parameters: Tensor,
                 tables: CodeTables = tables,
                 known: Tensor | None = known,
-                width: int = w,
             ) -> Tensor:
                 k = coding.get(dice, tables, parameters)
                 if known is not None:
-                    row, column = PHASES[phase]
-                    part = known[row::2, column::2].to(k)
-                    k.view(-1, -(-(width - column) // 2), k.shape[1])[: len(part)] = part
+                    part = known[places].to(k).flatten(0, 1)
+                    k[: len(part)] = part
                 return k
 
             state, indices = coding.code_slice(prior.slice(index), tables, state, quality, step)

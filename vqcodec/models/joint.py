@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vqcodec.models.config import Config
-from vqcodec.models.prior import PHASES, Prior, phases_of, rates
+from vqcodec.models.prior import Prior, rates
 from vqcodec.models.quantizer import CHOICE_BIAS, Codebook, grid, look_up, rows
 from vqcodec.models.vqvae import PIXEL_SCALE, VQVAE
 
@@ -89,10 +89,10 @@ class RateDistortion(nn.Module):
                 table = book.inputs()
                 indices = torch.zeros(batch, h, w, piece.planes, dtype=torch.int64, device=z.device)
                 known = torch.zeros(batch, table.shape[0] * table.shape[2], h, w, device=z.device)
-                for phase in phases_of(h, w):
-                    row, column = PHASES[phase]
-                    model = rates(part.parameters_at(phase, context, known))
-                    here = v[:, :, row::2, column::2]
+                for number, places in part.passes(h, w):
+                    at = (slice(None), slice(None), *places)
+                    model = rates(part.parameters_at(number, context, known))
+                    here = v[at]
                     count = here.shape[2] * here.shape[3]
                     share = (balance * rate_weight / (batch * height * width)).repeat_interleave(count)
                     importances = importance.repeat_interleave(count, 0)
@@ -101,9 +101,9 @@ class RateDistortion(nn.Module):
                     )
                     loss = loss + rate
                     bits += spent.reshape(batch, -1).sum(1)
-                    indices[:, row::2, column::2] = k.reshape(batch, here.shape[2], here.shape[3], -1)
+                    indices[:, places[0], places[1]] = k.reshape(batch, here.shape[2], here.shape[3], -1)
                     known = known.clone()
-                    known[:, :, row::2, column::2] = grid(look_up(table, k), batch, here.shape[2], here.shape[3])
+                    known[at] = grid(look_up(table, k), batch, here.shape[2], here.shape[3])
                 chosen = book.lookup(indices.reshape(-1, piece.planes))
                 scaled = (balance[:, None] * importance).repeat_interleave(h * w, 0) / (batch * height * width)
                 # The straight-through gradient to the estimate is zero: what is added behind the quantiser was taken

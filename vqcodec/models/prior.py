@@ -30,6 +30,9 @@ from vqcodec.models.quantizer import Rates
 # Order of the passes: each phase is a (row, column) offset on the 2 x 2 pattern.
 PHASES = ((0, 0), (1, 1), (0, 1), (1, 0))
 
+# Positions of a pass: rows and columns of the grid.
+Places = tuple[slice, slice]
+
 # Activations are multiples of 1/32. The state carries four more bits: its unit is 1/512.
 UNIT = 32
 STATE_BITS = 4
@@ -235,23 +238,29 @@ class SlicePrior(nn.Module):
             state = block.run(state, quality)
         return state, self.context.run(activate(state)) + self.quality.at(quality)
 
-    def parameters_at(self, phase: int, context: Tensor, known: Tensor) -> Tensor:
-        """Parameters of the rate model at the positions of one phase.
+    def passes(self, height: int, width: int) -> Iterator[tuple[int, Places]]:
+        """Number and places of every pass over a grid of this size, in coding order."""
+        for phase, (row, column) in enumerate(PHASES):
+            if row < height and column < width:
+                yield phase, (slice(row, None, 2), slice(column, None, 2))
+
+    def parameters_at(self, number: int, context: Tensor, known: Tensor) -> Tensor:
+        """Parameters of the rate model at the positions of one pass.
 
         Args:
-            phase: index into PHASES.
+            number: of the pass, see `passes`.
             context: from `prepare`.
-            known: inputs of this slice's codes (B, 2 P D, h, w), zero at the phases not coded yet.
+            known: inputs of this slice's codes (B, 2 P D, h, w), zero at the positions not coded yet.
 
         Returns:
             integers in [-127, 127], float32 (N, P, D + 3), N = B h' w' in raster order: mean (D), square, linear, zero.
         """
-        row, column = PHASES[phase]
+        row, column = PHASES[number]
         hidden = context[:, :, row::2, column::2]
-        if phase:
+        if number:
             seen = clamp8(self.near.run(known))
             seen = functional.pad(seen, (1, 1, 1, 1))[:, :, row:, column:]
-            conv = self.phases[phase - 1]
+            conv = self.phases[number - 1]
             assert isinstance(conv, IntegerConv)
             near = conv.run(seen, stride=2, padding=0)
             hidden = hidden + near[:, :, : hidden.shape[2], : hidden.shape[3]]
@@ -343,13 +352,6 @@ class Prior(nn.Module):
                     # Each phase convolution runs at a quarter of the positions; `near` runs before three phases.
                     total += once / 4 if "phases" in name else once * 3 if name.endswith("near") else once
         return total
-
-
-def phases_of(height: int, width: int) -> Iterator[int]:
-    """The phases that have any position on a grid of this size, in coding order."""
-    for phase, (row, column) in enumerate(PHASES):
-        if row < height and column < width:
-            yield phase
 
 
 def rates(parameters: Tensor) -> Rates:
