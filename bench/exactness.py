@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from vqcodec import bitstream, codec, weights
 from vqcodec.errors import WeightsError
-from vqcodec.models.prior import IntegerConv
+from vqcodec.models.integers import IntegerConv
 
 GOLDEN = ROOT / "tests" / "golden"
 BOUNDS = "integers at their bounds"  # the row that is no file

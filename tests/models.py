@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from vqcodec import coding, weights
 from vqcodec.bitstream import Header
 from vqcodec.entropy import Encoder
-from vqcodec.models.config import TINY, Config
+from vqcodec.models.config import TINY, Config, PriorConfig, SliceConfig, StageConfig
+from vqcodec.models.integers import QualityBias
 from vqcodec.models.joint import RateDistortion
-from vqcodec.models.prior import Places, Prior, QualityBias, SlicePrior
+from vqcodec.models.prior import Places, Prior, SlicePrior
 from vqcodec.models.quantizer import Codebook
 from vqcodec.models.vqvae import VQVAE, ResidualBlock, Slice
 from vqcodec.weights import Model
@@ -187,3 +188,18 @@ def encode_codes(model: Model, header: Header, codes: list[Tensor]) -> list[byte
                     tile.state, _ = coding.code_slice(part, tables, tile.state, quality, step)
                     first += piece.planes
     return [own[layer].finish() for layer in range(header.layers) for own in coders]
+
+
+def raster(layers: int = 3, seed: int = 0) -> RateDistortion:
+    """A shaken model with a prior in raster order: two levels of one plane each, K = 32, at strides 4 and 8."""
+    config = Config(
+        name="raster",
+        stages=(
+            StageConfig(4, 8, 16, 1, 1, (SliceConfig(planes=1, dim=8, codes=32, layer=1),)),
+            StageConfig(8, 8, 16, 1, 1, (SliceConfig(planes=1, dim=8, codes=32, layer=0),)),
+        ),
+        prior=PriorConfig(channels=16, embedding=16, blocks=1, layers=layers),
+        rate="after",
+        commitment=0.25,
+    )
+    return tiny(config, seed)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vqcodec.models import prior as module
+from vqcodec.models import integers as module
 from vqcodec.models.config import MAX_INPUTS, NAMED, TINY, Config
+from vqcodec.models.integers import IntegerConv, QualityBias
 from vqcodec.models.joint import RateDistortion
-from vqcodec.models.prior import PHASES, IntegerConv, Prior, QualityBias
+from vqcodec.models.prior import PHASES, Prior
 
 HEIGHT, WIDTH = 96, 160  # of the picture: 3 x 5 top positions, 12 x 20 bottom ones
 

@@ -25,7 +25,7 @@ from vqcodec.errors import ChecksumError, FormatError, HeaderError, ImageError, 
 from vqcodec.image import Picture
 from vqcodec.models.counts import CodeTables
 from vqcodec.models.prior import Places, rates
-from vqcodec.models.quantizer import CHOICE_BIAS, rows
+from vqcodec.models.quantizer import rows
 from vqcodec.models.vqvae import PIXEL_SCALE, Slice
 from vqcodec.ssimulacra2 import ssimulacra2
 from vqcodec.target import HIGHEST, LOWEST, Target, largest_within
@@ -229,7 +229,7 @@ def encode(model: Model, header: Header, pixels: NDArray[np.uint8]) -> tuple[lis
                 ) -> Tensor:
                     target = rows(v[(slice(None), slice(None), *places)], piece.planes)
                     weights = importance.expand(len(target), -1)
-                    k = piece.codebook.choose(target, rates(parameters), weights, CHOICE_BIAS)
+                    k = piece.codebook.choose(target, rates(parameters), weights, model.config.choice_bias)
                     coding.put(coder, tables, parameters, k)
                     return k
 

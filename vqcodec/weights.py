@@ -20,7 +20,8 @@ from torch import Tensor
 from vqcodec.errors import WeightsError
 from vqcodec.models.config import Config
 from vqcodec.models.counts import Tables
-from vqcodec.models.prior import Prior, QualityBias
+from vqcodec.models.integers import QualityBias
+from vqcodec.models.prior import Prior
 from vqcodec.models.quantizer import Codebook
 from vqcodec.models.vqvae import VQVAE, Slice, channels_last
 

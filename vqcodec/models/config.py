@@ -84,15 +84,17 @@ class PriorConfig:
         channels: channels of the context state.
         embedding: channels that the codes of one slice are reduced to before the within-slice context.
         blocks: gated residual blocks before each slice.
+        layers: of the Gated PixelCNN in raster order; 0 for four interleaved passes.
     """
 
     channels: int = 96
     embedding: int = 64
     blocks: int = 1
+    layers: int = 0
 
     def __post_init__(self) -> None:
         _check_range(self, 1, "channels", "embedding", high=MAX_INPUTS // 9)
-        _check_range(self, 0, "blocks")
+        _check_range(self, 0, "blocks", "layers")
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,8 @@ class Config:
             0..255 scale; qualities between are spaced evenly in log(lambda).
         codebook: how codebooks learn, "gradient" (van den Oord et al. 2017, eq. 3) or "ema" (their appendix A.1).
         commitment: weight beta of the commitment loss.
+        rate: how the prior is learned, "joint" with the rest on rate and distortion, or "after" it, from codes that were
+            chosen for the distortion alone (Razavi et al. 2019); in raster order always after.
         residual_unit: what 1 at the output of a residual block means, in usual quantiser steps (`vqvae.usual_step`).
     """
 
@@ -116,6 +120,7 @@ class Config:
     lambda_range: tuple[float, float] = (0.0005, 0.1)
     codebook: str = "gradient"
     commitment: float = 0.0
+    rate: str = "joint"
     residual_unit: float = 1.5
 
     def __post_init__(self) -> None:
@@ -143,6 +148,10 @@ class Config:
             raise ValueError(f"commitment must be a number from 0, got {self.commitment!r}")
         if not (isinstance(self.residual_unit, int | float) and 0 < self.residual_unit < math.inf):
             raise ValueError(f"residual_unit must be a positive number, got {self.residual_unit!r}")
+        if self.rate not in ("joint", "after"):
+            raise ValueError(f"rate must be joint or after, got {self.rate!r}")
+        if self.rate == "joint" and self.prior.layers:
+            raise ValueError("a prior in raster order cannot be learned jointly: rate must be after")
         if self.codebook not in ("gradient", "ema"):
             raise ValueError(f"codebook must be gradient or ema, got {self.codebook!r}")
 
@@ -154,6 +163,11 @@ class Config:
     @property
     def layers(self) -> int:
         return max(s.layer for stage in self.stages for s in stage.slices) + 1
+
+    @property
+    def choice_bias(self) -> float:
+        """How much of its bits counts in the choice of a code: 1 would ignore that codes are context for later ones."""
+        return 0.5 if self.rate == "joint" else 0.0
 
     @property
     def multiple(self) -> int:

@@ -3,15 +3,15 @@
 loss = bits per pixel + lambda(quality) * squared error        (per picture, squared error on the 0..255 scale)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from vqcodec.models.config import Config
-from vqcodec.models.prior import Prior, rates
-from vqcodec.models.quantizer import CHOICE_BIAS, Codebook, grid, look_up, rows
+from vqcodec.models.prior import Places, Prior, RasterSlice, rates
+from vqcodec.models.quantizer import Codebook, Rates, grid, look_up, rows
 from vqcodec.models.vqvae import PIXEL_SCALE, VQVAE
 
 # At an optimum the loss grows about as lambda^0.4 or lambda^0.5; this exponent lets all qualities count alike.
@@ -57,15 +57,19 @@ class RateDistortion(nn.Module):
         Args:
             pixels: float (B, 3, H, W), 0..255, H and W multiples of `Config.multiple`.
             quality: float or int (B,), 1..100.
-            rate_weight: weight of the rate in the loss and in the choice of codes; below 1 while warming up.
+            rate_weight: weight of the rate in the loss and in the choice of codes; below 1 while warming up. If the rate is
+                learned after the rest (`Config.rate`), 0 leaves the prior out and any other weight leaves only the prior.
         """
+        after = self.config.rate == "after"
+        only_prior = after and rate_weight > 0
+        bias = self.config.choice_bias * rate_weight
         batch, _, height, width = pixels.shape
         t = (quality.float() - 1) / 99
         low, high = self.config.lambda_range
         weight = low * (high / low) ** t
         balance = (weight / (low * high) ** 0.5) ** -BALANCE
         bits = torch.zeros(batch, device=pixels.device)
-        loss = torch.zeros((), device=pixels.device)
+        loss, rates_loss = torch.zeros((), device=pixels.device), torch.zeros((), device=pixels.device)
         state = estimate = None
         latents = self.vqvae.analyse(pixels, quality)
         for level, z in enumerate(latents):
@@ -89,17 +93,30 @@ class RateDistortion(nn.Module):
                 table = book.inputs()
                 indices = torch.zeros(batch, h, w, piece.planes, dtype=torch.int64, device=z.device)
                 known = torch.zeros(batch, table.shape[0] * table.shape[2], h, w, device=z.device)
-                for number, places in part.passes(h, w):
+                passes: Iterable[tuple[int, Places]] = part.passes(h, w)
+                if isinstance(part, RasterSlice):
+                    # All positions at once: codes are chosen without their bits.
+                    passes = [(0, (slice(None), slice(None)))]
+                    known = grid(look_up(table, book.nearest(flat)), batch, h, w)
+                for number, places in passes:
                     at = (slice(None), slice(None), *places)
-                    model = rates(part.parameters_at(number, context, known))
                     here = v[at]
+                    target = rows(here, piece.planes)
+                    if after and not only_prior:
+                        model = Rates(
+                            target.new_zeros(*target.shape[:2], piece.dim + 2), target.new_zeros(target.shape[:2])
+                        )
+                    elif isinstance(part, RasterSlice):
+                        model = rates(part.parameters_everywhere(context, known))
+                    else:
+                        model = rates(part.parameters_at(number, context, known))
                     count = here.shape[2] * here.shape[3]
                     share = (balance * rate_weight / (batch * height * width)).repeat_interleave(count)
                     importances = importance.repeat_interleave(count, 0)
-                    rate, k, spent = book.quantise(
-                        rows(here, piece.planes), model, importances, CHOICE_BIAS * rate_weight, share
-                    )
-                    loss = loss + rate
+                    if only_prior:
+                        target = target.detach()
+                    rate, k, spent = book.quantise(target, model, importances, bias, share)
+                    rates_loss = rates_loss + rate
                     bits += spent.reshape(batch, -1).sum(1)
                     indices[:, places[0], places[1]] = k.reshape(batch, here.shape[2], here.shape[3], -1)
                     known = known.clone()
@@ -117,7 +134,7 @@ class RateDistortion(nn.Module):
                 if self.config.commitment:
                     gap = (flat - chosen.detach()).square()
                     loss = loss + self.config.commitment * (scaled[..., None] * gap).sum()
-                if self.training:
+                if self.training and not only_prior:
                     book.update_averages(flat.detach(), indices.reshape(-1, piece.planes))
                 # Straight-through: the decoder sees the code, the encoder gets the decoder's gradient.
                 straight = grid(flat + (chosen - flat).detach(), batch, h, w)
@@ -132,5 +149,6 @@ class RateDistortion(nn.Module):
             # What the encoder adds and the estimate predicts costs no bits, and the decoder can take it back: nothing else
             # keeps all of them from growing without end.
             loss = loss + ADDED_WEIGHT * (balance * weight * self.vqvae.added_error()).mean()
+        total = rates_loss if only_prior else rates_loss + loss
         bpp = bits / (height * width)
-        return Losses(loss, bpp, mse.detach(), bpp + weight * mse.detach(), reconstruction)
+        return Losses(total, bpp, mse.detach(), bpp + weight * mse.detach(), reconstruction)

@@ -24,8 +24,6 @@ from torch.nn import functional
 
 from vqcodec.models.config import SliceConfig
 
-# How much of the rate counts in the choice of codes; 1 would ignore that codes are context for later ones.
-CHOICE_BIAS = 0.5
 # Temperature, in squared steps, of the soft assignment that carries the rate's gradient to the encoder: at 0.5 a code
 # one step away from the nearest has 13 % of its weight.
 TEMPERATURE = 0.5
