@@ -77,7 +77,6 @@ def test_a_run_gives_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rou
     for seed in range(4):
         Image.fromarray(models.picture(96, 96, seed)).save(tmp_path / f"{seed}.png")
     monkeypatch.setattr(torch, "set_flush_denormal", lambda _: True)  # of the whole process
-    monkeypatch.setattr(training, "VALIDATION_CROP", 64)
     monkeypatch.setattr(training, "START_CROPS", 8)
     scalars = TINY.to_json().replace('"dim": 4, "layer": 2, "planes": 4', '"dim": 1, "layer": 2, "planes": 16')
     variant = Variant("in miniature", TINY.from_json(scalars), Schedule(crop=64, large_crop=64, batch=2), rounding)

@@ -29,7 +29,7 @@ from vqcodec.schedule import Schedule
 from vqcodec.training import Progress, train
 
 SMALL = Schedule(crop=64, large_crop=96, batch=4, kernel_rate=1e-2, warm_up_steps=10)
-BOOKKEEPING = {"REPORT_SECONDS": 0.0, "CHECKPOINT_SECONDS": 0.5, "VALIDATIONS": 3, "VALIDATION_CROP": 64}
+BOOKKEEPING = {"REPORT_SECONDS": 0.0, "CHECKPOINT_SECONDS": 0.5, "VALIDATIONS": 3}
 BOOKKEEPING |= {"START_CROPS": 32}
 
 

@@ -1,7 +1,7 @@
 """When a training run does what: learning rates, weight of the rate, batches and crops as its time passes."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class Schedule:
         fall_steps: learning rates fall as 1 / (1 + step / fall_steps): the start is learned in a few hundred steps at
             rates at which training cannot stay for long.
         rate_start: weight of the rate at the start of a fresh run; it rises to 1.
+        prior_from: share of the time from which the prior is trained alone, where it is learned after the rest.
         average_decay: of the moving average of the weights, which is what is exported.
         clip_norm: longest gradient.
     """
@@ -31,6 +32,7 @@ class Schedule:
     warm_up_steps: int = 100
     fall_steps: float = 400.0
     rate_start: float = 0.5
+    prior_from: float = 0.5
     average_decay: float = 0.999
     clip_norm: float = 1.0
 
@@ -44,6 +46,12 @@ class Schedule:
         """Weight of the rate, from `start` to 1."""
         return min(1.0, start + (1 - start) * step / self.warm_up_steps)
 
+    def part(self, share: float) -> tuple[bool, float]:
+        """Where the prior is learned after the rest: whether it is its turn, and the share of that part's time."""
+        if share < self.prior_from:
+            return False, share / self.prior_from
+        return True, (share - self.prior_from) / (1 - self.prior_from)
+
     def crop_side(self, share: float, multiple: int) -> int:
         """Side of the crops, a multiple of `multiple`."""
         side = max(self.large_crop if share >= self.large_from else self.crop, multiple)
@@ -52,3 +60,8 @@ class Schedule:
     def crops_a_step(self, side: int, processes: int) -> int:
         """Crops of each process: as many pixels a step whatever their side."""
         return max(1, round(self.batch / processes * min(1.0, (self.crop / side) ** 2)))
+
+
+# Where the usual schedule does not fit a named configuration. Few steps at high rates are for photos, where a step is dear.
+_SMALL = Schedule(batch=128, crop=32, large_crop=32, kernel_rate=2e-3, warm_up_steps=50, fall_steps=math.inf)
+SCHEDULES = {"vqvae-mnist": replace(_SMALL, crop=28, large_crop=28), "vqvae-ema-cifar10": _SMALL}

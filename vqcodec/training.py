@@ -1,7 +1,7 @@
 """Training as one function: pictures in, weights file out.
 
     start    KLT start from training crops
-    train    tokenizer and prior together on the rate-distortion loss, the prior under fake quantisation
+    train    tokenizer and prior together on the rate-distortion loss, the prior under fake quantisation; or one after the other
     export   the averaged weights, the prior as integers, validated as they will run
 
 The schedule follows the clock: see schedule.py. A checkpoint beside the output survives any interruption; `resume` goes on from it. Under
@@ -37,12 +37,12 @@ from vqcodec.models.joint import Losses, RateDistortion
 from vqcodec.models.quantizer import Codebook
 from vqcodec.models.vqvae import Linear1x1, channels_last
 from vqcodec.muon import Muon
-from vqcodec.schedule import Schedule
+from vqcodec.schedule import SCHEDULES, Schedule
 
 CHECKPOINT_SECONDS = 180
 REPORT_SECONDS = 2.0
 VALIDATIONS = 9  # a run, evenly spaced in time
-VALIDATION_PICTURES, VALIDATION_CROP, VALIDATION_BATCH = 32, 256, 8
+VALIDATION_PICTURES, VALIDATION_BATCH = 32, 8
 START_CROPS = 64  # from which the start is computed
 SHEET_PICTURES, SHEET_QUALITY = 6, 30
 # Where codebooks come from data: dead codes are moved so often, while the rate weight rises.
@@ -97,7 +97,7 @@ def train(
         config: a configuration, the name of one, or a JSON file. minutes: budget of the whole run, earlier parts included.
         resume: go on from the checkpoint. device: "auto", "cpu" or "cuda". seed: of crops and initial weights.
         start_from: a weights file to train on from, instead of from scratch; of `config` only the commitment counts then.
-        schedule: learning rates, batches and crops; None for the usual one.
+        schedule: learning rates, batches and crops; None for the usual one of the configuration.
         on_progress, on_warning: called now and then with a `Progress`, and with one line for each picture skipped.
 
     Raises:
@@ -111,7 +111,7 @@ def train(
     with _process_group() as (rank, world):
         target = _device(device, rank)
         torch.manual_seed(seed)
-        plan = schedule or Schedule()
+        plan = schedule or SCHEDULES.get(settings.name, Schedule())
         run = _Run(settings, plan, output, target, rank, world, minutes * 60, seed, on_progress, on_warning)
         paths = data.find_pictures(pictures)
         if resume:
@@ -219,7 +219,7 @@ class _Run:
         training, held = data.split(paths, VALIDATION_PICTURES)
         self.pictures = data.Pictures(training, self.on_warning, data.CACHE_BYTES // self.world)
         rng = np.random.default_rng(0)
-        size = max(VALIDATION_CROP, self.config.multiple)
+        size = self.schedule.crop_side(0, self.config.multiple)
         if self.rank:
             return  # the first process validates
         reserved = data.Pictures(held, self.on_warning, cache_bytes=0)
@@ -262,10 +262,11 @@ class _Run:
 
     def loop(self) -> None:
         """Optimise until the budget is spent."""
+        after = self.config.rate == "after"
         trained: nn.Module = self.model
         if self.world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            trained = nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
+            trained = nn.parallel.DistributedDataParallel(self.model, device_ids=ids, find_unused_parameters=after)
         # A 1x1 weight has the same layout under both names; DistributedDataParallel takes them for different.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         torch.set_flush_denormal(True)  # subnormal products slow CPUs down several times and mean nothing here
@@ -281,9 +282,13 @@ class _Run:
             if stream is None or side != self.schedule.crop_side(share, self.config.multiple):
                 side = self.schedule.crop_side(share, self.config.multiple)
                 stream = self._batches(side)
+            rate_weight = self.schedule.rate_weight(self.step, self.rate_start)
+            if after:
+                turn, share = self.schedule.part(share)
+                rate_weight = float(turn)
             self._set_rates(share)
             crops = torch.from_numpy(next(stream)).to(self.device).permute(0, 3, 1, 2).float()
-            self._optimise(trained, crops, self.schedule.rate_weight(self.step, self.rate_start))
+            self._optimise(trained, crops, rate_weight)
             now = time.monotonic()
             if self.rank == 0 and now - reported > REPORT_SECONDS:
                 reported = now

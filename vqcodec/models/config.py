@@ -235,7 +235,28 @@ PHOTO = Config(
     commitment=0.25,
 )
 
-# The paper's own layout (Razavi et al. 2019): one plane a level, K=512, strides 4 and 8.
+# The classic systems: codes chosen for the distortion alone, one quality, and a prior that is learned after the rest.
+
+# van den Oord et al. 2017: one level of one plane. On digits of 28 x 28, 7 x 7 codes.
+VQVAE_MNIST = Config(
+    name="vqvae-mnist",
+    stages=(StageConfig(4, 16, 128, 2, 2, (SliceConfig(planes=1, dim=16, codes=128, layer=0),)),),
+    prior=PriorConfig(channels=64, blocks=0, layers=6),
+    lambda_range=(0.0025, 0.0026),
+    commitment=0.25,
+    rate="after",
+)
+# The same with a codebook by moving averages (their appendix A.1). On pictures of 32 x 32, 8 x 8 codes.
+VQVAE_EMA_CIFAR10 = Config(
+    name="vqvae-ema-cifar10",
+    stages=(StageConfig(4, 64, 128, 2, 2, (SliceConfig(planes=1, dim=64, codes=512, layer=0),)),),
+    prior=PriorConfig(channels=64, blocks=0, layers=6),
+    lambda_range=(0.0025, 0.0026),
+    codebook="ema",
+    commitment=0.25,
+    rate="after",
+)
+# Razavi et al. 2019: two levels of one plane each.
 VQVAE2 = Config(
     name="vqvae2",
     stages=(
@@ -264,7 +285,7 @@ TINY = Config(
     prior=PriorConfig(channels=16, embedding=16, blocks=1),
 )
 
-NAMED = {config.name: config for config in (PHOTO, VQVAE2, TINY)}
+NAMED = {config.name: config for config in (PHOTO, VQVAE2, VQVAE_MNIST, VQVAE_EMA_CIFAR10, TINY)}
 
 
 def load_config(name: str) -> Config:
