@@ -33,6 +33,13 @@ def test_large_crops_come_late_and_cost_no_more() -> None:
     assert plan.crops_a_step(4096, 1) == 1
 
 
+def test_two_parts() -> None:
+    plan = Schedule(prior_from=0.6)
+    assert plan.part(0.3) == (False, pytest.approx(0.5))
+    assert plan.part(0.6) == (True, pytest.approx(0))
+    assert plan.part(0.9) == (True, pytest.approx(0.75))
+
+
 def test_crops_fit_the_model() -> None:
     plan = Schedule(crop=100, large_crop=200)
     assert plan.crop_side(0, 64) == 64

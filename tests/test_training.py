@@ -79,6 +79,21 @@ def checkpoint_of(output: Path) -> dict[str, torch.Tensor]:
 # A whole run
 
 
+def test_the_prior_is_learned_after_the_rest(pictures: Path, tmp_path: Path, small: None) -> None:
+    """First the pictures come out better, then the codes cost less; and the weights are a codec."""
+    output = tmp_path / "raster.safetensors"
+    config = models.raster(layers=2).config
+    seen = run(pictures, output, 6, config=config, schedule=dataclasses.replace(SMALL, crop=32, large_crop=32))
+    rows = log_of(output)
+    first, last = rows[0], rows[-1]
+    assert last["psnr_50"] > first["psnr_50"]
+    assert last["bpp_50"] < 0.98 * first["bpp_50"]
+    assert seen[-1].step > 10
+    source = models.picture(24, 28)
+    data = codec.compress(source, weights=output, verify=True)
+    assert np.asarray(codec.decompress(data, weights=output)).shape == source.shape
+
+
 def test_a_few_seconds_beat_the_untrained_state(pictures: Path, tmp_path: Path, small: None) -> None:
     folder, output = tmp_path / "pictures", tmp_path / "out" / "mine.safetensors"
     output.parent.mkdir()
