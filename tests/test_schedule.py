@@ -16,8 +16,8 @@ def test_learning_rate_rises_and_falls() -> None:
 
 
 def test_rate_weight_reaches_one_and_stays() -> None:
-    plan = Schedule(warm_up_steps=100)
-    assert [plan.rate_weight(step, 0.5) for step in (0, 50, 100, 1000)] == pytest.approx([0.5, 0.75, 1, 1])
+    plan = Schedule(rate_rise=0.6)
+    assert [plan.rate_weight(share, 0.1) for share in (0, 0.3, 0.6, 1)] == pytest.approx([0.1, 0.55, 1, 1])
     assert plan.rate_weight(0, 1.0) == 1
 
 

@@ -13,10 +13,11 @@ class Schedule:
         large_crop: side from the share `large_from` of the time on, with as many pixels a batch.
         kernel_rate: Muon's peak learning rate, for the kernels of convolutions. rate: Adam's, for the rest.
         klt_rate: Adam's for the KLT matrices, which multiply large inputs: at the full rate a few steps would undo them.
-        warm_up_steps: optimiser steps over which learning rates rise, and the weight of the rate in the loss.
+        warm_up_steps: optimiser steps over which learning rates rise.
         fall_steps: learning rates fall as 1 / (1 + step / fall_steps): the start is learned in a few hundred steps at
             rates at which training cannot stay for long.
-        rate_start: weight of the rate at the start of a fresh run; it rises to 1.
+        rate_start: weight of the rate in the loss at the start of a fresh run. rate_rise: share of the time over which it
+            rises to 1: codes that are rare from the start would never be tried.
         prior_from: share of the time from which the prior is trained alone, where it is learned after the rest.
         average_decay: of the moving average of the weights, which is what is exported.
         clip_norm: longest gradient.
@@ -31,7 +32,8 @@ class Schedule:
     klt_rate: float = 3e-5
     warm_up_steps: int = 100
     fall_steps: float = 400.0
-    rate_start: float = 0.5
+    rate_start: float = 0.1
+    rate_rise: float = 0.6
     prior_from: float = 0.5
     average_decay: float = 0.999
     clip_norm: float = 1.0
@@ -42,9 +44,9 @@ class Schedule:
         fall = 1 / (1 + step / self.fall_steps)
         return rise * fall * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
 
-    def rate_weight(self, step: int, start: float) -> float:
+    def rate_weight(self, share: float, start: float) -> float:
         """Weight of the rate, from `start` to 1."""
-        return min(1.0, start + (1 - start) * step / self.warm_up_steps)
+        return min(1.0, start + (1 - start) * share / self.rate_rise)
 
     def part(self, share: float) -> tuple[bool, float]:
         """Where the prior is learned after the rest: whether it is its turn, and the share of that part's time."""

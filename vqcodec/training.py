@@ -282,7 +282,7 @@ class _Run:
             if stream is None or side != self.schedule.crop_side(share, self.config.multiple):
                 side = self.schedule.crop_side(share, self.config.multiple)
                 stream = self._batches(side)
-            rate_weight = self.schedule.rate_weight(self.step, self.rate_start)
+            rate_weight = self.schedule.rate_weight(share, self.rate_start)
             if after:
                 turn, share = self.schedule.part(share)
                 rate_weight = float(turn)
