@@ -495,7 +495,7 @@ class _Run:
             raise TrainingError(f"cannot resume from {path}: {error}") from None
         if "facts" not in metadata:
             raise TrainingError(f"cannot resume from {path}: not a checkpoint of a training run")
-        if metadata["config"] != self.config.to_json():
+        if Config.from_json(metadata["config"]) != self.config:
             raise TrainingError(f"{path} is of another configuration")
         for prefix, module in (("model.", self.model), ("average.", self.average)):
             module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
