@@ -320,8 +320,7 @@ class _Run:
         weights.save_model(path, self.config, self.average.vqvae, self.average.prior, notes)
         # As it will run: half precision, integers, no autocast.
         model = weights.load(path)
-        exported = RateDistortion(self.config).eval()
-        exported.vqvae, exported.prior = model.vqvae, model.prior
+        exported = RateDistortion(self.config, model.vqvae, model.prior).eval()
         notes["exported"] = self._measure(exported.to(self.device), autocast=False)
         weights.save_model(path, self.config, self.average.vqvae, self.average.prior, notes)
 

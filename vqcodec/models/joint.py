@@ -28,12 +28,13 @@ class Losses:
 
     Attributes:
         total: scalar to minimise.
-        bpp: bits per pixel of each picture. mse: squared error of each, 0..255 scale.
+        level_bits: (B, levels), bits of each level's codes, coarse first. bpp: bits per pixel of each picture. mse: squared error of each, 0..255 scale.
         cost: bpp + lambda * mse of each.
         reconstruction: pixels (B, 3, H, W), float, not clipped.
     """
 
     total: Tensor
+    level_bits: Tensor
     bpp: Tensor
     mse: Tensor
     cost: Tensor
@@ -41,13 +42,13 @@ class Losses:
 
 
 class RateDistortion(nn.Module):
-    """The whole codec as one differentiable function."""
+    """The whole codec as one differentiable function; of new networks, or of those given."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, vqvae: VQVAE | None = None, prior: Prior | None = None) -> None:
         super().__init__()
         self.config = config
-        self.vqvae = VQVAE(config)
-        self.prior = Prior(config)
+        self.vqvae = vqvae or VQVAE(config)
+        self.prior = prior or Prior(config)
         # Called with every codebook and its vectors, float (N, P, D), before they are quantised: k-means start, revival.
         self.maintain: Callable[[Codebook, Tensor], object] | None = None
 
@@ -68,7 +69,7 @@ class RateDistortion(nn.Module):
         low, high = self.config.lambda_range
         weight = low * (high / low) ** t
         balance = (weight / (low * high) ** 0.5) ** -BALANCE
-        bits = torch.zeros(batch, device=pixels.device)
+        bits = torch.zeros(batch, len(self.config.levels), device=pixels.device)
         loss, rates_loss = torch.zeros((), device=pixels.device), torch.zeros((), device=pixels.device)
         state = estimate = None
         latents = self.vqvae.analyse(pixels, quality)
@@ -117,7 +118,7 @@ class RateDistortion(nn.Module):
                         target = target.detach()
                     rate, k, spent = book.quantise(target, model, importances, bias, share)
                     rates_loss = rates_loss + rate
-                    bits += spent.reshape(batch, -1).sum(1)
+                    bits[:, level] += spent.reshape(batch, -1).sum(1)
                     indices[:, places[0], places[1]] = k.reshape(batch, here.shape[2], here.shape[3], -1)
                     known = known.clone()
                     known[at] = grid(look_up(table, k), batch, here.shape[2], here.shape[3])
@@ -150,5 +151,5 @@ class RateDistortion(nn.Module):
             # keeps all of them from growing without end.
             loss = loss + ADDED_WEIGHT * (balance * weight * self.vqvae.added_error()).mean()
         total = rates_loss if only_prior else rates_loss + loss
-        bpp = bits / (height * width)
-        return Losses(total, bpp, mse.detach(), bpp + weight * mse.detach(), reconstruction)
+        bpp = bits.sum(1) / (height * width)
+        return Losses(total, bits, bpp, mse.detach(), bpp + weight * mse.detach(), reconstruction)

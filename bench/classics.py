@@ -1,0 +1,113 @@
+"""The figures by which the literature compares VQ-VAEs and their priors, on pictures that training has not seen.
+
+    python bench/classics.py WEIGHTS PICTURES... [--batch 100]
+
+    loss        squared error / variance of the pixels, + codebook loss + 0.25 commitment loss (van den Oord et al. 2017, eq. 3)
+    mse         squared error with pixels in 0..1
+    perplexity  codes in effective use, averaged over planes
+    nats        of the prior, for each code (a position of a plane), level by level from the coarsest
+    bytes       of a picture's codes, as the range coder writes them, and of its whole file
+
+Pictures must have one size. The codebook and commitment losses are equal in value; they are measured in pixels, as what the
+picture would lose, since latents here have no scale of their own.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+if not __package__:  # run as a file: let the imports below find the repository's packages
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from vqcodec import bitstream, codec, data, weights
+from vqcodec.errors import VqcodecError
+from vqcodec.models.joint import RateDistortion
+from vqcodec.models.quantizer import Codebook
+from vqcodec.models.vqvae import PIXEL_SCALE
+
+QUALITY = 50
+FILES = 100  # so many are written as files
+COMMITMENT = 0.25
+
+
+class Watched(RateDistortion):
+    """Remembers what the codebooks were given."""
+
+    def __init__(self, model: weights.Model) -> None:
+        super().__init__(model.config, model.vqvae, model.prior)
+        self.seen: list[tuple[Codebook, torch.Tensor]] = []
+        self.maintain = lambda book, v: self.seen.append((book, v))
+        self.eval()
+
+
+def measure(path: Path, pictures: list[np.ndarray], batch: int) -> dict[str, float | list[float]]:
+    """The figures; see the module."""
+    model = weights.load(path)
+    watched = Watched(model)
+    quality = torch.tensor([QUALITY])
+    pixels = np.stack(pictures).astype(np.float32)
+    if any(side % model.config.multiple for side in pixels.shape[1:3]):
+        raise ValueError(f"sides must be multiples of {model.config.multiple} pixels")
+    error, gap, bits = 0.0, 0.0, np.zeros(len(model.config.levels))
+    usage: dict[Codebook, torch.Tensor] = {}
+    with torch.inference_mode():
+        for start in range(0, len(pixels), batch):
+            part = torch.from_numpy(pixels[start : start + batch]).permute(0, 3, 1, 2)
+            watched.seen.clear()
+            losses = watched(part, quality.expand(len(part)))
+            error += float(losses.mse.sum())
+            bits += losses.level_bits.sum(0).double().numpy()
+            slices = [piece for level in range(len(bits)) for piece in watched.vqvae.level_slices(level)]
+            for piece, (book, v) in zip(slices, watched.seen, strict=True):
+                k = book.nearest(v)
+                counts = torch.stack([torch.bincount(plane, minlength=book.vectors.shape[1]) for plane in k.T])
+                usage[book] = usage.get(book, torch.zeros_like(counts)) + counts
+                steps = piece.steps(quality)[0][:, None] * PIXEL_SCALE
+                squares = ((v - book.lookup(k)) * steps).square().sum()
+                gap += float(squares) / pixels[0].size
+    count = len(pixels)
+    shares = [counts / counts.sum(1, keepdim=True) for counts in usage.values()]
+    entropies = torch.cat([-(s * s.clamp(min=1e-12).log()).sum(1) for s in shares])
+    codes = [
+        sum(s.planes for s in stage.slices) * math.prod(side // stage.stride for side in pixels.shape[1:3])
+        for stage in model.config.levels
+    ]
+    files = [codec.compress(p, quality=QUALITY, weights=path) for p in pictures[:FILES]]
+    variance = float(pixels.var())
+    return {
+        "pictures": count,
+        "loss": (error + (1 + COMMITMENT) * gap) / count / variance,
+        "mse": error / count / 255**2,
+        "perplexity": float(entropies.exp().mean()),
+        "nats": [float(b) / count / n * math.log(2) for b, n in zip(bits, codes, strict=True)],
+        "bytes of codes": float(np.mean([sum(len(part or b"") for part in bitstream.read(f).segments) for f in files])),
+        "bytes of file": float(np.mean([len(f) for f in files])),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("weights", type=Path)
+    parser.add_argument("pictures", type=Path, nargs="+")
+    parser.add_argument("--batch", type=int, default=100)
+    given = parser.parse_args(arguments)
+    try:
+        reader = data.Pictures(data.find_pictures(given.pictures))
+        pictures = [p for p in (reader.get(i) for i in range(len(reader))) if p is not None]
+        found = measure(given.weights, pictures, given.batch)
+    except (OSError, ValueError, VqcodecError) as error:
+        print(f"classics.py: {error}", file=sys.stderr)
+        return 1
+    for name, value in found.items():
+        numbers = value if isinstance(value, list) else [value]
+        print(f"{name:15}", *(f"{number:.4g}" for number in numbers))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
