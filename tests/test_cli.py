@@ -84,7 +84,9 @@ def test_version():
     assert (ran.exit_code, ran.stdout) == (0, f"vqcodec {vqcodec.__version__} (format {bitstream.VERSION})\n")
 
 
-@pytest.mark.parametrize("command", [[], ["compress"], ["decompress"], ["info"], ["compare"], ["train"], ["sample"]])
+@pytest.mark.parametrize(
+    "command", [[], ["compress"], ["decompress"], ["info"], ["compare"], ["train"], ["sample"], ["reconstruct"]]
+)
 @pytest.mark.parametrize("option", ["-h", "--help"])
 def test_help(command, option):
     ran = run(*command, option)
@@ -578,8 +580,6 @@ def process(*arguments: str, **options: object) -> subprocess.Popen:
 @pytest.fixture
 def sampling(monkeypatch):
     """Draws black pictures and remembers what it was asked for."""
-    from vqcodec.sampling import contact_sheet
-
     seen = {}
 
     def sample(count, **options):
@@ -588,7 +588,7 @@ def sampling(monkeypatch):
 
     use(monkeypatch, ModuleType("vqcodec.sampling"))
     module = sys.modules["vqcodec.sampling"]
-    module.sample, module.contact_sheet = sample, contact_sheet
+    module.sample = sample
     module.seen = seen
     return module
 
@@ -616,6 +616,27 @@ def test_sample_failures(sampling):
     ran = run("sample", "--complete", "bad.png", "-o", "a.png")
     assert ran.exit_code == 1 and ran.stderr.startswith("vqcodec: bad.png: ") and len(ran.stderr.splitlines()) == 1
     assert tree() == ["bad.png"]
+
+
+# reconstruct
+
+
+def test_reconstruct(codec, photo, monkeypatch):
+    seen = {}
+
+    def reconstruct(picture, **options):
+        seen.update(options)
+        return [np.zeros_like(picture.pixels), picture.pixels]
+
+    monkeypatch.setattr(codec, "reconstruct", reconstruct, raising=False)
+    ran = run("reconstruct", "photo.png", "-q", "9", "-o", "again.png")
+    assert (ran.exit_code, ran.stdout, ran.stderr) == (0, "", "")
+    assert np.array_equal(image.load(Path("again.png").read_bytes(), max_pixels=None).pixels, photo)
+    assert seen == {"quality": 9, "weights": None, "device": "auto"}
+    assert run("reconstruct", "photo.png", "--levels", "-o", "levels.png").exit_code == 0
+    sheet = image.load(Path("levels.png").read_bytes(), max_pixels=None).pixels
+    assert np.array_equal(sheet[30:, :40], photo) and not sheet[:30, :40].any()
+    fails(run("reconstruct", "no.png", "-o", "x.png"), 1, "vqcodec: no.png: No such file or directory")
 
 
 def test_python_m_vqcodec():

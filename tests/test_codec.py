@@ -230,6 +230,17 @@ def test_max_size() -> None:
         compress(source, max_size=50)
 
 
+def test_levels() -> None:
+    source = picture(70, 90)
+    coarse, fine = codec.reconstruct(Picture(source), quality=80, weights=models.tiny_weights())
+    data = compress(source, quality=80)
+    assert np.array_equal(fine, decode(data).pixels)
+    first = bitstream.read_info(data).layer_bytes[0]
+    rest = sum(bitstream.read_info(data).layer_bytes) - first
+    assert np.array_equal(coarse, decode(data[: len(data) - rest], partial=True).pixels)
+    assert psnr(source, coarse) < psnr(source, fine)
+
+
 def test_targets_that_are_none() -> None:
     with pytest.raises(ValueError, match="quality and target exclude each other"):
         compress(picture(8, 8), quality=50, target=Target("bpp", 1))

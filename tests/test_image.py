@@ -490,3 +490,11 @@ def test_every_suffix_is_one_that_folders_are_searched_for():
     from vqcodec import files
 
     assert set(image._WRITERS) <= set(files.PICTURE_SUFFIXES)
+
+
+def test_contact_sheet() -> None:
+    cells = [np.full((2, 3, 3), value, np.uint8) for value in range(5)]
+    sheet = image.contact_sheet(cells)
+    assert sheet.shape == (4, 9, 3)
+    assert sheet[::2, ::3, 0].tolist() == [[0, 1, 2], [3, 4, 255]]
+    assert np.array_equal(image.contact_sheet(cells[:1]), cells[0])

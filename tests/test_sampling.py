@@ -14,7 +14,7 @@ from vqcodec.bitstream import Header
 from vqcodec.errors import ImageError
 from vqcodec.image import Picture
 from vqcodec.models.counts import FLAGS
-from vqcodec.sampling import Dice, contact_sheet, draw
+from vqcodec.sampling import Dice, draw
 from vqcodec.weights import load
 
 
@@ -105,11 +105,3 @@ def test_out_of_range(options: dict[str, Any], line: str) -> None:
 def test_picture_too_large() -> None:
     with pytest.raises(ImageError, match="1 to 2048 pixels a side, got 1 x 2049"):
         sample(1, picture=Picture(np.zeros((2049, 1, 3), np.uint8)))
-
-
-def test_contact_sheet() -> None:
-    cells = [np.full((2, 3, 3), value, np.uint8) for value in range(5)]
-    sheet = contact_sheet(cells)
-    assert sheet.shape == (4, 9, 3)
-    assert sheet[::2, ::3, 0].tolist() == [[0, 1, 2], [3, 4, 255]]
-    assert np.array_equal(contact_sheet(cells[:1]), cells[0])

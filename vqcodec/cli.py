@@ -557,8 +557,47 @@ def sample(
         )
         hidden = not sys.stderr.isatty()
         with click.progressbar(drawn, length=count, file=sys.stderr, hidden=hidden) as steps:
-            sheet = sampling.contact_sheet(list(steps))
+            sheet = image.contact_sheet(list(steps))
         files.write(output, image.save(image.Picture(sheet), _suffix(output)), overwrite=force)
+    return outcome.status
+
+
+@main.command()
+@click.argument("source", metavar="PICTURE", type=click.Path(allow_dash=True))
+@click.option(
+    "-o", "--output", metavar="OUT", type=click.Path(allow_dash=True), required=True, help="Picture to write."
+)
+@click.option(
+    "-q", "--quality", type=click.IntRange(LOWEST, HIGHEST), default=50, show_default=True, help="How much detail."
+)
+@click.option(
+    "--levels", is_flag=True, help="A sheet: from the coarsest level of codes alone to all, then the original."
+)
+@_weights
+@_device
+@_force
+def reconstruct(
+    source: str, output: str, quality: int, levels: bool, weights: str | None, device: str, force: bool
+) -> int:
+    """Show what a model makes of a picture, without a file in between.
+
+    \b
+    Example:
+      vqcodec reconstruct photo.png --levels -o levels.png
+    """
+    job = files.Job(source, output)
+    if output == files.STREAM and sys.stdout.isatty():
+        raise click.UsageError("Standard output is a terminal; give a file with -o, or redirect it.")
+    _check_suffixes([job])
+    outcome = _Outcome()
+    with outcome.of(source):
+        files.check(job, overwrite=force)
+        from vqcodec import codec, image
+
+        picture = image.load(files.read(source), max_pixels=bitstream.DEFAULT_MAX_PIXELS)
+        restored = codec.reconstruct(picture, quality=quality, weights=weights, device=device)
+        pixels = image.contact_sheet([*restored, picture.pixels]) if levels else restored[-1]
+        files.write(output, image.save(image.Picture(pixels), _suffix(output)), overwrite=force)
     return outcome.status
 
 

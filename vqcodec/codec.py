@@ -167,6 +167,27 @@ def decode_picture(
     )
 
 
+def reconstruct(
+    picture: Picture, *, quality: int = DEFAULT_QUALITY, weights: str | Path | None = None, device: str = "auto"
+) -> list[NDArray[np.uint8]]:
+    """What the decoder makes of a picture's codes, level by level: from the coarsest alone to all of them.
+
+    Args: as of `compress`.
+
+    Returns:
+        for each level uint8 (H, W, 3); codes of the levels behind it are 0, which stands for "as estimated".
+    """
+    model = _load(weights, device)
+    height, width = picture.pixels.shape[:2]
+    header = Header(width, height, quality, model.id, model.config.layers, TILE, picture.grey)
+    with coding.exact(model):
+        _, codes = encode(model, header, picture.pixels)
+        partial = (
+            [c if level <= last else torch.zeros_like(c) for level, c in enumerate(codes)] for last in range(len(codes))
+        )
+        return [synthesis.reconstruct(model, header, some) for some in partial]
+
+
 def decode_codes(container: Container, model: Model) -> list[Tensor]:
     """The code indices of a file: the part of decoding that is exact on every machine.
 

@@ -8,10 +8,11 @@ Orientation is applied, more than 8 bits are reduced, CMYK is converted; RGB and
 """
 
 import io
+import math
 import re
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -413,3 +414,12 @@ def _upright(exif: bytes | None, xmp: bytes | None) -> tuple[bytes | None, bytes
     if xmp is not None:
         xmp = _XMP_ORIENTATION.sub(rb"\g<1>1", xmp)
     return exif, xmp
+
+
+def contact_sheet(pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """Pictures of one size, side by side in rows, about as many rows as columns."""
+    columns = math.ceil(math.sqrt(len(pictures)))
+    blank = np.full_like(pictures[0], 255)
+    cells = [*pictures, *[blank] * (-len(pictures) % columns)]
+    rows = [np.concatenate(cells[i : i + columns], axis=1) for i in range(0, len(cells), columns)]
+    return np.concatenate(rows, axis=0)

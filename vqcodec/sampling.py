@@ -5,7 +5,7 @@ out shows what the prior has learned of pictures. (Razavi et al. 2019, section 3
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -132,12 +132,3 @@ def draw(model: Model, header: Header, dice: Dice, given: list[Tensor] | None = 
             slices.append(indices.to(torch.int16).cpu())
         codes.append(torch.cat(slices, -1))
     return codes
-
-
-def contact_sheet(pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """Pictures of one size, side by side in rows, about as many rows as columns."""
-    columns = math.ceil(math.sqrt(len(pictures)))
-    blank = np.full_like(pictures[0], 255)
-    cells = [*pictures, *[blank] * (-len(pictures) % columns)]
-    rows = [np.concatenate(cells[i : i + columns], axis=1) for i in range(0, len(cells), columns)]
-    return np.concatenate(rows, axis=0)
