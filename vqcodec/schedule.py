@@ -28,10 +28,10 @@ class Schedule:
     large_crop: int = 384
     large_from: float = 0.85
     kernel_rate: float = 5e-3
-    rate: float = 1.5e-3
+    rate: float = 2.5e-3
     klt_rate: float = 3e-5
     warm_up_steps: int = 100
-    fall_steps: float = 400.0
+    fall_steps: float = 300.0
     rate_start: float = 0.1
     rate_rise: float = 0.6
     prior_from: float = 0.5
