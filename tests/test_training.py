@@ -186,9 +186,13 @@ def test_resume_goes_on(pictures: Path, tmp_path: Path, small: None) -> None:
     tensors = checkpoint_of(output)
     assert stopped > 0
 
+    lost = output.with_suffix(".csv").read_text().splitlines()[-1].split(",", 1)[1]
+    with output.with_suffix(".csv").open("a", newline="") as file:
+        file.write(f"{stopped + 7},{lost}\n")  # of a run that went on after the checkpoint
     again = run(pictures, output, 1, resume=True)  # the time is used up: nothing but the export is left
     assert [p.step for p in again] == [stopped] * len(again)
     assert log_of(output)[: len(rows)] == rows
+    assert all(row["step"] <= stopped for row in log_of(output))
 
     sheet = sheet_of(output)
     seen = run(pictures, output, 2, resume=True)

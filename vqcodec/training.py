@@ -420,15 +420,15 @@ class _Run:
         if self.board is not None:
             for name, value in row.items():
                 self.board.add_scalar(name, value, self.step)
-        self._write_log([*(self._log() if self.step else []), row])
+        self._write_log([*(self._log(self.step) if self.step else []), row])
 
-    def _log(self) -> list[dict[str, Any]]:
-        """The lines of the log up to this step."""
+    def _log(self, end: int) -> list[dict[str, Any]]:
+        """The lines of the log before a step."""
         path = self.output.with_suffix(".csv")
         if not path.exists():
             return []
         with path.open(newline="") as file:
-            return [row for row in csv.DictReader(file) if int(row["step"]) < self.step]
+            return [row for row in csv.DictReader(file) if int(row["step"]) < end]
 
     def _write_log(self, rows: list[dict[str, Any]]) -> None:
         with self.output.with_suffix(".csv").open("w", newline="") as file:
@@ -509,6 +509,8 @@ class _Run:
         facts = json.loads(metadata["facts"])
         for name in FACTS:
             setattr(self, name, facts[name])
+        if self.rank == 0 and (rows := self._log(self.step + 1)):
+            self._write_log(rows)  # without what came after the checkpoint and is lost
 
     def _report(self, stage: str) -> None:
         if self.on_progress:
