@@ -92,9 +92,11 @@ VARIANTS = {
     "prior-64": Variant("context of 64 channels", replace(PHOTO, prior=PriorConfig(64, 64, 1))),
     "prior-2-blocks": Variant("two gated blocks before each slice", replace(PHOTO, prior=PriorConfig(96, 64, 2))),
     # The schedule
-    "half-rate": Variant("half the learning rates", schedule=Schedule(kernel_rate=2.5e-3, rate=7.5e-4)),
-    "double-rate": Variant("twice the learning rates", schedule=Schedule(kernel_rate=1e-2, rate=3e-3)),
-    "slow-rate": Variant("the rate's weight starts at 0.1", schedule=Schedule(rate_start=0.1)),
+    "half-rate": Variant("half the learning rates", schedule=Schedule(kernel_rate=2.5e-3, rate=1.25e-3)),
+    "double-rate": Variant("twice the learning rates", schedule=Schedule(kernel_rate=1e-2, rate=5e-3)),
+    "fast-rate": Variant(
+        "the rate's weight 0.5, 1 after a twentieth of the time", schedule=Schedule(rate_start=0.5, rate_rise=0.05)
+    ),
     "no-fall": Variant("learning rates fall with the time alone", schedule=Schedule(fall_steps=1e9)),
     "full-rate": Variant("the rate's weight 1 throughout", schedule=Schedule(rate_start=1.0)),
     "batch-4": Variant("batches of 4", schedule=Schedule(batch=4)),

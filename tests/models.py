@@ -195,8 +195,8 @@ def raster(layers: int = 3, seed: int = 0) -> RateDistortion:
     config = Config(
         name="raster",
         stages=(
-            StageConfig(4, 8, 16, 1, 1, (SliceConfig(planes=1, dim=8, codes=32, layer=1),)),
-            StageConfig(8, 8, 16, 1, 1, (SliceConfig(planes=1, dim=8, codes=32, layer=0),)),
+            StageConfig(4, 16, 16, 1, 1, (SliceConfig(planes=1, dim=16, codes=32, layer=1),)),
+            StageConfig(8, 16, 16, 1, 1, (SliceConfig(planes=1, dim=16, codes=32, layer=0),)),
         ),
         prior=PriorConfig(channels=16, embedding=16, blocks=1, layers=layers),
         rate="after",

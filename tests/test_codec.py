@@ -326,7 +326,7 @@ def test_verification(monkeypatch: pytest.MonkeyPatch) -> None:
 # Size
 
 
-@pytest.mark.parametrize("quality", [40, 60, 95])
+@pytest.mark.parametrize("quality", [60, 75, 95])
 def test_size_is_the_cross_entropy(quality: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the prior's counts say, within 1 % and a word for each segment; and the container adds what it must."""
     bits = 0.0

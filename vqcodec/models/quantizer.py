@@ -27,7 +27,7 @@ from vqcodec.models.config import SliceConfig
 # Temperature, in squared steps, of the soft assignment that carries the rate's gradient to the encoder: at 0.5 a code
 # one step away from the nearest has 13 % of its weight.
 TEMPERATURE = 0.5
-LARGEST_LATTICE = 16
+LARGEST_LATTICE = 8
 # The outer codes of the structured start lie on this many spheres, each larger than the last by this factor.
 OUTER_SPHERES = 6
 OUTER_GROWTH = 1.4
@@ -46,8 +46,8 @@ def structured_start(codes: int, dim: int) -> Tensor:
 
     For D = 1 integers, 0, 1, -1, 2, -2, ..., the last fifth growing by a constant factor instead. Otherwise three fifths of the codes are the shortest integer vectors and the
     rest lie around them on spheres whose radii grow by a constant factor, because latents have heavy tails: a plane
-    without far codes saturates on high contrast. For D > 16, where even the first shell of the lattice is larger than
-    any codebook, all codes but zero are random directions of unit norm.
+    without far codes saturates on high contrast. For D > 8, where even the first shells of the lattice are larger than
+    most codebooks, all codes but zero are random directions of unit norm.
 
     Args:
         codes: K. dim: D.
