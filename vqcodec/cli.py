@@ -117,6 +117,12 @@ _output = click.option(
     type=click.Path(allow_dash=True),
     help="File, folder, or - for standard output.  [default: a name like that of IN]",
 )
+_picture = click.option(
+    "-o", "--output", metavar="OUT", type=click.Path(allow_dash=True), required=True, help="Picture to write."
+)
+_detail = click.option(
+    "-q", "--quality", type=click.IntRange(LOWEST, HIGHEST), default=50, show_default=True, help="How much detail."
+)
 _device = click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to compute."
 )
@@ -479,14 +485,10 @@ def train(
 
 @main.command()
 @click.argument("weights", metavar="[WEIGHTS]", required=False, type=click.Path(exists=True, dir_okay=False))
-@click.option(
-    "-o", "--output", metavar="OUT", type=click.Path(allow_dash=True), required=True, help="Picture to write."
-)
+@_picture
 @click.option("-n", "count", type=click.IntRange(1, 1024), default=16, show_default=True, help="How many to draw.")
 @click.option("--size", type=click.IntRange(1, 2048), default=256, show_default=True, help="Pixels a side of each.")
-@click.option(
-    "-q", "--quality", type=click.IntRange(LOWEST, HIGHEST), default=50, show_default=True, help="How much detail."
-)
+@_detail
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0),
@@ -526,8 +528,7 @@ def sample(
     if not math.isfinite(temperature):
         raise click.UsageError("--temperature must be a number.")
     job = files.Job(complete or files.STREAM, output)
-    if output == files.STREAM and sys.stdout.isatty():
-        raise click.UsageError("Standard output is a terminal; give a file with -o, or redirect it.")
+    _check_terminal([job])
     _check_suffixes([job])
     outcome = _Outcome()
     with outcome.of(output):
@@ -564,12 +565,8 @@ def sample(
 
 @main.command()
 @click.argument("source", metavar="PICTURE", type=click.Path(allow_dash=True))
-@click.option(
-    "-o", "--output", metavar="OUT", type=click.Path(allow_dash=True), required=True, help="Picture to write."
-)
-@click.option(
-    "-q", "--quality", type=click.IntRange(LOWEST, HIGHEST), default=50, show_default=True, help="How much detail."
-)
+@_picture
+@_detail
 @click.option(
     "--levels", is_flag=True, help="A sheet: from the coarsest level of codes alone to all, then the original."
 )
@@ -586,8 +583,7 @@ def reconstruct(
       vqcodec reconstruct photo.png --levels -o levels.png
     """
     job = files.Job(source, output)
-    if output == files.STREAM and sys.stdout.isatty():
-        raise click.UsageError("Standard output is a terminal; give a file with -o, or redirect it.")
+    _check_terminal([job])
     _check_suffixes([job])
     outcome = _Outcome()
     with outcome.of(source):
@@ -613,9 +609,13 @@ def _usage() -> Iterator[None]:
 def _plan(inputs: Sequence[str], output: str | None, suffixes: Sequence[str], new_suffix: str) -> list[files.Job]:
     with _usage():
         jobs = files.plan(inputs, output, suffixes=suffixes, new_suffix=new_suffix)
+    _check_terminal(jobs)
+    return jobs
+
+
+def _check_terminal(jobs: Iterable[files.Job]) -> None:
     if any(job.target == files.STREAM for job in jobs) and sys.stdout.isatty():
         raise click.UsageError("Standard output is a terminal; give a file with -o, or redirect it.")
-    return jobs
 
 
 def _check_suffixes(jobs: Iterable[files.Job]) -> None:

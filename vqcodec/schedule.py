@@ -15,7 +15,7 @@ class Schedule:
         klt_rate: Adam's for the KLT matrices, which multiply large inputs: at the full rate a few steps would undo them.
         warm_up_steps: optimiser steps over which learning rates rise.
         fall_steps: learning rates fall as 1 / (1 + step / fall_steps): the start is learned in a few hundred steps at
-            rates at which training cannot stay for long.
+            rates at which gradients of small batches are mostly noise later.
         rate_start: weight of the rate in the loss at the start of a fresh run. rate_rise: share of the time over which it
             rises to 1: codes that are rare from the start would never be tried.
         prior_from: share of the time from which the prior is trained alone, where it is learned after the rest.

@@ -82,7 +82,7 @@ class PriorConfig:
 
     Attributes:
         channels: channels of the context state.
-        embedding: channels that the codes of one slice are reduced to before the within-slice context.
+        embedding: channels that the codes of one slice are reduced to before the within-slice context, in interleaved passes.
         blocks: gated residual blocks before each slice.
         layers: of the Gated PixelCNN in raster order; 0 for four interleaved passes.
     """

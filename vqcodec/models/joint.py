@@ -28,7 +28,8 @@ class Losses:
 
     Attributes:
         total: scalar to minimise.
-        level_bits: (B, levels), bits of each level's codes, coarse first. bpp: bits per pixel of each picture. mse: squared error of each, 0..255 scale.
+        level_bits: (B, levels), bits of each level's codes, coarse first.
+        bpp: bits per pixel of each picture. mse: squared error of each, 0..255 scale.
         cost: bpp + lambda * mse of each.
         reconstruction: pixels (B, 3, H, W), float, not clipped.
     """
