@@ -62,6 +62,7 @@ class StageConfig:
         hidden: channels inside a residual block.
         encoder_blocks, decoder_blocks: residual blocks on each side.
         slices: the code planes quantised at this resolution; empty for a stage that is only passed through.
+        lapped: whether the blocks of the transform from the next finer stage overlap (`vqvae.Lap`).
     """
 
     stride: int
@@ -70,6 +71,7 @@ class StageConfig:
     encoder_blocks: int
     decoder_blocks: int
     slices: tuple[SliceConfig, ...] = ()
+    lapped: bool = False
 
     def __post_init__(self) -> None:
         _check_range(self, 1, "stride", "channels", "hidden")
@@ -219,6 +221,7 @@ PHOTO = Config(
                 SliceConfig(planes=28, dim=2, codes=96, layer=2),
                 SliceConfig(planes=88, dim=2, codes=64, layer=3),
             ),
+            lapped=True,
         ),
         StageConfig(
             stride=64,

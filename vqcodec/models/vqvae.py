@@ -32,6 +32,10 @@ from vqcodec.models.quantizer import Codebook
 PIXEL_CENTRE, PIXEL_SCALE = 128.0, 64.0
 # Steps before training, in usual ones: choosing codes by rate as well wants larger steps than rounding does.
 START_STEP = 1.5
+# Of the lapped transform at the start: 1 would be orthogonal, more compacts the energy better but spreads errors.
+LAP_SCALE = 1.3
+# What blocks add everywhere alike says nothing of the picture, but noise of the training feeds it: it counts so many times.
+COMMON = 20.0
 # Knots of the piecewise linear log step over t in [0, 1].
 KNOTS = 9
 
@@ -64,7 +68,8 @@ class ResidualBlock(nn.Module):
     up. The sum stays in float32 because latents are large against their steps.
 
     Attributes:
-        energy: float (B,), in training: the squares of what the last call added, summed over channels, mean over positions.
+        energy: float (B,), in training: the squares of what the last call added, summed over channels, mean over positions;
+            of what it added to all positions alike `COMMON` times as much.
     """
 
     deviation: Tensor
@@ -89,7 +94,7 @@ class ResidualBlock(nn.Module):
         y = functional.leaky_relu(torch.addcmul(shift, self.spatial(y), 1 + gain), 0.1)
         added = cond.unit[:, None, None, None] * self.expand(y).float()
         if self.training:
-            self.energy = added.square().mean((2, 3)).sum(1)
+            self.energy = added.square().mean((2, 3)).sum(1) + (COMMON - 1) * added.mean((0, 2, 3)).square().sum()
         return x + added
 
 
@@ -105,13 +110,51 @@ class Linear1x1(nn.Linear):
         return y.permute(0, 3, 1, 2)  # channels-last in memory
 
 
+class Lap(nn.Module):
+    """x + a linear map of its blocks of `ratio` x `ratio` positions, half a block off the blocks of the stage's KLT.
+
+    Before the analysis, and undone after the synthesis, it turns transforms of separate blocks into lapped ones (Tran,
+    Liang & Tu 2003, "Lapped transform via time-domain pre- and post-filtering"). The outermost half blocks stay as they are.
+    """
+
+    def __init__(self, ratio: int, channels: int) -> None:
+        super().__init__()
+        self.ratio = ratio
+        self.change = Linear1x1(channels * ratio**2, channels * ratio**2)
+        nn.init.zeros_(self.change.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = self.ratio // 2
+        blocks = functional.pixel_unshuffle(x[:, :, half:-half, half:-half], self.ratio)
+        return x + functional.pad(functional.pixel_shuffle(self.change(blocks), self.ratio), (half, half, half, half))
+
+
+def lapped_filter(size: int) -> Tensor:
+    """The filter across the border between two blocks of a DCT, float64 (size, size), half of it on each side.
+
+    Tran, Liang & Tu 2003, the one from DCT-II and DCT-IV; its first basis function is scaled by `LAP_SCALE`.
+    """
+    half = size // 2
+    k, n = torch.arange(half, dtype=torch.float64)[:, None], torch.arange(half, dtype=torch.float64)[None] + 0.5
+    dct2, dct4 = (torch.cos(math.pi * n * (k + shift) / half) * (2 / half) ** 0.5 for shift in (0.0, 0.5))
+    dct2[0] /= 2**0.5
+    dct4[0] *= LAP_SCALE
+    first, second = torch.diag(torch.tensor([1.0, 0.0])).double(), torch.diag(torch.tensor([0.0, 1.0])).double()
+    same = torch.eye(half, dtype=torch.float64)
+    butterfly = torch.kron(first - second, same) + torch.kron(torch.tensor([[0, 1.0], [1.0, 0]]).double(), same.flip(0))
+    middle = torch.kron(first, same) + torch.kron(second, (dct2.T @ dct4).flip(0, 1))
+    return butterfly @ middle @ butterfly / 2
+
+
 class Stage(nn.Module):
     """Both directions of one resolution; `ratio` is the factor to the next finer one."""
 
     def __init__(self, config: StageConfig, finer: StageConfig | None) -> None:
         super().__init__()
         self.ratio = config.stride // (finer.stride if finer else 1)
-        inputs = (finer.channels if finer else 3) * self.ratio**2
+        channels = finer.channels if finer else 3
+        inputs = channels * self.ratio**2
+        self.lap = Lap(self.ratio, channels) if config.lapped else None
         self.analysis = Linear1x1(inputs, config.channels)
         self.encoder = nn.ModuleList(
             [ResidualBlock(config.channels, config.hidden) for _ in range(config.encoder_blocks)]
@@ -120,9 +163,16 @@ class Stage(nn.Module):
             [ResidualBlock(config.channels, config.hidden) for _ in range(config.decoder_blocks)]
         )
         self.synthesis = Linear1x1(config.channels, inputs)
+        self.unlap = Lap(self.ratio, channels) if config.lapped else None
+
+    def analyse(self, x: Tensor) -> Tensor:
+        """The linear part of `encode`."""
+        x = x if self.lap is None else self.lap(x)
+        y: Tensor = self.analysis(functional.pixel_unshuffle(x, self.ratio))
+        return y
 
     def encode(self, x: Tensor, cond: Condition) -> Tensor:
-        x = self.analysis(functional.pixel_unshuffle(x, self.ratio))
+        x = self.analyse(x)
         for block in self.encoder:
             x = block(x, cond)
         return x
@@ -130,7 +180,8 @@ class Stage(nn.Module):
     def decode(self, x: Tensor, cond: Condition) -> Tensor:
         for block in self.decoder:
             x = block(x, cond)
-        return functional.pixel_shuffle(self.synthesis(x), self.ratio)
+        x = functional.pixel_shuffle(self.synthesis(x), self.ratio)
+        return x if self.unlap is None else self.unlap(x)
 
 
 class Slice(nn.Module):
@@ -229,7 +280,7 @@ class VQVAE(nn.Module):
 
     def added_error(self) -> Tensor:
         """In training, after a pass: the mean squared error, 0..255 scale, that all that residual blocks added would be were it
-        noise; float (B,)."""
+        noise (`ResidualBlock.energy`); float (B,)."""
         total = torch.zeros(())
         for stage, config in zip(self.stages, self.config.stages, strict=True):
             assert isinstance(stage, Stage)
@@ -241,11 +292,12 @@ class VQVAE(nn.Module):
 
     def encoder_reach(self) -> int:
         """How many pixels away a latent still sees the picture."""
-        return sum(c.encoder_blocks * c.stride for c in self.config.stages)
+        return sum((c.encoder_blocks + c.lapped) * c.stride for c in self.config.stages)
 
     def decoder_reach(self, level: int) -> int:
         """How many pixels away a position of a level's estimate still changes what `descend` makes of it."""
-        return sum(self.config.stages[i].decoder_blocks * self.config.stages[i].stride for i in self._below(level))
+        stages = (self.config.stages[i] for i in self._below(level))
+        return sum((c.decoder_blocks + c.lapped) * c.stride for c in stages)
 
     def _below(self, level: int) -> range:
         """The stages from a level's own down to the one above the next finer level, or to the finest."""
@@ -263,7 +315,7 @@ class VQVAE(nn.Module):
         total = 0.0
         for index, config in enumerate(self.config.stages):
             stage = self.stage(index)
-            total += once(stage.decoder, stage.synthesis) / config.stride**2
+            total += once(stage.decoder, stage.synthesis, *([stage.unlap] if stage.unlap else [])) / config.stride**2
         for level, config in enumerate(self.config.levels):
             total += once(*self.level_slices(level)) / config.stride**2
         return total
@@ -277,6 +329,9 @@ class VQVAE(nn.Module):
         x = (pixels - PIXEL_CENTRE) / PIXEL_SCALE
         for index, config in enumerate(self.config.stages):
             stage = self.stage(index)
+            if stage.lap is not None:
+                self._start_laps(index)
+                x = stage.lap(x)
             inputs = functional.pixel_unshuffle(x, stage.ratio)
             components = principal_components(inputs, config.channels)
             stage.analysis.weight.copy_(components)
@@ -293,6 +348,20 @@ class VQVAE(nn.Module):
             for block in blocks:
                 if isinstance(block, ResidualBlock):
                     block.deviation.copy_(deviation + 0.05 * deviation.max() / math.sqrt(len(deviation)) + 1e-4)
+
+    def _start_laps(self, index: int) -> None:
+        """Give the laps of a stage, whose finer ones have been started, the filters of pixels from which they are known."""
+        stage, stride = self.stage(index), self.config.stages[index].stride
+        # What the finer stages make of the pixels of one block: rows are pixels, columns their features.
+        basis = torch.eye(3 * stride**2).reshape(-1, 3, stride, stride)
+        for finer in range(index):
+            basis = self.stage(finer).analyse(basis)
+        basis = functional.pixel_unshuffle(basis, stage.ratio).flatten(1)
+        line = lapped_filter(stride)
+        for lap, row in ((stage.lap, line), (stage.unlap, torch.linalg.inv(line).contiguous())):
+            assert lap is not None
+            both = torch.kron(torch.eye(3).double(), torch.kron(row, row)) - torch.eye(3 * stride**2).double()
+            lap.change.weight.copy_(basis.T @ both.float() @ basis)
 
 
 def principal_components(x: Tensor, count: int, limit: int = 768) -> Tensor:
