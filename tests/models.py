@@ -146,12 +146,12 @@ def run_prior(prior: Prior, inputs: list[list[Tensor]], quality: int = 50) -> li
             state, context = part.prepare(state, qualities)
             parameters = torch.zeros(count, h, w, part.planes, part.dim + 3, dtype=codes.dtype)
             known = torch.zeros_like(codes)
-            for number, places in part.passes(h, w):
-                at = (slice(None), slice(None), *places)
-                here = part.parameters_at(number, context, known).detach()
-                target = parameters[:, places[0], places[1]]
-                parameters[:, places[0], places[1]] = here.reshape(target.shape)
-                known[at] = codes[at]
+            with torch.no_grad():
+                for places, here in part.walk(context, known):
+                    target = parameters[:, places[0], places[1]]
+                    parameters[:, places[0], places[1]] = here.reshape(target.shape)
+                    at = (slice(None), slice(None), *places)
+                    known[at] = codes[at]
             state = part.update(state, codes)
             found.append(parameters)
     return found

@@ -47,7 +47,7 @@ def bottom(known: Tensor) -> Tensor:
     last = prior.level(1).slice(0)
     assert isinstance(last, RasterSlice)
     _, context = last.prepare(state, quality)
-    return last.parameters_everywhere(context, known).reshape(h, w, -1)
+    return last.parameters_at(0, context, known).reshape(h, w, -1)
 
 
 @pytest.mark.parametrize("place", [(0, 0), (7, 0), (7, 21), (7, 10), (17, 21)], ids=str)

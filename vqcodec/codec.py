@@ -255,7 +255,12 @@ def encode(model: Model, header: Header, pixels: NDArray[np.uint8]) -> tuple[lis
                     return k
 
                 assert tile.state is not None
-                tile.state, chosen = coding.code_slice(part, tables, tile.state, quality, step)
+                if part.at_once:
+                    h, w = v.shape[2:]
+                    chosen = piece.codebook.nearest(rows(v, piece.planes)).reshape(h, w, -1)
+                    tile.state = coding.put_slice(own[config.layer], part, tables, tile.state, quality, chosen)
+                else:
+                    tile.state, chosen = coding.code_slice(part, tables, tile.state, quality, step)
                 own_estimate += synthesis.vectors(piece, scale, chosen)
                 indices[window] = chosen.to(torch.int16).cpu()
             level_codes.append(indices)

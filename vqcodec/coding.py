@@ -75,12 +75,33 @@ def code_slice(part: SlicePrior, tables: CodeTables, state: Tensor, quality: Ten
     known = torch.zeros(1, planes * features, height, width, dtype=torch.float32, device=state.device)
     known = known.contiguous(memory_format=torch.channels_last)
     indices = torch.zeros(height, width, planes, dtype=torch.int64, device=state.device)
-    for number, places in part.passes(height, width):
-        k = step(places, part.parameters_at(number, context, known))
+    for places, parameters in part.walk(context, known):
+        k = step(places, parameters)
         here = (slice(None), slice(None), *places)
         indices[places] = k.reshape(indices[places].shape)
         known[here] = grid(look_up(tables.inputs, k), 1, *known[here].shape[2:])
     return part.update(state, known), indices
+
+
+def put_slice(
+    coder: Encoder, part: SlicePrior, tables: CodeTables, state: Tensor, quality: Tensor, indices: Tensor
+) -> Tensor:
+    """Encode a slice of one tile whose codes are known and whose prior sees them `at_once`.
+
+    Args:
+        coder, part, tables, state, quality: as of `code_slice`. indices: int64 (h, w, P).
+
+    Returns:
+        the state after the slice.
+    """
+    state, context = part.prepare(state, quality)
+    flat = indices.flatten(0, 1)
+    known = grid(look_up(tables.inputs, flat), 1, *indices.shape[:2])
+    for number, _ in part.passes(*indices.shape[:2]):
+        parameters = part.parameters_at(number, context, known)
+        for i in range(len(flat)):
+            put(coder, tables, parameters[i : i + 1], flat[i : i + 1])
+    return part.update(state, known)
 
 
 def put(coder: Encoder, tables: CodeTables, parameters: Tensor, k: Tensor) -> None:

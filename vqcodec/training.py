@@ -45,8 +45,8 @@ VALIDATIONS = 9  # a run, evenly spaced in time
 VALIDATION_PICTURES, VALIDATION_BATCH = 32, 8
 START_CROPS = 64  # from which the start is computed
 SHEET_PICTURES, SHEET_QUALITY = 6, 30
-# Where codebooks come from data: dead codes are moved so often, while the rate weight rises.
-REVIVE_STEPS = 50
+# Where codebooks come from data: dead codes are moved every so many steps, in this share of the time before the prior's turn.
+REVIVE_STEPS, REVIVE_SHARE = 50, 0.5
 # What a checkpoint holds besides tensors.
 FACTS = ("step", "spent", "bpp", "psnr", "rate_start")
 VALIDATION_QUALITIES = (10, 30, 50, 70, 90)
@@ -288,7 +288,8 @@ class _Run:
                 rate_weight = float(turn)
             self._set_rates(share)
             crops = torch.from_numpy(next(stream)).to(self.device).permute(0, 3, 1, 2).float()
-            self._optimise(trained, crops, rate_weight)
+            revive = not self.structured and self.step % REVIVE_STEPS == 0 and share < REVIVE_SHARE and rate_weight < 1
+            self._optimise(trained, crops, rate_weight, revive)
             now = time.monotonic()
             if self.rank == 0 and now - reported > REPORT_SECONDS:
                 reported = now
@@ -356,7 +357,7 @@ class _Run:
         finally:
             self.model.maintain = None
 
-    def _optimise(self, trained: nn.Module, pixels: Tensor, rate_weight: float) -> None:
+    def _optimise(self, trained: nn.Module, pixels: Tensor, rate_weight: float, revive: bool) -> None:
         trained.train()
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         # Stratified over all processes: every step sees low and high qualities.
@@ -364,8 +365,7 @@ class _Run:
         generator = torch.Generator().manual_seed((self.seed << 32) + self.step)
         places = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
         quality = (1 + 99 * places[self.rank :: self.world]).to(self.device)
-        revival = not self.structured and self.step % REVIVE_STEPS == 0 and rate_weight < 1
-        with self._maintenance(_revive if revival else None), torch.autocast(self.device.type, torch.bfloat16):
+        with self._maintenance(_revive if revive else None), torch.autocast(self.device.type, torch.bfloat16):
             losses = trained(pixels, quality, rate_weight)
         self.model.zero_grad(set_to_none=True)
         losses.total.backward()

@@ -243,8 +243,8 @@ PHOTO = Config(
 # van den Oord et al. 2017: one level of one plane. On digits of 28 x 28, 7 x 7 codes.
 VQVAE_MNIST = Config(
     name="vqvae-mnist",
-    stages=(StageConfig(4, 16, 128, 2, 2, (SliceConfig(planes=1, dim=16, codes=128, layer=0),)),),
-    prior=PriorConfig(channels=64, blocks=0, layers=6),
+    stages=(StageConfig(4, 16, 64, 2, 2, (SliceConfig(planes=1, dim=16, codes=128, layer=0),)),),
+    prior=PriorConfig(channels=64, blocks=0, layers=4),
     lambda_range=(0.0025, 0.0026),
     commitment=0.25,
     rate="after",

@@ -3,14 +3,14 @@
 loss = bits per pixel + lambda(quality) * squared error        (per picture, squared error on the 0..255 scale)
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from vqcodec.models.config import Config
-from vqcodec.models.prior import Places, Prior, RasterSlice, rates
+from vqcodec.models.prior import Prior, rates
 from vqcodec.models.quantizer import Codebook, Rates, grid, look_up, rows
 from vqcodec.models.vqvae import PIXEL_SCALE, VQVAE
 
@@ -95,12 +95,9 @@ class RateDistortion(nn.Module):
                 table = book.inputs()
                 indices = torch.zeros(batch, h, w, piece.planes, dtype=torch.int64, device=z.device)
                 known = torch.zeros(batch, table.shape[0] * table.shape[2], h, w, device=z.device)
-                passes: Iterable[tuple[int, Places]] = part.passes(h, w)
-                if isinstance(part, RasterSlice):
-                    # All positions at once: codes are chosen without their bits.
-                    passes = [(0, (slice(None), slice(None)))]
+                if part.at_once:
                     known = grid(look_up(table, book.nearest(flat)), batch, h, w)
-                for number, places in passes:
+                for number, places in part.passes(h, w):
                     at = (slice(None), slice(None), *places)
                     here = v[at]
                     target = rows(here, piece.planes)
@@ -108,8 +105,6 @@ class RateDistortion(nn.Module):
                         model = Rates(
                             target.new_zeros(*target.shape[:2], piece.dim + 2), target.new_zeros(target.shape[:2])
                         )
-                    elif isinstance(part, RasterSlice):
-                        model = rates(part.parameters_everywhere(context, known))
                     else:
                         model = rates(part.parameters_at(number, context, known))
                     count = here.shape[2] * here.shape[3]

@@ -44,7 +44,14 @@ SQUARE_OFFSET, LINEAR_OFFSET = -4, -3
 
 
 class SlicePrior(nn.Module):
-    """The part of the prior that belongs to one slice of code planes, in four interleaved passes."""
+    """The part of the prior that belongs to one slice of code planes, in four interleaved passes.
+
+    Attributes:
+        at_once: whether the one pass covers all positions and sees the codes of each position's predecessors in `known`: codes
+            are chosen before their bits are known, and decoding must `walk`.
+    """
+
+    at_once = False
 
     def __init__(self, config: Config, piece: SliceConfig, last: bool) -> None:
         super().__init__()
@@ -84,7 +91,7 @@ class SlicePrior(nn.Module):
         Args:
             number: of the pass, see `passes`.
             context: from `prepare`.
-            known: inputs of this slice's codes (B, 2 P D, h, w), zero at the positions not coded yet.
+            known: inputs of this slice's codes (B, 2 P D, h, w), zero at the positions not coded yet if not `at_once`.
 
         Returns:
             integers in [-127, 127], float32 (N, P, D + 3), N = B h' w' in raster order: mean (D), square, linear, zero.
@@ -99,6 +106,14 @@ class SlicePrior(nn.Module):
             near = conv.run(seen, stride=2, padding=0)
             hidden = hidden + near[:, :, : hidden.shape[2], : hidden.shape[3]]
         return self.finish(hidden)
+
+    def walk(self, context: Tensor, known: Tensor) -> Iterator[tuple[Places, Tensor]]:
+        """Places and parameters in coding order, as decoding needs them, without gradient.
+
+        Args: as of `parameters_at`; the caller writes the codes of these places into `known` before asking for the next ones.
+        """
+        for number, places in self.passes(*known.shape[2:]):
+            yield places, self.parameters_at(number, context, known)
 
     def finish(self, hidden: Tensor) -> Tensor:
         """(B, 2 C, h, w) -> the parameters of its positions (B h w, P, D + 3)."""
@@ -124,12 +139,28 @@ class StackLayer(nn.Module):
         self.link = IntegerConv(2 * width, 2 * width)
         self.merge = IntegerConv(width, width, bits=STATE_BITS, scale=0.5)
 
-    def run(self, above: Tensor, left: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Activations of the vertical stack, the state of the horizontal one (B, C, h, w), the condition (B, 2 C, h, w)."""
-        rows = self.vertical.run(functional.pad(above, (1, 1, 1, 0)), padding=0) + context
-        row = self.horizontal.run(functional.pad(activate(left), (1, 0, 0, 0)), padding=0)
-        hidden = row + self.link.run(clamp8(rows)) + context
-        return gate(rows), left + self.merge.run(gate(hidden))
+    def down(self, above: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """The vertical stack, of which the first row is only seen.
+
+        Args:
+            above: activations (B, C, 1 + h, w). context: the condition (B, 2 C, h, w).
+
+        Returns:
+            the next layer's activations (B, C, h, w), and what the horizontal stack gets (B, 2 C, h, w).
+        """
+        rows = self.vertical.run(functional.pad(above, (1, 1, 0, 0)), padding=0) + context
+        return gate(rows), self.link.run(clamp8(rows)) + context
+
+    def right(self, state: Tensor, active: Tensor, link: Tensor) -> Tensor:
+        """The horizontal stack, of which the first column is only seen.
+
+        Args:
+            state: (B, C, h, w). active: `activate(state)`, one column earlier as well, (B, C, h, 1 + w). link: from `down`.
+
+        Returns:
+            the next layer's state.
+        """
+        return state + self.merge.run(gate(self.horizontal.run(active, padding=0) + link))
 
 
 class RasterSlice(SlicePrior):
@@ -138,42 +169,62 @@ class RasterSlice(SlicePrior):
     Much slower to decode than four passes: meant for small grids.
     """
 
+    at_once = True
+
     def _see_neighbours(self, config: Config, inputs: int) -> None:
         width = config.prior.channels
         self.near = IntegerConv(inputs, width)
         self.layers = nn.ModuleList([StackLayer(width) for _ in range(config.prior.layers)])
         self.out = IntegerConv(width, 2 * width)
 
-    def passes(self, height: int, width: int) -> Iterator[tuple[int, Places]]:
-        """One position a pass."""
-        for number in range(height * width):
-            row, column = divmod(number, width)
-            yield number, (slice(row, row + 1), slice(column, column + 1))
-
-    def parameters_everywhere(self, context: Tensor, known: Tensor) -> Tensor:
-        """Parameters at all positions at once, (B h w, P, D + 3); arguments as of `parameters_at`.
-
-        Those of a position depend only on codes before it.
-        """
-        return self.finish(self._hidden(context, known))
-
-    def _hidden(self, context: Tensor, known: Tensor) -> Tensor:
-        seen = clamp8(self.near.run(known))
-        above = functional.pad(seen, (0, 0, 1, 0))[:, :, :-1]  # a row down: the own row is not known to this stack
-        left = functional.pad(seen, (1, 0))[:, :, :, :-1] * 2.0**STATE_BITS
+    def stack(self) -> Iterator[StackLayer]:
+        """The layers, first to last."""
         for layer in self.layers:
             assert isinstance(layer, StackLayer)
-            above, left = layer.run(above, left, context)
-        return context + self.out.run(activate(left))
+            yield layer
+
+    def passes(self, height: int, width: int) -> Iterator[tuple[int, Places]]:
+        """All positions."""
+        yield 0, (slice(0, height), slice(0, width))
 
     def parameters_at(self, number: int, context: Tensor, known: Tensor) -> Tensor:
-        """As of `SlicePrior`, computed from no more of the grid than the position sees."""
-        row, column = divmod(number, known.shape[3])
-        reach = len(self.layers) + 1
-        first = max(0, column - 2 * reach)
-        window = (slice(None), slice(None), slice(max(0, row - reach), row + 1), slice(first, column + reach))
-        hidden = self._hidden(context[window], known[window])
-        return self.finish(hidden[:, :, -1:, column - first : column - first + 1])
+        """As of `SlicePrior`; the parameters of a position depend only on the codes before it."""
+        seen = clamp8(self.near.run(known))
+        above = functional.pad(seen, (0, 0, 1, 0))[:, :, :-1]  # a row down: the own row is not known to this stack
+        state = functional.pad(seen, (1, 0))[:, :, :, :-1] * 2.0**STATE_BITS
+        for layer in self.stack():
+            above, link = layer.down(functional.pad(above, (0, 0, 1, 0)), context)
+            state = layer.right(state, functional.pad(activate(state), (1, 0)), link)
+        return self.finish(context + self.out.run(activate(state)))
+
+    def walk(self, context: Tensor, known: Tensor) -> Iterator[tuple[Places, Tensor]]:
+        """As of `SlicePrior`; keeps the vertical stack's last row and the horizontal stack's last position of each layer."""
+        batch, _, height, width = known.shape
+        seen = context.new_zeros(batch, self.near.out_channels, 1, width)  # of the row above
+        last = [seen] * len(self.layers)
+        for row in range(height):
+            links = []
+            above = seen
+            for index, layer in enumerate(self.stack()):
+                rows = torch.cat([last[index], above], 2)
+                last[index] = above
+                above, link = layer.down(rows, context[:, :, row : row + 1])
+                links.append(link)
+            left = seen.new_zeros(batch, seen.shape[1], 1, 1)
+            actives = [left] * len(self.layers)
+            seen = torch.zeros_like(seen)
+            for column in range(width):
+                at = slice(column, column + 1)
+                state = left * 2.0**STATE_BITS
+                for index, layer in enumerate(self.stack()):
+                    active = activate(state)
+                    both = torch.cat([actives[index], active], 3)
+                    actives[index] = active
+                    state = layer.right(state, both, links[index][:, :, :, at])
+                places = (slice(row, row + 1), at)
+                yield places, self.finish(context[:, :, places[0], at] + self.out.run(activate(state)))
+                left = clamp8(self.near.run(known[:, :, places[0], at]))
+                seen[:, :, :, at] = left
 
 
 class LevelPrior(nn.Module):
