@@ -144,6 +144,11 @@ def test_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         folder.mkdir(parents=True)
         (folder / "photo.safetensors").touch()
         assert weights.find() == folder / "photo.safetensors"
+        (folder / "digits.safetensors").touch()
+        assert weights.find("digits") == folder / "digits.safetensors"
+    for name in ("nothing", "../weights/digits", str(folder / "digits")):
+        with pytest.raises(WeightsError, match="no weights file"):
+            weights.find(name)
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,4 +66,10 @@ class Schedule:
 
 # Where the usual schedule does not fit a named configuration. Few steps at high rates are for photos, where a step is dear.
 _SMALL = Schedule(batch=128, crop=32, large_crop=32, rate=3e-3, warm_up_steps=50, fall_steps=math.inf, prior_from=0.4)
-SCHEDULES = {"vqvae-mnist": replace(_SMALL, crop=28, large_crop=28), "vqvae-ema-cifar10": _SMALL}
+_LARGE = replace(_SMALL, batch=8, crop=256, large_crop=256)
+SCHEDULES = {
+    "vqvae-mnist": replace(_SMALL, crop=28, large_crop=28),
+    "vqvae-ema-cifar10": _SMALL,
+    "vqvae2": _LARGE,
+    "vqvae2-3level": _LARGE,
+}

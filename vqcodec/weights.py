@@ -25,7 +25,7 @@ from vqcodec.models.prior import Prior
 from vqcodec.models.quantizer import Codebook
 from vqcodec.models.vqvae import VQVAE, Slice, channels_last
 
-DEFAULT = "photo.safetensors"
+DEFAULT = "photo"
 FORMAT = "vqcodec weights 2"
 ID_BYTES = 4
 
@@ -48,21 +48,21 @@ class Model:
 
 
 def find(weights: str | Path | None = None) -> Path:
-    """Path of a weights file: the one named, or the packaged default.
+    """Path of a weights file: the one named, which may be a packaged one without its suffix, or the packaged default.
 
     Raises:
         WeightsError: there is none.
     """
-    if weights is not None:
-        path = Path(weights)
-        if not path.is_file():
-            raise WeightsError(f"no weights file {weights}")
+    if weights is not None and (path := Path(weights)).is_file():
         return path
     here = Path(__file__).resolve().parent
+    name = f"{weights or DEFAULT}.safetensors"
     for folder in (here / "weights_data", here.parent / "weights"):
-        if (folder / DEFAULT).is_file():
-            return folder / DEFAULT
-    raise WeightsError(f"the packaged weights {DEFAULT} are missing: reinstall vqcodec or give a weights file")
+        if Path(name).name == name and (folder / name).is_file():
+            return folder / name
+    if weights is not None:
+        raise WeightsError(f"no weights file {weights}")
+    raise WeightsError(f"the packaged weights {name} are missing: reinstall vqcodec or give a weights file")
 
 
 def load(path: Path, device: str = "cpu") -> Model:

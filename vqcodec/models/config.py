@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -259,15 +259,28 @@ VQVAE_EMA_CIFAR10 = Config(
     commitment=0.25,
     rate="after",
 )
-# Razavi et al. 2019: two levels of one plane each.
+# Razavi et al. 2019: levels of one plane each; pictures of 256 x 256 have 32 x 32 and 64 x 64 codes.
 VQVAE2 = Config(
     name="vqvae2",
     stages=(
         StageConfig(4, 64, 64, 2, 2, (SliceConfig(planes=1, dim=64, codes=512, layer=1),)),
-        StageConfig(8, 64, 64, 2, 2, (SliceConfig(planes=1, dim=64, codes=512, layer=0),)),
+        StageConfig(8, 64, 128, 2, 2, (SliceConfig(planes=1, dim=64, codes=512, layer=0),)),
     ),
+    prior=PriorConfig(channels=64, blocks=2, layers=4),
+    lambda_range=(0.0025, 0.0026),
     codebook="ema",
     commitment=0.25,
+    rate="after",
+)
+# With a third level, at half the resolution: theirs for pictures of 1024 x 1024.
+VQVAE2_3LEVEL = replace(
+    VQVAE2,
+    name="vqvae2-3level",
+    stages=(
+        replace(VQVAE2.stages[0], slices=(SliceConfig(planes=1, dim=64, codes=512, layer=2),)),
+        replace(VQVAE2.stages[1], slices=(SliceConfig(planes=1, dim=64, codes=512, layer=1),)),
+        StageConfig(16, 64, 128, 2, 2, (SliceConfig(planes=1, dim=64, codes=512, layer=0),)),
+    ),
 )
 
 # Trains in a test: everything the photo model has, in miniature.
@@ -282,13 +295,14 @@ TINY = Config(
             1,
             1,
             (SliceConfig(planes=8, dim=1, codes=64, layer=1), SliceConfig(planes=4, dim=4, codes=32, layer=2)),
+            lapped=True,
         ),
         StageConfig(32, 12, 16, 1, 1, (SliceConfig(planes=12, dim=1, codes=512, layer=0),)),
     ),
     prior=PriorConfig(channels=16, embedding=16, blocks=1),
 )
 
-NAMED = {config.name: config for config in (PHOTO, VQVAE2, VQVAE_MNIST, VQVAE_EMA_CIFAR10, TINY)}
+NAMED = {config.name: config for config in (PHOTO, VQVAE2, VQVAE2_3LEVEL, VQVAE_MNIST, VQVAE_EMA_CIFAR10, TINY)}
 
 
 def load_config(name: str) -> Config:

@@ -292,12 +292,12 @@ class VQVAE(nn.Module):
 
     def encoder_reach(self) -> int:
         """How many pixels away a latent still sees the picture."""
-        return sum((c.encoder_blocks + c.lapped) * c.stride for c in self.config.stages)
+        return sum(c.encoder_blocks * c.stride + c.lapped * c.stride // 2 for c in self.config.stages)
 
     def decoder_reach(self, level: int) -> int:
         """How many pixels away a position of a level's estimate still changes what `descend` makes of it."""
         stages = (self.config.stages[i] for i in self._below(level))
-        return sum((c.decoder_blocks + c.lapped) * c.stride for c in stages)
+        return sum(c.decoder_blocks * c.stride + c.lapped * c.stride // 2 for c in stages)
 
     def _below(self, level: int) -> range:
         """The stages from a level's own down to the one above the next finer level, or to the finest."""
