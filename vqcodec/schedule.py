@@ -66,7 +66,7 @@ class Schedule:
 
 # Where the usual schedule does not fit a named configuration. Few steps at high rates are for photos, where a step is dear.
 _SMALL = Schedule(batch=128, crop=32, large_crop=32, rate=3e-3, warm_up_steps=50, fall_steps=math.inf, prior_from=0.4)
-_LARGE = replace(_SMALL, batch=8, crop=256, large_crop=256)
+_LARGE = replace(_SMALL, batch=8, crop=128, large_crop=128)
 SCHEDULES = {
     "vqvae-mnist": replace(_SMALL, crop=28, large_crop=28),
     "vqvae-ema-cifar10": _SMALL,

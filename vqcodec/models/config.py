@@ -252,8 +252,8 @@ VQVAE_MNIST = Config(
 # The same with a codebook by moving averages (their appendix A.1). On pictures of 32 x 32, 8 x 8 codes.
 VQVAE_EMA_CIFAR10 = Config(
     name="vqvae-ema-cifar10",
-    stages=(StageConfig(4, 64, 128, 2, 2, (SliceConfig(planes=1, dim=64, codes=512, layer=0),)),),
-    prior=PriorConfig(channels=64, blocks=0, layers=6),
+    stages=(StageConfig(4, 64, 64, 2, 2, (SliceConfig(planes=1, dim=64, codes=512, layer=0),)),),
+    prior=PriorConfig(channels=64, blocks=0, layers=4),
     lambda_range=(0.0025, 0.0026),
     codebook="ema",
     commitment=0.25,
@@ -266,7 +266,7 @@ VQVAE2 = Config(
         StageConfig(4, 64, 64, 2, 2, (SliceConfig(planes=1, dim=64, codes=512, layer=1),)),
         StageConfig(8, 64, 128, 2, 2, (SliceConfig(planes=1, dim=64, codes=512, layer=0),)),
     ),
-    prior=PriorConfig(channels=64, blocks=2, layers=4),
+    prior=PriorConfig(channels=64, blocks=1, layers=4),
     lambda_range=(0.0025, 0.0026),
     codebook="ema",
     commitment=0.25,
