@@ -7,14 +7,18 @@
     perplexity  codes in effective use, averaged over planes
     nats        of the prior, for each code (a position of a plane), level by level from the coarsest
     bytes       of a picture's codes, as the range coder writes them, and of its whole file
+    ms          to get the rate model of one position in raster order when sampling or decoding; and of a run of the whole
+                network, which gives all positions if all codes are known, but one if they are not
 
 Pictures must have one size. The codebook and commitment losses are equal in value; they are measured in pixels, as what the
 picture would lose, since latents here have no scale of their own.
 """
 
 import argparse
+import itertools
 import math
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +36,7 @@ from vqcodec.models.vqvae import PIXEL_SCALE
 QUALITY = 50
 FILES = 100  # so many are written as files
 COMMITMENT = 0.25
+WHOLE_RUNS = 5
 
 
 class Watched(RateDistortion):
@@ -72,9 +77,9 @@ def measure(path: Path, pictures: list[np.ndarray], batch: int) -> dict[str, flo
     count = len(pixels)
     shares = [counts / counts.sum(1, keepdim=True) for counts in usage.values()]
     entropies = torch.cat([-(s * s.clamp(min=1e-12).log()).sum(1) for s in shares])
+    grids = [[side // stage.stride for side in pixels.shape[1:3]] for stage in model.config.levels]
     codes = [
-        sum(s.planes for s in stage.slices) * math.prod(side // stage.stride for side in pixels.shape[1:3])
-        for stage in model.config.levels
+        sum(s.planes for s in stage.slices) * math.prod(g) for stage, g in zip(model.config.levels, grids, strict=True)
     ]
     files = [codec.compress(p, quality=QUALITY, weights=path) for p in pictures[:FILES]]
     variance = float(pixels.var())
@@ -86,7 +91,27 @@ def measure(path: Path, pictures: list[np.ndarray], batch: int) -> dict[str, flo
         "nats": [float(b) / count / n * math.log(2) for b, n in zip(bits, codes, strict=True)],
         "bytes of codes": float(np.mean([sum(len(part or b"") for part in bitstream.read(f).segments) for f in files])),
         "bytes of file": float(np.mean([len(f) for f in files])),
+        "ms one, whole": list(time_per_position(model, *grids[-1])),
     }
+
+
+@torch.inference_mode()
+def time_per_position(model: weights.Model, height: int, width: int) -> tuple[float, float]:
+    """Milliseconds, of the finest level: of a step of `SlicePrior.walk`, and of a run over the whole grid."""
+    level = len(model.config.levels) - 1
+    prior = model.prior.level(level)
+    part = prior.slice(0)
+    quality = torch.tensor([QUALITY])
+    state = torch.zeros(1, model.config.prior.channels, height, width)
+    context = part.prepare(state, quality)[1]
+    known = torch.zeros(1, 2 * part.planes * part.dim, height, width)
+    start = time.perf_counter()
+    steps = sum(1 for _ in itertools.islice(part.walk(context, known), 4 * width))
+    middle = time.perf_counter()
+    for _ in range(WHOLE_RUNS):
+        part.parameters_at(0, context, known)
+    end = time.perf_counter()
+    return (middle - start) / steps * 1e3, (end - middle) / WHOLE_RUNS * 1e3
 
 
 def main(arguments: list[str] | None = None) -> int:

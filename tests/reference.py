@@ -129,13 +129,12 @@ class Tile:
 
     def conv(self, name: str, x: Ints, b: int = 0) -> Ints:
         weight, bias, exponent = (self.weights.tensors[f"prior.{name}.{t}"] for t in ("weight", "bias", "exponent"))
-        outputs, inputs, kernel, _ = weight.shape
-        assert inputs * kernel**2 <= 1040 and abs(weight).max() <= 127 and abs(x).max() <= 127
-        pad = kernel // 2
-        padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad)))
+        outputs, inputs, rows, columns = weight.shape
+        assert inputs * rows * columns <= 1040 and abs(weight).max() <= 127 and abs(x).max() <= 127
+        padded = np.pad(x, ((0, 0), *((side // 2, (side - 1) // 2) for side in (rows, columns))))
         total = np.zeros((outputs, *x.shape[1:]), np.int64)
-        for row in range(kernel):
-            for column in range(kernel):
+        for row in range(rows):
+            for column in range(columns):
                 part = padded[:, row : row + x.shape[1], column : column + x.shape[2]]
                 total += np.einsum("oi,ihw->ohw", weight[:, :, row, column], part)
         return (total << b >> exponent[:, None, None]) + bias[:, None, None]
@@ -175,13 +174,9 @@ class Tile:
                 planes, dim = piece["planes"], piece["dim"]
                 k = np.zeros((planes * 2 * dim, h, w), np.int64)
                 indices = np.zeros((h, w, planes), np.int64)
-                for phase, (top, left) in enumerate(PHASES):
-                    hidden = context
-                    if phase:
-                        near = clamp(self.conv(f"{name}.near", k))
-                        hidden = context + self.conv(f"{name}.phases.{phase - 1}", near)
+                for number, places in enumerate(self.passes(h, w)):
+                    hidden = self.see(name, number, context, k)
                     parameters = clamp(self.conv(f"{name}.head", gate(hidden))).reshape(planes, dim + 3, h, w)
-                    places = [(y, x) for y in range(top, h, 2) for x in range(left, w, 2)]
                     self.read(coders[piece["layer"]], parameters, places, tables, indices)
                     for y, x in places:
                         k[:, y, x] = np.concatenate([tables["inputs"][j, indices[y, x, j]] for j in range(planes)])
@@ -189,6 +184,30 @@ class Tile:
                     s = s + self.conv(f"{name}.absorb", k, b=4)
                 found.append(indices)
             yield np.concatenate(found, 2)
+
+    def passes(self, h: int, w: int) -> list[list[tuple[int, int]]]:
+        """Positions of each pass."""
+        if self.weights.config["prior"].get("layers"):
+            return [[(y, x)] for y in range(h) for x in range(w)]
+        return [[(y, x) for y in range(top, h, 2) for x in range(left, w, 2)] for top, left in PHASES]
+
+    def see(self, name: str, number: int, h: Ints, k: Ints) -> Ints:
+        """What the head of a slice gets in a pass, at all positions."""
+        layers = self.weights.config["prior"].get("layers")
+        if layers:
+            x = clamp(self.conv(f"{name}.near", k))
+            a, b = (np.zeros_like(x) for _ in "ab")
+            a[:, 1:], b[:, :, 1:] = x[:, :-1], 16 * x[:, :, :-1]
+            for layer in range(layers):
+                here = f"{name}.layers.{layer}"
+                r = self.conv(f"{here}.vertical", a) + h
+                t = self.conv(f"{here}.horizontal", act(b)) + self.conv(f"{here}.link", clamp(r)) + h
+                a = gate(r)
+                b = b + self.conv(f"{here}.merge", gate(t), b=4)
+            return h + self.conv(f"{name}.out", act(b))
+        if number:
+            return h + self.conv(f"{name}.phases.{number - 1}", clamp(self.conv(f"{name}.near", k)))
+        return h
 
     @staticmethod
     def read(

@@ -45,7 +45,16 @@ def test_command(raster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         Image.fromarray(models.picture(16, 24, seed)).save(tmp_path / f"{seed}.png")
     assert classics.main([str(raster), str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["pictures", "loss", "mse", "perplexity", "nats", "bytes", "bytes"]
+    assert [line.split()[0] for line in lines] == [
+        "pictures",
+        "loss",
+        "mse",
+        "perplexity",
+        "nats",
+        "bytes",
+        "bytes",
+        "ms",
+    ]
     Image.fromarray(models.picture(16, 28, 9)).save(tmp_path / "other.png")
     assert classics.main([str(raster), str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith("classics.py: ")

@@ -2,15 +2,17 @@
 
 import copy
 import functools
+from pathlib import Path
 
 import models
 import numpy as np
 import pytest
+import reference
 import torch
 from models import picture
 from torch import Tensor
 
-from vqcodec import codec, weights
+from vqcodec import bitstream, codec, weights
 from vqcodec.models.joint import RateDistortion
 from vqcodec.models.prior import Prior, RasterSlice
 
@@ -106,7 +108,7 @@ def test_the_rest_learns_without_the_prior_and_the_prior_without_the_rest() -> N
     assert all(p.grad is not None for name, p in model.prior.named_parameters() if "layers" in name)
 
 
-def test_codec(tmp_path) -> None:
+def test_codec(tmp_path: Path) -> None:
     path = tmp_path / "raster.safetensors"
     model = copy.deepcopy(trained())
     weights.save_model(path, model.config, model.vqvae, model.prior, {})
@@ -121,3 +123,17 @@ def test_codec(tmp_path) -> None:
     assert np.abs(restored - expected).max() <= 1
     payload = len(data) * 8
     assert float(losses.bpp) * 56 * 64 == pytest.approx(payload, rel=0.25)
+
+
+def test_codes_by_the_second_reader(tmp_path: Path) -> None:
+    """FORMAT.md, followed with whole numbers and nothing of the package, comes to the same codes."""
+    path = tmp_path / "raster.safetensors"
+    model = copy.deepcopy(trained())
+    weights.save_model(path, model.config, model.vqvae, model.prior, {})
+    container = bitstream.read(codec.compress(picture(24, 40), weights=path))
+    expected = codec.decode_codes(container, weights.load(path))
+    segments = [segment for segment in container.segments if segment is not None]
+    found = list(reference.Tile(reference.Weights(path), 50).decode(segments, 24, 40))
+    assert [k.shape for k in found] == [(3, 5, 1), (6, 10, 1)]
+    for ours, theirs in zip(expected, found, strict=True):
+        assert np.array_equal(ours.numpy(), theirs)
