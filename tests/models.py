@@ -8,15 +8,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqcodec import coding, weights
 from vqcodec.bitstream import Header
-from vqcodec.entropy import Encoder
 from vqcodec.models.config import TINY, Config, PriorConfig, SliceConfig, StageConfig
 from vqcodec.models.integers import QualityBias
 from vqcodec.models.joint import RateDistortion
-from vqcodec.models.prior import Places, Prior, SlicePrior
+from vqcodec.models.prior import Prior, SlicePrior
 from vqcodec.models.quantizer import Codebook
 from vqcodec.models.vqvae import VQVAE, ResidualBlock, Slice
 from vqcodec.weights import Model
@@ -159,35 +158,8 @@ def run_prior(prior: Prior, inputs: list[list[Tensor]], quality: int = 50) -> li
 
 def encode_codes(model: Model, header: Header, codes: list[Tensor]) -> list[bytes]:
     """Segments of given codes (as `codec.decode_codes` returns them): the encoder without its choice."""
-    quality = torch.tensor([header.quality])
-    tiles = coding.tiles_of(model, header)
-    coders = [[Encoder() for _ in range(header.layers)] for _ in tiles]
-    with torch.inference_mode():
-        for tile, own in zip(tiles, coders, strict=True):
-            for level, stage in enumerate(model.config.levels):
-                window = tile.window(stage.stride)
-                level_codes = codes[level][window].long()
-                tile.state = model.prior.level(level).begin(tile.state, quality, 1, *level_codes.shape[:2])
-                first = 0
-                for index, piece in enumerate(stage.slices):
-                    given = level_codes[:, :, first : first + piece.planes]
-                    tables = model.tables.slice(level, index)
-
-                    def step(
-                        places: Places,
-                        parameters: Tensor,
-                        given: Tensor = given,
-                        tables: nn.Module = tables,
-                        coder: Encoder = own[piece.layer],
-                    ) -> Tensor:
-                        k = given[places].reshape(-1, given.shape[-1])
-                        coding.put(coder, tables, parameters, k)
-                        return k
-
-                    part = model.prior.level(level).slice(index)
-                    tile.state, _ = coding.code_slice(part, tables, tile.state, quality, step)
-                    first += piece.planes
-    return [own[layer].finish() for layer in range(header.layers) for own in coders]
+    with coding.exact(model):
+        return coding.encode(model, header, codes)
 
 
 def raster(layers: int = 3, seed: int = 0) -> RateDistortion:

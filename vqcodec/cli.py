@@ -178,6 +178,13 @@ def main(debug: bool) -> None:
 @click.option(
     "--max-size", callback=_size, metavar="SIZE", help="Never write more than SIZE; without -q or a target, fill it."
 )
+@click.option(
+    "--effort",
+    type=click.IntRange(1, 9),
+    default=1,
+    show_default=True,
+    help="How long to search for better codes: 9 takes more than a hundred times as long.",
+)
 @_weights
 @_device
 @_force
@@ -192,6 +199,7 @@ def compress(
     target_psnr: float | None,
     target_ssimulacra2: float | None,
     max_size: int | None,
+    effort: int,
     weights: str | None,
     device: str,
     force: bool,
@@ -226,15 +234,18 @@ def compress(
         start = time.perf_counter()
         data = files.read(job.source)
         picture = image.load(data, max_pixels=bitstream.DEFAULT_MAX_PIXELS)
-        encoded = codec.compress(
-            picture,
-            quality=quality,
-            target=target,
-            max_size=max_size,
-            weights=weights,
-            device=device,
-            verify=verify,
-        )
+        with _search_bar(effort > 1 and len(jobs) == 1 and not quiet) as show:
+            encoded = codec.compress(
+                picture,
+                quality=quality,
+                target=target,
+                max_size=max_size,
+                weights=weights,
+                device=device,
+                effort=effort,
+                verify=verify,
+                on_progress=show,
+            )
         files.write(job.target, encoded, overwrite=force)
         if not quiet:
             for note in picture.notes:
@@ -672,6 +683,16 @@ def _say_result(
     seconds = time.perf_counter() - start
     what = f"{job.source}: fine, {read:,}" if test else f"{job.source} -> {job.target}: {read:,} -> {written:,}"
     _say(f"{what} bytes, {width} x {height}, {bpp:.4f} bpp{chosen}, {seconds:.2f} s")
+
+
+@contextlib.contextmanager
+def _search_bar(wanted: bool) -> Iterator[Callable[[float], None] | None]:
+    """A progress bar over the search for better codes, on a terminal."""
+    if not (wanted and sys.stderr.isatty()):
+        yield None
+        return
+    with click.progressbar(length=1000, label="searching", file=sys.stderr) as bar:
+        yield lambda share: bar.update(round(1000 * share) - bar.pos)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Compress and decompress; each reads top to bottom as the list of stages.
 
     compress      picture -> pad -> latents -> per slice: estimate, choose codes, range-code -> container
+                  with effort: codes -> search -> range-code -> container
     decompress    container -> per tile: range-decode codes -> per slice: estimate + codes -> pixels -> crop
 
 The entropy coding works tile by tile, on integers, and only with codes (coding.py); the float networks work on the
@@ -10,6 +11,7 @@ assembled grids (synthesis.py), so that tiles leave no seams in the picture.
 import functools
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from vqcodec import bitstream, coding, image, metrics, synthesis, weights
+from vqcodec import bitstream, coding, image, metrics, search, synthesis, weights
 from vqcodec.bitstream import Chunk, Container, Header
 from vqcodec.entropy import Encoder
 from vqcodec.errors import ChecksumError, FormatError, HeaderError, ImageError, WeightsError
@@ -44,7 +46,9 @@ def compress(
     weights: str | Path | None = None,
     device: str = "auto",
     tile: int = TILE,
+    effort: int = 1,
     verify: bool = False,
+    on_progress: Callable[[float], None] | None = None,
 ) -> bytes:
     """Compress a picture to the bytes of a .vqz file.
 
@@ -57,10 +61,13 @@ def compress(
         weights: a weights file; None for the packaged photo model.
         device: "auto", "cpu" or "cuda".
         tile: side of the independently coded tiles, a multiple of 64 up to 16320; 0 codes the picture as one tile.
+        effort: 1 (fast) to 9 (smallest): how long to search for better codes. See `search`.
         verify: decode the codes again and compare.
+        on_progress: with effort, called now and then with the share of the search that is done, once from 0 to 1 for each
+            quality that is tried.
 
     Raises:
-        ValueError: quality, max_size or tile not an allowed integer, or both quality and target given. TargetError: no
+        ValueError: quality, max_size, tile or effort not an allowed integer, or both quality and target given. TargetError: no
             quality comes to the target, or stays below max_size. ImageError: unsupported picture. WeightsError: no such
             weights.
     """
@@ -70,6 +77,8 @@ def compress(
         raise ValueError("quality and target exclude each other")
     if max_size is not None and (not isinstance(max_size, int) or max_size < 1):
         raise ValueError(f"max_size must be a positive integer, got {max_size!r}")
+    if not isinstance(effort, int) or not 1 <= effort <= len(search.ROUNDS):
+        raise ValueError(f"effort must be an integer from 1 to {len(search.ROUNDS)}, got {effort!r}")
     source = _as_picture(picture)
     model = _load(weights, device)
     unit = math.lcm(bitstream.TILE_UNIT, model.config.multiple)
@@ -84,6 +93,11 @@ def compress(
         header = Header(width, height, quality, model.id, model.config.layers, tile, source.grey)
         with coding.exact(model):
             segments, codes = encode(model, header, source.pixels)
+        if rounds := search.ROUNDS[effort - 1]:
+            codes = search.improve(model, header, source.pixels, codes, rounds, on_progress)
+        with coding.exact(model):
+            if rounds:
+                segments = coding.encode(model, header, codes)
             if verify and any(
                 not torch.equal(a, b) for a, b in zip(codes, coding.decode(model, header, segments), strict=True)
             ):

@@ -86,7 +86,7 @@ def code_slice(part: SlicePrior, tables: CodeTables, state: Tensor, quality: Ten
 def put_slice(
     coder: Encoder, part: SlicePrior, tables: CodeTables, state: Tensor, quality: Tensor, indices: Tensor
 ) -> Tensor:
-    """Encode a slice of one tile whose codes are known and whose prior sees them `at_once`.
+    """Encode a slice of one tile whose codes are known.
 
     Args:
         coder, part, tables, state, quality: as of `code_slice`. indices: int64 (h, w, P).
@@ -94,13 +94,21 @@ def put_slice(
     Returns:
         the state after the slice.
     """
+    height, width, planes = indices.shape
+
+    def step(places: Places, parameters: Tensor) -> Tensor:
+        k = indices[places].reshape(-1, planes)
+        put(coder, tables, parameters, k)
+        return k
+
+    if not part.at_once:
+        return code_slice(part, tables, state, quality, step)[0]
     state, context = part.prepare(state, quality)
-    flat = indices.flatten(0, 1)
-    known = grid(look_up(tables.inputs, flat), 1, *indices.shape[:2])
-    for number, _ in part.passes(*indices.shape[:2]):
-        parameters = part.parameters_at(number, context, known)
-        for i in range(len(flat)):
-            put(coder, tables, parameters[i : i + 1], flat[i : i + 1])
+    known = grid(look_up(tables.inputs, indices.flatten(0, 1)), 1, height, width)
+    everywhere = part.parameters_at(0, context, known)
+    for number in range(height * width):
+        row, column = divmod(number, width)
+        step((slice(row, row + 1), slice(column, column + 1)), everywhere[number : number + 1])
     return part.update(state, known)
 
 
@@ -119,6 +127,25 @@ def get(coder: Source, tables: CodeTables, parameters: Tensor) -> Tensor:
     values = coder.get(tables.value_counts(parameters, other))
     k.T[other.T] += torch.from_numpy(values.astype(np.int64)).to(k.device)
     return k
+
+
+def encode(model: Model, header: Header, codes: list[Tensor]) -> list[bytes]:
+    """Codes, as `decode` returns them -> segments in file order: its inverse."""
+    quality = torch.tensor([header.quality], device=model.device)
+    tiles = tiles_of(model, header)
+    coders = [[Encoder() for _ in range(header.layers)] for _ in tiles]
+    for tile, own in zip(tiles, coders, strict=True):
+        for level, stage in enumerate(model.config.levels):
+            given = codes[level][tile.window(stage.stride)].to(model.device).long()
+            tile.state = model.prior.level(level).begin(tile.state, quality, 1, *given.shape[:2])
+            first = 0
+            for index, piece in enumerate(stage.slices):
+                part, tables = model.prior.level(level).slice(index), model.tables.slice(level, index)
+                indices = given[:, :, first : first + piece.planes]
+                tile.state = put_slice(own[piece.layer], part, tables, tile.state, quality, indices)
+                first += piece.planes
+        tile.state = None
+    return [own[layer].finish() for layer in range(header.layers) for own in coders]
 
 
 def decode(model: Model, header: Header, segments: tuple[bytes | None, ...] | list[bytes]) -> list[Tensor]:

@@ -58,13 +58,13 @@ def begin(model: Model, level: int, coarser: Tensor | None, shape: Any, quality:
         stride = model.config.levels[level - 1].stride
         ratio = stride // model.config.levels[level].stride
         reach = -(-model.vqvae.decoder_reach(level - 1) // stride)
-        for inner, outer, part in _windows(coarser.shape[2], coarser.shape[3], max(1, WINDOW // stride), reach):
+        for inner, outer, part in windows(coarser.shape[2], coarser.shape[3], max(1, WINDOW // stride), reach):
             finer = model.vqvae.descend(level - 1, coarser[(slice(None), slice(None), *outer)], quality)
             estimate[_finer(inner, ratio)] = finer[_finer(part, ratio)]
     return estimate
 
 
-def _finer(box: "_Box", ratio: int) -> tuple[slice, slice, slice, slice]:
+def _finer(box: "Box", ratio: int) -> tuple[slice, slice, slice, slice]:
     """A box of grid positions on a grid that is finer by a factor, as an index of maps (1, C, h, w)."""
     rows, columns = (slice(s.start * ratio, s.stop * ratio) for s in box)
     return slice(None), slice(None), rows, columns
@@ -99,12 +99,8 @@ def analyse(model: Model, pixels: NDArray[np.uint8], quality: Tensor) -> list[Te
     down, right = -height % unit, -width % unit
     coarse = (height + down) // unit, (width + right) // unit
     latents: list[Tensor] = []
-    for inner, outer, part in _windows(*coarse, max(1, WINDOW // unit), -(-model.vqvae.encoder_reach() // unit)):
-        ys, xs = (slice(s.start * unit, s.stop * unit) for s in outer)
-        cut = torch.from_numpy(np.array(pixels[ys, xs])).to(model.device).permute(2, 0, 1)[None].float()
-        pad = (0, xs.stop - xs.start - cut.shape[3], 0, ys.stop - ys.start - cut.shape[2])
-        cut = functional.pad(cut, pad, mode="replicate").contiguous(memory_format=torch.channels_last)
-        found = model.vqvae.analyse(cut, quality)
+    for inner, outer, part in windows(*coarse, max(1, WINDOW // unit), -(-model.vqvae.encoder_reach() // unit)):
+        found = model.vqvae.analyse(cut(model, pixels, outer), quality)
         if not latents:
             if outer == (slice(0, coarse[0]), slice(0, coarse[1])):
                 return found
@@ -115,6 +111,15 @@ def analyse(model: Model, pixels: NDArray[np.uint8], quality: Tensor) -> list[Te
             ratio = unit // stage.stride
             whole[_finer(inner, ratio)] = z[_finer(part, ratio)]
     return latents
+
+
+def cut(model: Model, pixels: NDArray[np.uint8], box: "Box") -> Tensor:
+    """The pixels of a box of coarsest positions, float (1, 3, h, w); the last ones are repeated beyond the picture."""
+    unit = model.config.multiple
+    ys, xs = (slice(s.start * unit, s.stop * unit) for s in box)
+    part = torch.from_numpy(np.array(pixels[ys, xs])).to(model.device).permute(2, 0, 1)[None].float()
+    pad = (0, xs.stop - xs.start - part.shape[3], 0, ys.stop - ys.start - part.shape[2])
+    return functional.pad(part, pad, mode="replicate").contiguous(memory_format=torch.channels_last)
 
 
 def _empty(z: Tensor, ratio: int, coarse: tuple[int, int]) -> Tensor:
@@ -128,7 +133,7 @@ def _synthesise(model: Model, estimate: Tensor, header: Header, quality: Tensor)
     stride = model.config.levels[-1].stride
     level = len(model.config.levels) - 1
     reach = -(-model.vqvae.decoder_reach(level) // stride)
-    for inner, outer, part in _windows(estimate.shape[2], estimate.shape[3], max(1, WINDOW // stride), reach):
+    for inner, outer, part in windows(estimate.shape[2], estimate.shape[3], max(1, WINDOW // stride), reach):
         decoded = model.vqvae.descend(level, estimate[(slice(None), slice(None), *outer)], quality)[0]
         ys, xs = (slice(s.start * stride, s.stop * stride) for s in part)
         ready = decoded[:, ys, xs].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
@@ -140,10 +145,10 @@ def _synthesise(model: Model, estimate: Tensor, header: Header, quality: Tensor)
     return pixels
 
 
-_Box = tuple[slice, slice]
+Box = tuple[slice, slice]
 
 
-def _windows(height: int, width: int, size: int, reach: int) -> Iterator[tuple[_Box, _Box, _Box]]:
+def windows(height: int, width: int, size: int, reach: int) -> Iterator[tuple[Box, Box, Box]]:
     """Cover a grid: (inner, outer, part) with outer = inner widened by `reach` inside the grid, part = inner in outer.
 
     The grid is one window if it is not much larger than one.

@@ -107,7 +107,7 @@ class IntegerConv(nn.Conv2d):
         if self.frozen:
             out = _convolve_exactly(x, self.weight, stride, pad)
             scale = self.powers[self.exponent.long()]
-            return torch.floor(out * scale[:, None, None]) + self.bias[:, None, None]
+            return floor(out * scale[:, None, None]) + self.bias[:, None, None]
         integers, exponent = self._integers()
         rounded = integers * self.powers[exponent.long()][:, None, None, None] * 2.0**-self.bits
         weight = self.weight + (rounded - self.weight.detach())

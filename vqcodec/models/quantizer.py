@@ -185,7 +185,7 @@ class Codebook(nn.Module):
         vectors = self.vectors.detach()
         length = v.norm(dim=-1)
         nearest = vectors[:, 1:].norm(dim=-1).amin(1)
-        cost = weight * (v - vectors[:, 0]).square().sum(-1) + bias * (_softplus2(zero) - zero)
+        cost = weight * (v - vectors[:, 0]).square().sum(-1) + bias * (softplus2(zero) - zero)
         return cost >= weight * (nearest - length).clamp(min=0).square()
 
     def _choose(self, v: Tensor, rates: Rates, weight: Tensor, bias: float) -> Tensor:
@@ -326,7 +326,7 @@ def _normalise(logits: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
     logits -= logits.amax(-1, keepdim=True)
     values = torch.exp2(logits)
     total = values.sum(-1, keepdim=True)
-    softplus = _softplus2(zero)
+    softplus = softplus2(zero)
     logits -= torch.log2(total) + softplus
     logits[..., :1] = zero - softplus
     return logits, values.div_(total)
@@ -343,7 +343,7 @@ def _distances(v: Tensor, vectors: Tensor) -> Tensor:
     return torch.baddbmm(-vectors.square().sum(-1)[:, None], 2 * v.transpose(0, 1), vectors.transpose(1, 2))
 
 
-def _softplus2(x: Tensor) -> Tensor:
+def softplus2(x: Tensor) -> Tensor:
     """log2(1 + 2^x)."""
     return functional.softplus(x * math.log(2)) / math.log(2)
 
@@ -374,7 +374,7 @@ class _Quantise(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         features, vectors = book.features(), book.vectors.detach()
         lengths = vectors.square().sum(-1)
-        softplus = _softplus2(zero)
+        softplus = softplus2(zero)
         bits = (softplus - zero).clamp_(max=MOST_BITS)
         indices = torch.zeros(zero.shape, dtype=torch.int64, device=v.device)
         grad_theta, grad_bias = torch.zeros_like(theta), torch.zeros_like(bias)

@@ -1,0 +1,75 @@
+"""What searching for better codes brings, and how long it takes.
+
+    python bench/effort.py PICTURES... [--efforts 1,3,9] [--qualities 20,50,80] [--jobs 1] [-o out/effort.json]
+
+For each effort: BD-rate against effort 1 (PSNR, means over the pictures), seconds a picture, and bits per pixel and PSNR at each
+quality. What is in the output file already is not measured again.
+"""
+
+import argparse
+import json
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+if not __package__:  # run as a file: let the imports below find the repository's packages
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from bench.bd_rate import Curve, bd_rate
+from vqcodec import codec, data
+from vqcodec.metrics import psnr
+
+
+def measure(path: Path, effort: int, quality: int) -> dict[str, float]:
+    """One file: bits per pixel, PSNR in dB, and seconds of compression."""
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    start = time.perf_counter()
+    written = codec.compress(pixels, quality=quality, effort=effort)
+    seconds = time.perf_counter() - start
+    restored = np.asarray(codec.decompress(written))
+    return {"bpp": 8 * len(written) / pixels[:, :, 0].size, "psnr": psnr(pixels, restored), "seconds": seconds}
+
+
+def _measure(arguments: tuple[Path, int, int]) -> dict[str, float]:
+    return measure(*arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pictures", type=Path, nargs="+")
+    parser.add_argument("--efforts", default="1,3,9")
+    parser.add_argument("--qualities", default="20,50,80")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("-o", "--output", type=Path, default=Path("out/effort.json"))
+    given = parser.parse_args(arguments)
+    efforts, qualities = ([int(x) for x in text.split(",")] for text in (given.efforts, given.qualities))
+    paths = data.find_pictures(given.pictures)
+    known: dict[str, dict[str, float]] = json.loads(given.output.read_text()) if given.output.exists() else {}
+    given.output.parent.mkdir(parents=True, exist_ok=True)
+    wanted = {f"{p.name} {e} {q}": (p, e, q) for e in efforts for q in qualities for p in paths}
+    missing = {key: args for key, args in wanted.items() if key not in known}
+    with ProcessPoolExecutor(given.jobs) as pool:
+        for key, found in zip(missing, pool.map(_measure, missing.values()), strict=True):
+            known[key] = found
+            given.output.write_text(json.dumps(known))
+    curves = {}
+    for effort in efforts:
+        rows = [[known[f"{p.name} {effort} {q}"] for p in paths] for q in qualities]
+        rates, values = ([float(np.mean([r[name] for r in row])) for row in rows] for name in ("bpp", "psnr"))
+        curves[effort] = Curve.of(rates, values)
+        anchor, curve = curves[efforts[0]], curves[effort]
+        gain = bd_rate(anchor, curve) if anchor and curve else None
+        seconds = np.mean([r["seconds"] for row in rows for r in row])
+        points = ", ".join(f"{rate:.4f}/{value:.3f}" for rate, value in zip(rates, values, strict=True))
+        print(f"effort {effort}: {f'{gain.percent:+.2f} %' if gain else '?'}, {seconds:.2f} s, {points}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

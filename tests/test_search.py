@@ -1,0 +1,129 @@
+"""The search for better codes: what it promises is what files cost, steps lower the cost, files stay ordinary."""
+
+import math
+
+import models
+import numpy as np
+import pytest
+import torch
+from models import picture
+
+from vqcodec import bitstream, codec, coding, search, synthesis
+from vqcodec.bitstream import Header
+from vqcodec.models.quantizer import Rates
+
+QUALITY = 60
+
+
+def compress(pixels: np.ndarray, effort: int = 1, quality: int = QUALITY, **more: object) -> bytes:
+    return codec.compress(pixels, quality=quality, effort=effort, weights=models.tiny_weights(), **more)  # type: ignore[arg-type]
+
+
+def cost(pixels: np.ndarray, data: bytes) -> float:
+    """Bits + lambda * squared error, per pixel, of a real file."""
+    restored = np.asarray(codec.decompress(data, weights=models.tiny_weights())).astype(float)
+    distortion = models.tiny_model().config.lambda_of((QUALITY - 1) / 99)
+    bits = 8 * sum(len(part or b"") for part in bitstream.read(data).segments)
+    return bits / pixels[:, :, 0].size + distortion * float(np.square(restored - pixels).mean())
+
+
+@pytest.mark.parametrize("shape", [(96, 128), (50, 70), (1, 1)], ids=str)
+def test_effort_pays(shape: tuple[int, int]) -> None:
+    pixels = picture(*shape, seed=4)
+    costs = [cost(pixels, compress(pixels, effort)) for effort in (1, 3, 6)]
+    if shape == (1, 1):
+        assert costs[2] <= costs[0]
+    else:
+        assert costs[2] < costs[1] < costs[0]
+        assert costs[2] < 0.995 * costs[0]
+
+
+def test_files_are_ordinary_and_repeatable() -> None:
+    pixels = picture(100, 60, seed=5)
+    data = compress(pixels, 4, verify=True)
+    assert data == compress(pixels, 4)
+    assert data != compress(pixels)
+    assert bitstream.read_header(data) == bitstream.read_header(compress(pixels))
+
+
+def test_what_is_evaluated_is_what_files_cost() -> None:
+    pixels = picture(96, 128, seed=6)
+    data = compress(pixels)
+    model = models.tiny_model()
+    codes = [c.long() for c in codec.decode_codes(bitstream.read(data), model)]
+    padded = synthesis.cut(model, pixels, (slice(0, 3), slice(0, 4)))
+    found, symbols = search._evaluate(model, padded, codes, QUALITY)
+    assert float(found.detach()) / (96 * 128) == pytest.approx(cost(pixels, data), rel=0.02)
+    assert torch.equal(torch.cat([s.indices for s in symbols[1:]], 1), codes[1].flatten(0, 1))
+    for by_prior, by_decoder in search._slopes(found, symbols):
+        assert bool(by_prior.any()) and bool(by_decoder.any())
+
+
+def test_the_choice_is_the_entropy_constrained_one() -> None:
+    """Slopes of a parabola around another target, undamped, lead where `Codebook.choose` goes with that target."""
+    model = models.tiny_model()
+    piece = model.vqvae.slice(1, 0)
+    book, planes = piece.codebook, piece.planes
+    generator = torch.Generator().manual_seed(1)
+    count = 200
+    indices = torch.randint(0, 20, (count, planes), generator=generator)
+    theta = torch.randn(count, planes, 3, generator=generator) * torch.tensor([1.0, 0.1, 0.1]) - torch.tensor(
+        [0, 0.3, 0.3]
+    )
+    rates = Rates(theta, torch.randn(count, planes, generator=generator))
+    weight = torch.rand(planes, generator=generator) + 0.5
+    move = torch.randn(count, planes, 1, generator=generator)
+    s = search._Symbols(piece, indices, rates, weight, torch.zeros(0), torch.zeros(0))
+    best, gains = search._best(s, torch.zeros(count, planes, 2), -2 * weight[:, None] * move, 1.0)
+    expected = book.choose(book.lookup(indices) + move, rates, weight.expand(count, -1), 1.0)
+    assert float((best == expected).float().mean()) > 0.999
+    assert float(gains.min()) > -1e-4 and float((best != indices).float().mean()) > 0.3
+
+
+def test_bits_and_their_gradients() -> None:
+    """Against log-softmax and autograd."""
+    book = models.tiny_model().vqvae.slice(1, 1).codebook
+    planes, codes, dim = book.vectors.shape
+    generator = torch.Generator().manual_seed(2)
+    theta = (0.3 * torch.randn(50, planes, dim + 2, generator=generator)).requires_grad_()
+    zero = torch.randn(50, planes, generator=generator).requires_grad_()
+    indices = torch.randint(0, codes, (50, planes), generator=generator) * (
+        torch.rand(50, planes, generator=generator) < 0.5
+    )
+    logits = torch.einsum("npf,pkf->npk", theta, book.features()) + book.bias
+    values = torch.log_softmax(math.log(2) * logits[..., 1:], -1).gather(-1, (indices - 1).clamp(min=0)[..., None])[
+        ..., 0
+    ]
+    flags = torch.nn.functional.logsigmoid(math.log(2) * torch.where(indices > 0, -zero, zero))
+    expected = -(flags + torch.where(indices > 0, values, torch.zeros(()))).sum() / math.log(2)
+    found = search._Spent.apply(theta, zero, book, indices)  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(found, expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, (theta, zero)), torch.autograd.grad(expected, (theta, zero)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every window changes its own part only; progress goes from 0 to 1."""
+    monkeypatch.setattr(search, "WINDOW", 64)
+    monkeypatch.setattr(search, "MARGIN", 32)
+    pixels = picture(100, 160, seed=7)
+    model = models.tiny_model()
+    header = Header(160, 100, QUALITY, model.id, model.config.layers, 0)
+    with coding.exact(model):
+        codes = codec.encode(model, header, pixels)[1]
+    before = [c.clone() for c in codes]
+    shares: list[float] = []
+    found = search.improve(model, header, pixels, codes, 8, shares.append)
+    assert shares == sorted(shares) and shares[-1] == 1 and len(shares) == 8 * 2 * 3
+    assert all(torch.equal(a, b) for a, b in zip(codes, before, strict=True)), "the argument is left alone"
+    changed = (found[1] != codes[1]).any(2)
+    parts = [changed[y : y + 8, x : x + 8].any() for y in (0, 8) for x in (0, 8, 16)]
+    assert sum(map(bool, parts)) >= 3
+
+
+def test_wrong_effort() -> None:
+    for effort in (0, 10, 2.0):
+        with pytest.raises(ValueError, match="effort must be an integer from 1 to 9"):
+            compress(picture(8, 8), effort)  # type: ignore[arg-type]

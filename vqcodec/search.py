@@ -1,0 +1,279 @@
+"""Encoder search: other codes for the same picture, with a lower cost in fact. Files stay ordinary files.
+
+The encoder chooses every code once, by its own bits and the error of its latent. What the code does to the bits of later
+codes, and what the decoder makes of it, it does not see. Here both are asked of the networks: one pass forward and backward gives,
+for all symbols at once, the slopes of the picture's cost by what the prior sees of a code and by what the decoder gets of it. Every
+symbol is chosen again by
+
+    bits_k + prior's slope . (inputs_k - inputs) + decoder's slope . (e_k - e) + damping * weight * |e_k - e|^2
+
+and of those that would gain, a random part changes, because neighbours that move together undo what each was promised. If the cost
+falls, the step is kept and the damping reduced; otherwise the damping grows (Levenberg 1944, Marquardt 1963). That an encoder
+which is trained once leaves so much to each picture: Yang, Bamler & Mandt 2020, "Improving inference for neural image compression".
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vqcodec import synthesis
+from vqcodec.bitstream import Header
+from vqcodec.models.prior import SlicePrior, rates
+from vqcodec.models.quantizer import MOST_BITS, Codebook, Rates, grid, look_up, rows, softplus2
+from vqcodec.models.vqvae import PIXEL_SCALE, Slice
+from vqcodec.weights import Model
+
+# Steps of each effort from 1.
+ROUNDS = (0, 1, 2, 4, 6, 9, 13, 18, 24)
+# Sides of the parts of a picture that are searched on their own, in pixels, and what is seen around them.
+WINDOW, MARGIN = 512, 64
+SHARE = 0.6  # of the symbols that would gain, change in one step
+LEAST_GAIN = 0.25  # in bits, below which no symbol changes
+NEAR_INPUT = 32
+DAMPING, LESS, MORE = 1.25, 1.4, 2.0
+
+
+@dataclass
+class _Symbols:
+    """One slice's symbols at one point of the search: N positions, P planes.
+
+    Attributes:
+        piece: steps and codebook. indices: int64 (N, P). model: their rate model. weight: float (P,), bits per squared step.
+        seen: what the prior sees, float (1, P * 2 D, h, w), and vectors: what the decoder gets, (1, P D, h, w), in steps; the
+            leaves of the slopes.
+    """
+
+    piece: Slice
+    indices: Tensor
+    model: Rates
+    weight: Tensor
+    seen: Tensor
+    vectors: Tensor
+
+
+def improve(
+    model: Model,
+    header: Header,
+    pixels: NDArray[np.uint8],
+    codes: list[Tensor],
+    rounds: int,
+    on_round: Callable[[float], None] | None = None,
+) -> list[Tensor]:
+    """Search for better codes.
+
+    Args:
+        pixels: uint8 (H, W, 3). codes: those of the encoder, as `coding.decode` returns them. rounds: steps of each window.
+        on_round: called after every step with the share of the work that is done.
+
+    Returns:
+        as `codes`; equal input gives equal output on one machine.
+    """
+    codes = [c.clone() for c in codes]
+    unit = model.config.multiple
+    coarse = codes[0].shape[0], codes[0].shape[1]
+    windows = list(synthesis.windows(*coarse, max(1, WINDOW // unit), -(-MARGIN // unit)))
+    for number, (inner, outer, part) in enumerate(windows):
+
+        def done(step: int, number: int = number) -> None:
+            if on_round is not None:
+                on_round((number + step / rounds) / len(windows))
+
+        given = []
+        for level, stage in enumerate(model.config.levels):
+            box = _finer(outer, unit // stage.stride)
+            given.append(codes[level][box].to(model.device, torch.int64))
+        found = _improve(model, synthesis.cut(model, pixels, outer), given, header.quality, rounds, done)
+        for level, stage in enumerate(model.config.levels):
+            ratio = unit // stage.stride
+            codes[level][_finer(inner, ratio)] = found[level][_finer(part, ratio)].to("cpu", torch.int16)
+    return codes
+
+
+def _finer(box: synthesis.Box, ratio: int) -> tuple[slice, slice]:
+    rows, columns = (slice(s.start * ratio, s.stop * ratio) for s in box)
+    return rows, columns
+
+
+def _improve(
+    model: Model, pixels: Tensor, codes: list[Tensor], quality: int, rounds: int, on_round: Callable[[int], None]
+) -> list[Tensor]:
+    """The search in one window: float (1, 3, H, W) and int64 (h, w, P) a level."""
+    chance = torch.Generator().manual_seed(0)
+    damping = DAMPING
+    cost, symbols = _evaluate(model, pixels, codes, quality)
+    slopes = _slopes(cost, symbols)
+    for step in range(rounds):
+        other = _change(symbols, slopes, damping, chance, codes)
+        other_cost, other_symbols = _evaluate(model, pixels, other, quality)
+        if float(other_cost.detach()) < float(cost.detach()):
+            codes, cost, symbols = other, other_cost, other_symbols
+            damping = 1 + (damping - 1) / LESS
+            if step + 1 < rounds:
+                slopes = _slopes(cost, symbols)
+        else:
+            damping = 1 + (damping - 1) * MORE
+        on_round(step + 1)
+    return codes
+
+
+@torch.enable_grad()
+def _evaluate(model: Model, pixels: Tensor, codes: list[Tensor], quality: int) -> tuple[Tensor, list[_Symbols]]:
+    """Bits + lambda * squared error of the codes, a scalar, and all slices in coding order."""
+    at = torch.tensor([quality], device=pixels.device)
+    height, width = pixels.shape[2:]
+    distortion = model.config.lambda_of((quality - 1) / 99)
+    bits = torch.zeros((), device=pixels.device)
+    found: list[_Symbols] = []
+    state = estimate = None
+    with torch.autocast(pixels.device.type, torch.bfloat16):
+        for level, stage in enumerate(model.config.levels):
+            h, w = height // stage.stride, width // stage.stride
+            if estimate is None:
+                estimate = torch.zeros(1, stage.channels, h, w, device=pixels.device)
+            else:
+                estimate = model.vqvae.descend(level - 1, estimate, at)
+            prior = model.prior.level(level)
+            state = prior.begin(state, at, 1, h, w)
+            first = 0
+            for index, config in enumerate(stage.slices):
+                piece, part = model.vqvae.slice(level, index), prior.slice(index)
+                estimate = model.vqvae.refine(level, index, estimate, at)
+                state, context = part.prepare(state, at)
+                indices = codes[level][:, :, first : first + config.planes].flatten(0, 1)
+                first += config.planes
+                steps = piece.steps(at)[0]
+                scale = steps.repeat_interleave(piece.dim)[:, None, None]
+                seen = grid(look_up(model.tables.slice(level, index).inputs, indices), 1, h, w).contiguous()
+                vectors = grid(piece.codebook.lookup(indices), 1, h, w).contiguous()
+                seen.requires_grad_()
+                vectors.requires_grad_()
+                rate_model = _rate_model(part, context, seen)
+                with torch.autocast(pixels.device.type, enabled=False):
+                    theta, zero = rate_model.theta.float(), rate_model.zero.float()
+                    spent: Tensor = _Spent.apply(theta, zero, piece.codebook, indices)  # type: ignore[no-untyped-call]
+                bits = bits + spent
+                start, stop = piece.start, piece.stop
+                decoded = estimate[:, start:stop] + vectors * scale
+                estimate = torch.cat([estimate[:, :start], decoded, estimate[:, stop:]], 1)
+                state = part.update(state, seen)
+                weight = distortion * (steps * PIXEL_SCALE) ** 2 / 3
+                found.append(_Symbols(piece, indices, rate_model, weight, seen, vectors))
+        assert estimate is not None
+        restored = model.vqvae.descend(len(codes) - 1, estimate, at)
+    error = (restored.float() - pixels).square().sum() / 3
+    return bits + distortion * error, found
+
+
+def _rate_model(part: SlicePrior, context: Tensor, seen: Tensor) -> Rates:
+    """The rate model of all symbols of a slice, rows in raster order."""
+    height, width = seen.shape[2:]
+    coded = torch.zeros(1, 1, height, width, device=seen.device)
+    everywhere: Tensor | None = None
+    for number, places in part.passes(height, width):
+        parameters = part.parameters_at(number, context, seen if part.at_once else seen * coded)
+        if everywhere is None:
+            everywhere = parameters.new_zeros(height, width, *parameters.shape[1:])
+        everywhere[places] = parameters.reshape(everywhere[places].shape)
+        coded = coded.clone()
+        coded[:, :, places[0], places[1]] = 1
+    assert everywhere is not None
+    return rates(everywhere.flatten(0, 1))
+
+
+def _slopes(cost: Tensor, symbols: list[_Symbols]) -> list[tuple[Tensor, Tensor]]:
+    """Derivatives of the cost by `seen` and `vectors` of every slice; the graph is gone afterwards."""
+    leaves = [leaf for s in symbols for leaf in (s.seen, s.vectors)]
+    found = torch.autograd.grad(cost, leaves, allow_unused=True)  # nothing sees the last codes
+    filled = [torch.zeros_like(x) if slope is None else slope for slope, x in zip(found, leaves, strict=True)]
+    return list(zip(filled[::2], filled[1::2], strict=True))
+
+
+@torch.no_grad()
+def _change(
+    symbols: list[_Symbols],
+    slopes: list[tuple[Tensor, Tensor]],
+    damping: float,
+    chance: torch.Generator,
+    codes: list[Tensor],
+) -> list[Tensor]:
+    """New codes, where a random part of the symbols that would gain has changed; shapes as `codes`."""
+    changed = []
+    for s, (by_prior, by_decoder) in zip(symbols, slopes, strict=True):
+        planes = s.indices.shape[1]
+        best, gains = _best(s, rows(by_prior, planes), rows(by_decoder, planes), damping)
+        moves = (gains > LEAST_GAIN) & (torch.rand(gains.shape, generator=chance).to(gains.device) < SHARE)
+        changed.append(torch.where(moves, best, s.indices))
+    found, first = [], 0
+    for level in codes:
+        parts, planes = [], 0
+        while planes < level.shape[2]:
+            parts.append(changed[first].reshape(*level.shape[:2], -1))
+            planes += parts[-1].shape[2]
+            first += 1
+        found.append(torch.cat(parts, 2))
+    return found
+
+
+def _best(s: _Symbols, by_prior: Tensor, by_decoder: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """The best code of every symbol by the equation of the module, int64 (N, P), and what it gains on the present one, in bits."""
+    book: Codebook = s.piece.codebook
+    inputs, features = book.inputs(), book.features()
+    best, gains = s.indices.clone(), torch.zeros(s.indices.shape, device=s.indices.device)
+    # Code 0 stays where leaving it costs more than the slopes promise at most (near codes have inputs of about NEAR_INPUT).
+    hope = by_decoder.square().sum(2) / (4 * damping * s.weight) + NEAR_INPUT * by_prior.abs().sum(2)
+    free = (s.indices > 0) | (s.model.zero < hope)
+    for plane in range(s.indices.shape[1]):
+        at = free[:, plane].nonzero()[:, 0]
+        k = s.indices[at, plane, None]
+        vectors = book.vectors[plane]
+        own = vectors[k[:, 0]]
+        logits, total = _logits(s.model.theta[at, plane].float(), features[plane], book.bias[plane])
+        zero = s.model.zero[at, plane, None].float()
+        cost = (total - logits + softplus2(zero)).clamp(max=MOST_BITS)
+        cost[:, :1] = softplus2(-zero)
+        distance = own.square().sum(1, keepdim=True) - 2 * own @ vectors.T + vectors.square().sum(1)
+        cost += damping * s.weight[plane] * distance
+        cost += by_decoder[at, plane] @ vectors.T + by_prior[at, plane] @ inputs[plane].T
+        least, best[at, plane] = cost.min(1)
+        gains[at, plane] = cost.gather(1, k)[:, 0] - least
+    return best, gains
+
+
+class _Spent(torch.autograd.Function):
+    """Bits of given codes, summed, with gradients for the rate model: theta (N, P, D + 2), zero (N, P), indices int64 (N, P)."""
+
+    @staticmethod
+    def forward(ctx: Any, theta: Tensor, zero: Tensor, book: Codebook, indices: Tensor) -> Tensor:
+        features = book.features()
+        grad_theta = torch.zeros_like(theta)
+        bits = torch.where(indices > 0, softplus2(zero), softplus2(-zero)).sum()
+        for plane in range(indices.shape[1]):
+            at = indices[:, plane].nonzero()[:, 0]
+            k = indices[at, plane]
+            logits, total = _logits(theta[at, plane], features[plane], book.bias[plane])
+            spent = (total - logits.gather(1, k[:, None])).clamp(max=MOST_BITS)
+            bits += spent.sum()
+            gradient = torch.exp2(logits - total) @ features[plane] - features[plane][k]
+            grad_theta[at, plane] = gradient * (spent < MOST_BITS)
+        ctx.save_for_backward(grad_theta, torch.sigmoid(zero * math.log(2)) - (indices == 0).float())
+        return bits
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_theta, grad_zero = ctx.saved_tensors
+        return grads[0] * grad_theta, grads[0] * grad_zero, None, None
+
+
+def _logits(theta: Tensor, features: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of codes other than 0 of one plane in log2 units, (N, K), and the log2 of their total, (N, 1)."""
+    logits = theta @ features.T + bias
+    logits[:, 0] = -math.inf
+    highest = logits.amax(1, keepdim=True)
+    logits = torch.maximum(logits, highest - 2 * MOST_BITS)  # powers below would be subnormal numbers, which are slow
+    return logits, highest + torch.exp2(logits - highest).sum(1, keepdim=True).log2()
