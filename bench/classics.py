@@ -2,16 +2,17 @@
 
     python bench/classics.py WEIGHTS PICTURES... [--batch 100]
 
-    loss        squared error / variance of the pixels, + codebook loss + 0.25 commitment loss (van den Oord et al. 2017, eq. 3)
-    mse         squared error with pixels in 0..1
+    mse         squared error with pixels in 0..1, and the same in units of their variance
+    loss        the latter + codebook loss (where codes learn by gradient) + 0.25 commitment loss (van den Oord et al. 2017, eq. 3),
+                both as means over all numbers of the latents, which have the scale of pixels in 0..1
     perplexity  codes in effective use, averaged over planes
     nats        of the prior, for each code (a position of a plane), level by level from the coarsest
     bytes       of a picture's codes, as the range coder writes them, and of its whole file
     ms          to get the rate model of one position in raster order when sampling or decoding; and of a run of the whole
                 network, which gives all positions if all codes are known, but one if they are not
 
-Pictures must have one size. The codebook and commitment losses are equal in value; they are measured in pixels, as what the
-picture would lose, since latents here have no scale of their own.
+Pictures must have one size. Codebook and commitment loss are equal in value. Their scale is that of the latents, which is another in
+every implementation: compare the error by variance first.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def measure(path: Path, pictures: list[np.ndarray], batch: int) -> dict[str, flo
     pixels = np.stack(pictures).astype(np.float32)
     if any(side % model.config.multiple for side in pixels.shape[1:3]):
         raise ValueError(f"sides must be multiples of {model.config.multiple} pixels")
-    error, gap, bits = 0.0, 0.0, np.zeros(len(model.config.levels))
+    error, gap, numbers, bits = 0.0, 0.0, 0, np.zeros(len(model.config.levels))
     usage: dict[Codebook, torch.Tensor] = {}
     with torch.inference_mode():
         for start in range(0, len(pixels), batch):
@@ -72,8 +73,8 @@ def measure(path: Path, pictures: list[np.ndarray], batch: int) -> dict[str, flo
                 counts = torch.stack([torch.bincount(plane, minlength=book.vectors.shape[1]) for plane in k.T])
                 usage[book] = usage.get(book, torch.zeros_like(counts)) + counts
                 steps = piece.steps(quality)[0][:, None] * PIXEL_SCALE
-                squares = ((v - book.lookup(k)) * steps).square().sum()
-                gap += float(squares) / pixels[0].size
+                gap += float(((v - book.lookup(k)) * steps).square().sum()) / 255**2
+                numbers += v.numel()
     count = len(pixels)
     shares = [counts / counts.sum(1, keepdim=True) for counts in usage.values()]
     entropies = torch.cat([-(s * s.clamp(min=1e-12).log()).sum(1) for s in shares])
@@ -82,11 +83,12 @@ def measure(path: Path, pictures: list[np.ndarray], batch: int) -> dict[str, flo
         sum(s.planes for s in stage.slices) * math.prod(g) for stage, g in zip(model.config.levels, grids, strict=True)
     ]
     files = [codec.compress(p, quality=QUALITY, weights=path) for p in pictures[:FILES]]
-    variance = float(pixels.var())
+    by_variance = error / count / float(pixels.var())
+    vq = COMMITMENT + (model.config.codebook == "gradient")
     return {
         "pictures": count,
-        "loss": (error + (1 + COMMITMENT) * gap) / count / variance,
-        "mse": error / count / 255**2,
+        "mse, by variance": [error / count / 255**2, by_variance],
+        "loss": by_variance + vq * gap / numbers,
         "perplexity": float(entropies.exp().mean()),
         "nats": [float(b) / count / n * math.log(2) for b, n in zip(bits, codes, strict=True)],
         "bytes of codes": float(np.mean([sum(len(part or b"") for part in bitstream.read(f).segments) for f in files])),
@@ -130,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     for name, value in found.items():
         numbers = value if isinstance(value, list) else [value]
-        print(f"{name:15}", *(f"{number:.4g}" for number in numbers))
+        print(f"{name:17}", *(f"{number:.4g}" for number in numbers))
     return 0
 
 

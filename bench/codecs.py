@@ -213,12 +213,13 @@ def _jxl(weights: Path | None, device: str, threads: int) -> Codec:
 def _vqcodec(weights: Path | None, device: str, threads: int) -> Codec:
     try:
         import vqcodec.codec
+        import vqcodec.packaged
         import vqcodec.weights
         from vqcodec.errors import VqcodecError
     except ImportError as error:
         raise CodecUnavailableError(f"vqcodec cannot be imported: {error}") from error
     try:
-        path = vqcodec.weights.find(weights)
+        path = vqcodec.packaged.find(weights)
         weights_id = vqcodec.weights.describe(path)["id"]
     except VqcodecError as error:
         raise CodecUnavailableError(str(error)) from error

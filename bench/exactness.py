@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vqcodec import bitstream, codec, weights
+from vqcodec import bitstream, codec, packaged, weights
 from vqcodec.errors import WeightsError
 from vqcodec.models.integers import IntegerConv
 
@@ -183,14 +183,14 @@ def _bounds_in_integers() -> str:
 
 
 def _given(files: Sequence[Path], weights_file: Path | None) -> list[Job]:
-    path = weights.find(weights_file)
+    path = packaged.find(weights_file)
     return [Job(file.resolve(), path) for file in files]
 
 
 def _default(folder: Path, weights_file: Path | None) -> list[Job]:
     jobs = [golden(file) for file in sorted(GOLDEN.glob("*.vqz"))]
     try:
-        path = weights.find(weights_file)
+        path = packaged.find(weights_file)
     except WeightsError as error:
         print(f"left out the made picture: {error}")
         return jobs

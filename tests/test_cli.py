@@ -17,13 +17,13 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 import vqcodec
-from vqcodec import bitstream, cli, files, image
+from vqcodec import bitstream, cli, files, image, packaged
 from vqcodec.errors import FormatError, TrainingError, WeightsError
 
 ROOT = Path(vqcodec.__file__).parents[1]
 
 
-def fake_compress(picture, *, quality, target, max_size, weights, device, verify):
+def fake_compress(picture, *, quality, target, max_size, weights, device, effort, verify, on_progress):
     height, width, _ = picture.pixels.shape
     header = bitstream.Header(width, height, quality or 50, b"fake", layers=1, tile=0, grey=picture.grey)
     return bitstream.write(header, [], [image.save(picture, ".png")])
@@ -112,6 +112,7 @@ def test_help_has_ranges_and_defaults():
         (["compress", "-q", "9", "--target-bpp", "1", "x"], "Give one of -q and the --target options."),
         (["compress", "--target-psnr", "nan", "x"], "psnr must be above 0 and below inf, got nan."),
         (["compress", "--max-size", "0", "x"], "Invalid value for '--max-size': '0' is not a size like"),
+        (["compress", "--effort", "10", "x"], "Invalid value for '--effort': 10 is not in the range 1<=x<=9."),
         (["compress", "--target-size", "5XB", "x"], "Invalid value for '--target-size': '5XB' is not a size like"),
         (["compress", "--device", "tpu", "x"], "Invalid value for '--device'"),
         (["compress", "--weights", "no", "x"], "Invalid value for '--weights': File 'no' does not exist."),
@@ -167,10 +168,12 @@ def test_options_reach_the_codec(codec, photo, monkeypatch):
         run("compress", "photo.png", "-q", "7", "--weights", "w.safetensors", "--device", "cpu", "--verify").exit_code
         == 0
     )
-    nothing = {"quality": None, "target": None, "max_size": None}
+    nothing = {"quality": None, "target": None, "max_size": None, "effort": 1, "on_progress": None}
     assert seen == {**nothing, "quality": 7, "weights": "w.safetensors", "device": "cpu", "verify": True}
     assert run("compress", "photo.png", "-f").exit_code == 0
     assert seen == {**nothing, "weights": None, "device": "auto", "verify": False}
+    assert run("compress", "photo.png", "-f", "--effort", "3", "--weights", "photo").exit_code == 0
+    assert (seen["effort"], seen["weights"]) == (3, str(packaged.find()))
 
 
 @pytest.mark.parametrize(
@@ -449,7 +452,7 @@ def test_info_of_standard_input():
 
 def test_info_of_weights(monkeypatch):
     weights = ModuleType("vqcodec.weights")
-    weights.find = lambda path: Path(path or "built-in")
+    monkeypatch.setattr(packaged, "find", lambda path: Path(path or "built-in"))
     weights.describe = lambda path: {"file": str(path), "macs": 12.5, "config": {"a": 1}}
     use(monkeypatch, weights)
     assert run("info", "--weights").stdout == 'file: built-in\nmacs: 12.5\nconfig: {"a": 1}\n'
@@ -459,7 +462,7 @@ def test_info_of_weights(monkeypatch):
     def find(path):
         raise WeightsError("there are none")
 
-    weights.find = find
+    monkeypatch.setattr(packaged, "find", find)
     fails(run("info", "--weights"), 1, "vqcodec: built-in weights: there are none")
 
 

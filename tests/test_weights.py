@@ -128,27 +128,7 @@ def test_saving_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert list(tmp_path.iterdir()) == [path]
 
 
-# Finding
-
-
-def test_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert weights.find(models.tiny_weights()) == models.tiny_weights()
-    assert weights.find(str(models.tiny_weights())) == models.tiny_weights()
-    with pytest.raises(WeightsError, match="no weights file .*nowhere"):
-        weights.find(tmp_path / "nowhere")
-    package = tmp_path / "vqcodec"
-    monkeypatch.setattr(weights, "__file__", str(package / "weights.py"))
-    with pytest.raises(WeightsError, match=r"photo\.safetensors are missing"):
-        weights.find()
-    for folder in (tmp_path / "weights", package / "weights_data"):  # of a checkout, of a wheel
-        folder.mkdir(parents=True)
-        (folder / "photo.safetensors").touch()
-        assert weights.find() == folder / "photo.safetensors"
-        (folder / "digits.safetensors").touch()
-        assert weights.find("digits") == folder / "digits.safetensors"
-    for name in ("nothing", "../weights/digits", str(folder / "digits")):
-        with pytest.raises(WeightsError, match="no weights file"):
-            weights.find(name)
+# Loading
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vqcodec import __version__, bitstream, files
+from vqcodec import __version__, bitstream, files, packaged
 from vqcodec.errors import VqcodecError
 from vqcodec.target import HIGHEST, LOWEST, Target
 
@@ -90,8 +90,18 @@ def _say(text: str) -> None:
     click.echo(("\r\x1b[K" if sys.stderr.isatty() else "") + text, err=True)
 
 
+class _Weights(click.Path):
+    """A weights file, or the name of a packaged one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return str(packaged.find(value))
+        except VqcodecError:
+            return super().convert(value, param, ctx)
+
+
 def _weights_option(text: str) -> Callable[[Any], Any]:
-    return click.option("--weights", type=click.Path(exists=True, dir_okay=False, readable=True), help=text)
+    return click.option("--weights", type=_Weights(exists=True, dir_okay=False, readable=True), help=text)
 
 
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
@@ -128,7 +138,7 @@ _device = click.option(
 )
 _force = click.option("-f", "--force", is_flag=True, help="Overwrite existing files.")
 _quiet = click.option("--quiet", is_flag=True, help="Print errors only.")
-_weights = _weights_option("Weights file instead of the built-in one.")
+_weights = _weights_option("Weights file, or name of packaged ones, instead of the photo model.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -332,7 +342,7 @@ def decompress(
     is_flag=False,
     flag_value="",
     metavar="[FILE]",
-    help="Describe a weights file; without FILE, the built-in one.",
+    help="Describe a weights file; without FILE, the photo model's.",
 )
 @_json
 def info(paths: tuple[str, ...], weights: str | None, as_json: bool) -> int:
@@ -350,7 +360,7 @@ def info(paths: tuple[str, ...], weights: str | None, as_json: bool) -> int:
         with outcome.of(weights or "built-in weights"):
             from vqcodec import weights as weights_module
 
-            described = weights_module.describe(weights_module.find(weights or None))
+            described = weights_module.describe(packaged.find(weights or None))
             _print_table(described, as_json)
         return outcome.status
     with _usage():
@@ -495,7 +505,7 @@ def train(
 
 
 @main.command()
-@click.argument("weights", metavar="[WEIGHTS]", required=False, type=click.Path(exists=True, dir_okay=False))
+@click.argument("weights", metavar="[WEIGHTS]", required=False, type=_Weights(exists=True, dir_okay=False))
 @_picture
 @click.option("-n", "count", type=click.IntRange(1, 1024), default=16, show_default=True, help="How many to draw.")
 @click.option("--size", type=click.IntRange(1, 2048), default=256, show_default=True, help="Pixels a side of each.")

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from vqcodec import bitstream, coding, image, metrics, search, synthesis, weights
+from vqcodec import bitstream, coding, image, metrics, packaged, search, synthesis, weights
 from vqcodec.bitstream import Chunk, Container, Header
 from vqcodec.entropy import Encoder
 from vqcodec.errors import ChecksumError, FormatError, HeaderError, ImageError, WeightsError
@@ -298,7 +298,7 @@ def _as_picture(picture: Image.Image | NDArray[np.uint8] | Picture) -> Picture:
 
 
 def _load(path: str | Path | None, device: str) -> Model:
-    return weights.load(weights.find(path), device)
+    return weights.load(packaged.find(path), device)
 
 
 def _chunks(picture: Picture) -> list[Chunk]:

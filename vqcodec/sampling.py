@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vqcodec import codec, coding, synthesis, weights
+from vqcodec import codec, coding, packaged, synthesis, weights
 from vqcodec.bitstream import Header
 from vqcodec.entropy import Counts, Symbols
 from vqcodec.errors import ImageError
@@ -82,7 +82,7 @@ def sample(
         raise kind(f"pictures must have 1 to {MAX_SIDE} pixels a side, got {width} x {height}")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be a number from 0, got {temperature!r}")
-    model = weights.load(weights.find(weights_file), device)
+    model = weights.load(packaged.find(weights_file), device)
     header = Header(width, height, quality, model.id, model.config.layers, tile=0)
     with coding.exact(model):
         given = codec.encode(model, header, picture.pixels)[1] if picture is not None else None

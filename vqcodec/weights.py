@@ -1,4 +1,4 @@
-"""Find, verify, load and save a weights file.
+"""Verify, load and save a weights file.
 
 A weights file is a safetensors file: encoder and decoder in half precision (codebooks and steps in single), the prior
 and its tables as the integers they compute with, and, in the metadata, the configuration as JSON and training notes.
@@ -25,7 +25,6 @@ from vqcodec.models.prior import Prior
 from vqcodec.models.quantizer import Codebook
 from vqcodec.models.vqvae import VQVAE, Slice, channels_last
 
-DEFAULT = "photo"
 FORMAT = "vqcodec weights 2"
 ID_BYTES = 4
 
@@ -45,24 +44,6 @@ class Model:
         self.tables = tables.to(device)
         self.vqvae = channels_last(vqvae.requires_grad_(False).eval(), device)
         self.prior = channels_last(prior.requires_grad_(False).eval(), device)
-
-
-def find(weights: str | Path | None = None) -> Path:
-    """Path of a weights file: the one named, which may be a packaged one without its suffix, or the packaged default.
-
-    Raises:
-        WeightsError: there is none.
-    """
-    if weights is not None and (path := Path(weights)).is_file():
-        return path
-    here = Path(__file__).resolve().parent
-    name = f"{weights or DEFAULT}.safetensors"
-    for folder in (here / "weights_data", here.parent / "weights"):
-        if Path(name).name == name and (folder / name).is_file():
-            return folder / name
-    if weights is not None:
-        raise WeightsError(f"no weights file {weights}")
-    raise WeightsError(f"the packaged weights {name} are missing: reinstall vqcodec or give a weights file")
 
 
 def load(path: Path, device: str = "cpu") -> Model:
