@@ -109,18 +109,20 @@ class Pictures:
         return pixels
 
 
-def crop(pixels: Pixels, size: int, rng: np.random.Generator) -> Pixels:
-    """A random (size, size, 3) crop, mirrored half of the time; a smaller picture is padded by replication."""
+def crop(pixels: Pixels, size: int, rng: np.random.Generator, mirror: bool = True) -> Pixels:
+    """A random (size, size, 3) crop, mirrored half of the time if at all; a smaller picture is padded by replication."""
     height, width = pixels.shape[:2]
     top = int(rng.integers(max(1, height - size + 1)))
     left = int(rng.integers(max(1, width - size + 1)))
     cut = pixels[top : top + size, left : left + size]
     if cut.shape[:2] != (size, size):
         cut = np.pad(cut, ((0, size - cut.shape[0]), (0, size - cut.shape[1]), (0, 0)), mode="edge")
-    return cut[:, ::-1] if rng.random() < 0.5 else cut
+    return cut[:, ::-1] if mirror and rng.random() < 0.5 else cut
 
 
-def batches(pictures: Pictures, *, batch: int, size: int, seed: int, threads: int = 1) -> Iterator[Pixels]:
+def batches(
+    pictures: Pictures, *, batch: int, size: int, seed: int, threads: int = 1, mirror: bool = True
+) -> Iterator[Pixels]:
     """Endless batches, uint8 (B, size, size, 3); every picture once before any comes again.
 
     Args:
@@ -129,6 +131,7 @@ def batches(pictures: Pictures, *, batch: int, size: int, seed: int, threads: in
         size: crop side in pixels.
         seed: order, places and mirroring; give each process of a distributed run its own.
         threads: decoding threads.
+        mirror: see `crop`.
     """
     ready: queue.Queue[Pixels | Exception] = queue.Queue(maxsize=4)
     stopped = threading.Event()
@@ -145,7 +148,7 @@ def batches(pictures: Pictures, *, batch: int, size: int, seed: int, threads: in
                         for pixels in pool.map(pictures.get, (int(i) for i in order[start : start + batch])):
                             if pixels is not None:
                                 readable = True
-                                crops.append(crop(pixels, size, rng))
+                                crops.append(crop(pixels, size, rng, mirror))
                         while len(crops) >= batch:
                             item, crops = np.stack(crops[:batch]), crops[batch:]
                             while not stopped.is_set():

@@ -11,6 +11,7 @@ class Schedule:
     Attributes:
         batch: crops a step, over all processes. crop: their side in pixels.
         large_crop: side from the share `large_from` of the time on, with as many pixels a batch.
+        mirror: whether half of the crops are mirrored.
         kernel_rate: Muon's peak learning rate, for the kernels of convolutions. rate: Adam's, for the rest.
         klt_rate: Adam's for the KLT matrices, which multiply large inputs: at the full rate a few steps would undo them.
         warm_up_steps: optimiser steps over which learning rates rise.
@@ -27,6 +28,7 @@ class Schedule:
     crop: int = 256
     large_crop: int = 384
     large_from: float = 0.85
+    mirror: bool = True
     kernel_rate: float = 5e-3
     rate: float = 2.5e-3
     klt_rate: float = 3e-5
@@ -68,7 +70,7 @@ class Schedule:
 _SMALL = Schedule(batch=128, crop=32, large_crop=32, rate=3e-3, warm_up_steps=50, fall_steps=math.inf, prior_from=0.4)
 _LARGE = replace(_SMALL, batch=8, crop=128, large_crop=128)
 SCHEDULES = {
-    "vqvae-mnist": replace(_SMALL, crop=28, large_crop=28),
+    "vqvae-mnist": replace(_SMALL, crop=28, large_crop=28, mirror=False),
     "vqvae-ema-cifar10": _SMALL,
     "vqvae2": _LARGE,
     "vqvae2-3level": _LARGE,

@@ -331,7 +331,7 @@ class _Run:
         batch = self.schedule.crops_a_step(side, self.world)
         # Every process, every resumption and every size of crops draws its own.
         seed = self.seed + 1000 * self.rank + self.step + (side << 20)
-        return data.batches(self.pictures, batch=batch, size=side, seed=seed)
+        return data.batches(self.pictures, batch=batch, size=side, seed=seed, mirror=self.schedule.mirror)
 
     def _agree(self, share: float) -> float:
         """All processes must take the same number of steps: the first one's clock counts."""
