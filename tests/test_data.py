@@ -156,6 +156,7 @@ def test_crops() -> None:
         mirrored += place is None
         places.add(place or windows[found[:, ::-1].tobytes()])
     assert 2300 < mirrored < 2700
+    assert all(crop(pixels, 16, rng, mirror=False).tobytes() in windows for _ in range(100))
     assert places == set(windows.values()), "every crop can come, those at the edges as well"
 
 
