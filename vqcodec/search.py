@@ -96,8 +96,8 @@ def improve(
 
 
 def _finer(box: synthesis.Box, ratio: int) -> tuple[slice, slice]:
-    rows, columns = (slice(s.start * ratio, s.stop * ratio) for s in box)
-    return rows, columns
+    down, across = (slice(s.start * ratio, s.stop * ratio) for s in box)
+    return down, across
 
 
 def _improve(
