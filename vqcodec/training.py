@@ -225,7 +225,7 @@ class _Run:
         reserved = data.Pictures(held, self.on_warning, cache_bytes=0)
         pictures = (reserved.get(i) for i in range(len(held)))
         # Copies: a crop is a view that would keep its whole picture in memory.
-        self.validation = [data.crop(p, size, rng).copy() for p in pictures if p is not None]
+        self.validation = [data.crop(p, size, rng, self.schedule.mirror).copy() for p in pictures if p is not None]
         if not self.validation:
             raise TrainingError("none of the pictures set aside for validation could be read")
 
