@@ -94,10 +94,9 @@ class _Weights(click.Path):
     """A weights file, or the name of a packaged one."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        try:
-            return str(packaged.find(value))
-        except VqcodecError:
-            return super().convert(value, param, ctx)
+        with contextlib.suppress(VqcodecError):  # what is no file either is refused below
+            value = str(packaged.find(value))
+        return super().convert(value, param, ctx)
 
 
 def _weights_option(text: str) -> Callable[[Any], Any]:
@@ -445,7 +444,7 @@ def compare(first: str, second: str, weights: str | None, device: str, as_json: 
     "--from",
     "start_from",
     metavar="FILE",
-    type=click.Path(exists=True, dir_okay=False),
+    type=_Weights(exists=True, dir_okay=False, readable=True),
     help="Start from these weights, with their configuration.",
 )
 @_device

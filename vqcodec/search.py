@@ -86,18 +86,14 @@ def improve(
 
         given = []
         for level, stage in enumerate(model.config.levels):
-            box = _finer(outer, unit // stage.stride)
+            box = synthesis.finer(outer, unit // stage.stride)[2:]
             given.append(codes[level][box].to(model.device, torch.int64))
         found = _improve(model, synthesis.cut(model, pixels, outer), given, header.quality, rounds, done)
         for level, stage in enumerate(model.config.levels):
             ratio = unit // stage.stride
-            codes[level][_finer(inner, ratio)] = found[level][_finer(part, ratio)].to("cpu", torch.int16)
+            here, there = synthesis.finer(inner, ratio)[2:], synthesis.finer(part, ratio)[2:]
+            codes[level][here] = found[level][there].to("cpu", torch.int16)
     return codes
-
-
-def _finer(box: synthesis.Box, ratio: int) -> tuple[slice, slice]:
-    down, across = (slice(s.start * ratio, s.stop * ratio) for s in box)
-    return down, across
 
 
 def _improve(

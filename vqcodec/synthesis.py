@@ -59,12 +59,12 @@ def begin(model: Model, level: int, coarser: Tensor | None, shape: Any, quality:
         ratio = stride // model.config.levels[level].stride
         reach = -(-model.vqvae.decoder_reach(level - 1) // stride)
         for inner, outer, part in windows(coarser.shape[2], coarser.shape[3], max(1, WINDOW // stride), reach):
-            finer = model.vqvae.descend(level - 1, coarser[(slice(None), slice(None), *outer)], quality)
-            estimate[_finer(inner, ratio)] = finer[_finer(part, ratio)]
+            start = model.vqvae.descend(level - 1, coarser[(slice(None), slice(None), *outer)], quality)
+            estimate[finer(inner, ratio)] = start[finer(part, ratio)]
     return estimate
 
 
-def _finer(box: "Box", ratio: int) -> tuple[slice, slice, slice, slice]:
+def finer(box: "Box", ratio: int) -> tuple[slice, slice, slice, slice]:
     """A box of grid positions on a grid that is finer by a factor, as an index of maps (1, C, h, w)."""
     rows, columns = (slice(s.start * ratio, s.stop * ratio) for s in box)
     return slice(None), slice(None), rows, columns
@@ -109,7 +109,7 @@ def analyse(model: Model, pixels: NDArray[np.uint8], quality: Tensor) -> list[Te
             ]
         for whole, z, stage in zip(latents, found, model.config.levels, strict=True):
             ratio = unit // stage.stride
-            whole[_finer(inner, ratio)] = z[_finer(part, ratio)]
+            whole[finer(inner, ratio)] = z[finer(part, ratio)]
     return latents
 
 
