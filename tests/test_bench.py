@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import models
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench is not ins
 pytest.importorskip("matplotlib", reason="needs the extra 'bench': pip install -e '.[bench]'")
 pytest.importorskip("imagecodecs", reason="needs the extra 'bench': pip install -e '.[bench]'")
 
-from bench import codecs, measures, rate_distortion, report, results, speed
+from bench import codecs, effort, measures, rate_distortion, report, results, speed, targets
 from bench.bd_rate import Curve, bd_rate, pchip
 from vqcodec.metrics import psnr as measured_psnr
 from vqcodec.models.config import TINY
@@ -372,3 +373,22 @@ def test_reuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads((tmp_path / "out" / "jpeg.json").read_text())["pictures"] == first["pictures"]
     with pytest.raises(AssertionError, match="measured again"):
         rate_distortion.main([*arguments[:-1], "jpeg=20,60,91", "--reuse"])
+
+
+def test_effort_and_targets_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line for each effort and each target; what was measured is not measured again."""
+    Image.fromarray(models.picture(64, 80, 3)).save(tmp_path / "a.png")
+    output = tmp_path / "effort.json"
+    arguments = [str(tmp_path / "a.png"), "--efforts", "1,2", "--qualities", "20,60", "-o", str(output)]
+    assert effort.main(arguments) == 0
+    first = capsys.readouterr().out
+    assert [re.sub(r"[+-]\d.*", "", line) for line in first.splitlines()] == ["effort 1: ", "effort 2: "]
+    assert first.startswith("effort 1: +0.00 %")
+    monkeypatch.setattr(effort, "measure", None)
+    assert effort.main(arguments) == 0 and capsys.readouterr().out == first
+    assert targets.main([str(tmp_path / "a.png"), "--targets", "psnr=31,max=3000"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["psnr=31", "max=3000"]
+    assert all("out of range 0" in line for line in lines)
