@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
     given.output.parent.mkdir(parents=True, exist_ok=True)
     wanted = {f"{p.name} {e} {q}": (p, e, q) for e in efforts for q in qualities for p in paths}
     missing = {key: args for key, args in wanted.items() if key not in known}
-    with ProcessPoolExecutor(given.jobs) as pool:
+    # Not forked: a copy of a process whose torch has threads may wait for them for ever.
+    with ProcessPoolExecutor(given.jobs, get_context("spawn")) as pool:
         for key, found in zip(missing, pool.map(_measure, missing.values()), strict=True):
             known[key] = found
             given.output.write_text(json.dumps(known))
