@@ -4,6 +4,7 @@ The classic codecs are used as a user of Pillow or imagecodecs gets them; what d
 codec's `settings`. All of them run on a stated number of threads so that times can be compared.
 """
 
+import functools
 import importlib.metadata
 import io
 from collections.abc import Callable
@@ -210,7 +211,9 @@ def _jxl(weights: Path | None, device: str, threads: int) -> Codec:
     )
 
 
-def _vqcodec(weights: Path | None, device: str, threads: int) -> Codec:
+def _vqcodec(
+    weights: Path | None, device: str, threads: int, *, look: str = "faithful", effort: int = 1, variant: str = ""
+) -> Codec:
     try:
         import vqcodec.codec
         import vqcodec.packaged
@@ -220,23 +223,24 @@ def _vqcodec(weights: Path | None, device: str, threads: int) -> Codec:
         raise CodecUnavailableError(f"vqcodec cannot be imported: {error}") from error
     try:
         path = vqcodec.packaged.find(weights)
+        vqcodec.packaged.find_look(path, look)
         weights_id = vqcodec.weights.describe(path)["id"]
     except VqcodecError as error:
         raise CodecUnavailableError(str(error)) from error
 
     def encode(pixels: Pixels, quality: float) -> bytes:
-        return vqcodec.codec.compress(pixels, quality=int(quality), weights=path, device=device)
+        return vqcodec.codec.compress(pixels, quality=int(quality), weights=path, device=device, effort=effort)
 
     def decode(data: bytes) -> Pixels:
-        return np.asarray(vqcodec.codec.decompress(data, weights=path, device=device).convert("RGB"))
+        return np.asarray(vqcodec.codec.decompress(data, weights=path, look=look, device=device).convert("RGB"))
 
     return Codec(
-        "vqcodec",
-        "vqcodec",
+        f"vqcodec{variant and '-'}{variant.replace(' ', '-')}",
+        f"vqcodec{variant and ', '}{variant}",
         ".vqz",
         f"weights {path.name}, id {weights_id}",
         f"vqcodec {vqcodec.__version__}",
-        (1, 15, 30, 45, 60, 75, 90, 100),
+        (1, 15, 30, 45, 60, 75, 90, 100) if effort == 1 else (10, 35, 60, 85),
         range(1, 101),
         encode,
         decode,
@@ -245,6 +249,8 @@ def _vqcodec(weights: Path | None, device: str, threads: int) -> Codec:
 
 _MAKERS: dict[str, Callable[[Path | None, str, int], Codec]] = {
     "vqcodec": _vqcodec,
+    "vqcodec-natural": functools.partial(_vqcodec, look="natural", variant="natural"),
+    "vqcodec-effort-9": functools.partial(_vqcodec, effort=9, variant="effort 9"),
     "jpeg": _jpeg,
     "webp": _webp,
     "jpeg2000": _jpeg2000,
@@ -253,3 +259,5 @@ _MAKERS: dict[str, Callable[[Path | None, str, int], Codec]] = {
     "jxl": _jxl,
 }
 KEYS = tuple(_MAKERS)
+# Without those that take hours.
+USUAL = tuple(key for key in KEYS if key != "vqcodec-effort-9")

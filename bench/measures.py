@@ -1,17 +1,16 @@
 """The quality measures of the benchmark: how each is computed, averaged and plotted."""
 
-import importlib
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from bench.torchvision_compat import import_torchvision
+from vqcodec import perceptual
+from vqcodec.errors import WeightsError
 from vqcodec.metrics import ms_ssim, psnr
 from vqcodec.ssimulacra2 import ssimulacra2
 
@@ -86,20 +85,10 @@ def _lpips(folder: Path | None) -> Function:
     if not path.is_file():
         raise MeasureUnavailableError(f"{path} is missing")
     try:
-        import safetensors.torch
-        import torch
-
-        import_torchvision()
-        lpips = importlib.import_module("lpips")  # untyped
-    except ImportError as error:
-        raise MeasureUnavailableError(f"{error} (pip install lpips)") from error
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the package calls torchvision in an old way
-        network: Any = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
-    features = safetensors.torch.load_file(path)
-    # "slice2.3.weight" in the package is "features.3.weight" in torchvision
-    names = {name: "features." + name.partition(".")[2] for name in network.net.state_dict()}
-    network.net.load_state_dict({name: features[source] for name, source in names.items()})
+        network = perceptual.lpips("alex", path)
+    except (ImportError, WeightsError) as error:
+        hint = " (pip install lpips)" if isinstance(error, ImportError) else ""
+        raise MeasureUnavailableError(f"{error}{hint}") from error
 
     def tensor(pixels: Pixels) -> torch.Tensor:
         return torch.from_numpy(pixels.transpose(2, 0, 1)[None].astype(np.float32) / 127.5 - 1)

@@ -15,6 +15,8 @@ from bench.bd_rate import Curve
 
 COLOURS = {
     "vqcodec": "#c2410c",
+    "vqcodec-natural": "#f59e0b",
+    "vqcodec-effort-9": "#7c2d12",
     "jpeg": "#6b7280",
     "webp": "#15803d",
     "jpeg2000": "#a16207",

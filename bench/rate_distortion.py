@@ -45,7 +45,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff", ".bmp", 
 
 COMPARED_PICTURES = 4
 COMPARED_RATES = (0.15, 0.5)  # bits per pixel
-COMPARED_CODECS = ("vqcodec", "avif", "jpeg")
+COMPARED_CODECS = ("vqcodec", "vqcodec-natural", "avif", "jxl", "jpeg")
 COMPARED_SIDE = 1024  # bigger pictures are cut to their middle, to keep the report small
 BD_RATE_TEXT = (
     "How many bits a codec (row) needs more or less than another (column) at equal quality, averaged over the range of "
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         start = time.perf_counter()
         description = f"{codec.settings}. {codec.version}"
         rows = None
-        if options.reuse and codec.key != "vqcodec":
+        if options.reuse and not codec.key.startswith("vqcodec"):
             rows = reusable(options.output / f"{codec.key}.json", description, pictures, settings, codec.key)
         try:
             rows = rows or measure_all(codec.key, pictures, settings, options.jobs)
@@ -133,7 +133,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("out/rd"), help="folder of the results (default: %(default)s)"
     )
-    parser.add_argument("--codecs", default=",".join(codecs.KEYS), help="default: %(default)s")
+    parser.add_argument(
+        "--codecs", default=",".join(codecs.USUAL), help=f"of {', '.join(codecs.KEYS)}; default: %(default)s"
+    )
     parser.add_argument("--weights", type=Path, help="weights file of vqcodec (default: the packaged one)")
     parser.add_argument(
         "--qualities",

@@ -29,7 +29,9 @@ def fake_compress(picture, *, quality, target, max_size, weights, device, effort
     return bitstream.write(header, [], [image.save(picture, ".png")])
 
 
-def fake_decode_picture(data, *, weights=None, device="auto", partial=False, max_pixels=bitstream.DEFAULT_MAX_PIXELS):
+def fake_decode_picture(
+    data, *, weights=None, look="faithful", device="auto", partial=False, max_pixels=bitstream.DEFAULT_MAX_PIXELS
+):
     container = bitstream.read(data, max_pixels=max_pixels, partial=partial)
     (segment,) = container.segments
     if segment is None:
@@ -531,7 +533,23 @@ def test_train(training, photo):
         "prior, step 2: 0.500 bpp, 30.00 dB, 01:00:00 left",
     ]
     options = {"config": "tiny", "minutes": 1.5, "resume": True, "device": "auto", "seed": 3, "start_from": None}
+    options["features"] = None
     assert training.calls == [([Path("photo.png")], Path("w.safetensors"), options)]
+
+
+def test_train_a_look(training, photo):
+    for name in ("w.safetensors", "f.safetensors"):
+        Path(name).touch()
+    asked = ["train", "photo.png", "--natural", "f.safetensors"]
+    ran = run(*asked, "-o", "w.natural.safetensors")
+    assert ran.exit_code == 2 and "--natural needs --from" in ran.stderr
+    asked += ["--from", "w.safetensors"]
+    ran = run(*asked, "-o", "v.safetensors")
+    assert ran.exit_code == 2 and "must end in .natural.safetensors, got v.safetensors" in ran.stderr
+    assert training.calls == []
+    assert run(*asked, "-o", "w.natural.safetensors").exit_code == 0
+    assert training.calls[0][2]["features"] == Path("f.safetensors")
+    assert training.calls[0][2]["start_from"] == Path("w.safetensors")
 
 
 def test_train_on_a_terminal(training, monkeypatch):

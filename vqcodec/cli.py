@@ -269,6 +269,13 @@ def compress(
 @main.command()
 @_inputs
 @_output
+@click.option(
+    "--look",
+    type=click.Choice(packaged.LOOKS),
+    default=packaged.LOOKS[0],
+    show_default=True,
+    help="Nearest to the pixels of the original, or to what it looks like.",
+)
 @click.option("--partial", is_flag=True, help="Decode what is whole of a cut or damaged file.")
 @click.option("--test", is_flag=True, help="Decode and write nothing.")
 @click.option(
@@ -285,6 +292,7 @@ def compress(
 def decompress(
     inputs: tuple[str, ...],
     output: str | None,
+    look: str,
     partial: bool,
     test: bool,
     max_pixels: int,
@@ -320,7 +328,9 @@ def decompress(
 
         start = time.perf_counter()
         data = files.read(job.source)
-        picture = codec.decode_picture(data, weights=weights, device=device, partial=partial, max_pixels=max_pixels)
+        picture = codec.decode_picture(
+            data, weights=weights, look=look, device=device, partial=partial, max_pixels=max_pixels
+        )
         encoded = b""
         if not test:
             encoded = image.save(picture, _suffix(job.target))
@@ -447,6 +457,13 @@ def compare(first: str, second: str, weights: str | None, device: str, as_json: 
     type=_Weights(exists=True, dir_okay=False, readable=True),
     help="Start from these weights, with their configuration.",
 )
+@click.option(
+    "--natural",
+    "features",
+    metavar="FEATURES",
+    type=click.Path(exists=True, dir_okay=False, readable=True, path_type=Path),
+    help="Train the natural look of the weights --from, by LPIPS on these features of SqueezeNet 1.1.",
+)
 @_device
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of all random choices.")
 @_force
@@ -457,6 +474,7 @@ def train(
     minutes: float,
     resume: bool,
     start_from: str | None,
+    features: Path | None,
     device: str,
     seed: int,
     force: bool,
@@ -469,11 +487,16 @@ def train(
     Examples:
       vqcodec train photos/ -o my.safetensors --minutes 60
       vqcodec train scans/ -o scans.safetensors --from weights/photo.safetensors
+      vqcodec train scans/ -o my.natural.safetensors --from my.safetensors --natural lpips.safetensors
     """
     with _usage():
         found = files.find(pictures, files.PICTURE_SUFFIXES)
     if Path(output).suffix != ".safetensors":
         raise click.UsageError(f"OUT must end in .safetensors, got {output}")
+    if features is not None and start_from is None:
+        raise click.UsageError("--natural needs --from: the weights that the look is for.")
+    if features is not None and not output.endswith(".natural.safetensors"):
+        raise click.UsageError(f"OUT of a natural look must end in .natural.safetensors, got {output}")
     sheet = os.path.realpath(Path(output).with_suffix(".png"))
     if any(os.path.realpath(path) == sheet for path, _ in found):
         raise click.UsageError(f"the sheet of pictures beside OUT would replace the input {sheet}")
@@ -497,6 +520,7 @@ def train(
             device=device,
             seed=seed,
             start_from=Path(start_from) if start_from else None,
+            features=features,
             on_progress=show,
             on_warning=lambda text: _say(f"vqcodec: warning: {text}"),
         )

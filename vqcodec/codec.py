@@ -123,6 +123,7 @@ def decompress(
     data: bytes,
     *,
     weights: str | Path | None = None,
+    look: str = packaged.LOOKS[0],
     device: str = "auto",
     partial: bool = False,
     max_pixels: int | None = bitstream.DEFAULT_MAX_PIXELS,
@@ -131,7 +132,7 @@ def decompress(
 
     Args and Raises: as `decode_picture`. What `partial` finds missing or damaged is warned of.
     """
-    picture = decode_picture(data, weights=weights, device=device, partial=partial, max_pixels=max_pixels)
+    picture = decode_picture(data, weights=weights, look=look, device=device, partial=partial, max_pixels=max_pixels)
     for problem in picture.notes:
         warnings.warn(problem, stacklevel=2)
     return image.to_pil(picture)
@@ -141,6 +142,7 @@ def decode_picture(
     data: bytes,
     *,
     weights: str | Path | None = None,
+    look: str = packaged.LOOKS[0],
     device: str = "auto",
     partial: bool = False,
     max_pixels: int | None = bitstream.DEFAULT_MAX_PIXELS,
@@ -150,15 +152,17 @@ def decode_picture(
     Args:
         data: the whole file, or its beginning with `partial`.
         weights: the weights file that it was made with; None for the packaged photo model.
+        look: "faithful", nearest to the original pixel by pixel, or "natural", nearest to what it looks like.
         device: "auto", "cpu" or "cuda".
         partial: decode what is there of a cut or damaged file, coarser; the notes of the picture say what is missing.
         max_pixels: refuse larger pictures before anything is allocated; None for no limit.
 
     Raises:
-        FormatError: not a .vqz file, damaged, cut, or too large. WeightsError: made with other weights.
+        FormatError: not a .vqz file, damaged, cut, or too large. WeightsError: made with other weights, or they do not have
+            this look. ValueError: no such look.
     """
     container = bitstream.read(data, max_pixels=max_pixels, partial=partial)
-    model = _load(weights, device)
+    model = _load(weights, device, look)
     header = container.header
     chunks = {chunk.kind: chunk.data for chunk in container.chunks}
     alpha = None
@@ -297,8 +301,9 @@ def _as_picture(picture: Image.Image | NDArray[np.uint8] | Picture) -> Picture:
     return image.from_pil(picture)
 
 
-def _load(path: str | Path | None, device: str) -> Model:
-    return weights.load(packaged.find(path), device)
+def _load(path: str | Path | None, device: str, look: str = packaged.LOOKS[0]) -> Model:
+    found = packaged.find(path)
+    return weights.load(found, device, packaged.find_look(found, look))
 
 
 def _chunks(picture: Picture) -> list[Chunk]:

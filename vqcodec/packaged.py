@@ -5,6 +5,8 @@ from pathlib import Path
 from vqcodec.errors import WeightsError
 
 DEFAULT = "photo"
+# What a picture is restored for: its pixels, or what it looks like. The first needs nothing but the weights themselves.
+LOOKS = ("faithful", "natural")
 
 
 def find(weights: str | Path | None = None) -> Path:
@@ -23,3 +25,19 @@ def find(weights: str | Path | None = None) -> Path:
     if weights is not None:
         raise WeightsError(f"no weights file {weights}")
     raise WeightsError(f"the packaged weights {name} are missing: reinstall vqcodec or give a weights file")
+
+
+def find_look(weights: Path, look: str) -> Path | None:
+    """Path of the file that has another look of these weights, beside them; None for the faithful one, which needs none.
+
+    Raises:
+        ValueError: no such look. WeightsError: these weights do not have it.
+    """
+    if look not in LOOKS:
+        raise ValueError(f"look must be one of {', '.join(LOOKS)}, got {look!r}")
+    if look == LOOKS[0]:
+        return None
+    path = weights.with_suffix(f".{look}.safetensors")
+    if not path.is_file():
+        raise WeightsError(f"no {look} look for the weights {weights}: there is no {path.name} beside them")
+    return path

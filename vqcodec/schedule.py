@@ -22,6 +22,7 @@ class Schedule:
         prior_from: share of the time from which the prior is trained alone, where it is learned after the rest.
         average_decay: of the moving average of the weights, which is what is exported.
         clip_norm: longest gradient.
+        low_qualities: qualities are drawn as a uniform number to this power: the larger, the more low ones.
     """
 
     batch: int = 8
@@ -39,6 +40,7 @@ class Schedule:
     prior_from: float = 0.5
     average_decay: float = 0.999
     clip_norm: float = 1.0
+    low_qualities: float = 1.0
 
     def learning_rate(self, step: int, share: float) -> float:
         """What the peak learning rates are multiplied by: a rise and a fall over the steps, a cosine over the time."""
@@ -75,3 +77,14 @@ SCHEDULES = {
     "vqvae2": _LARGE,
     "vqvae2-3level": _LARGE,
 }
+# Another look: a decoder that is good already, learning what low qualities lack.
+LOOK = Schedule(
+    kernel_rate=2e-3,
+    rate=1e-3,
+    warm_up_steps=50,
+    fall_steps=math.inf,
+    rate_start=1.0,
+    large_from=1.0,
+    average_decay=0.995,
+    low_qualities=1.5,
+)

@@ -4,6 +4,8 @@
     train    tokenizer and prior together on the rate-distortion loss, the prior under fake quantisation; or one after the other
     export   the averaged weights, the prior as integers, validated as they will run
 
+Another look of given weights is trained the same way, but that only what turns codes into pixels learns.
+
 The schedule follows the clock: see schedule.py. A checkpoint beside the output survives any interruption; `resume` goes on from it. Under
 torchrun the same function trains data-parallel, one process a device.
 """
@@ -15,6 +17,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -35,9 +38,9 @@ from vqcodec.errors import TrainingError
 from vqcodec.models.config import Config, load_config
 from vqcodec.models.joint import Losses, RateDistortion
 from vqcodec.models.quantizer import Codebook
-from vqcodec.models.vqvae import Linear1x1, channels_last
+from vqcodec.models.vqvae import VQVAE, Linear1x1, ResidualBlock, channels_last
 from vqcodec.muon import Muon
-from vqcodec.schedule import SCHEDULES, Schedule
+from vqcodec.schedule import LOOK, SCHEDULES, Schedule
 
 CHECKPOINT_SECONDS = 180
 REPORT_SECONDS = 2.0
@@ -50,6 +53,8 @@ REVIVE_STEPS, REVIVE_SHARE = 50, 0.5
 # What a checkpoint holds besides tensors.
 FACTS = ("step", "spent", "bpp", "psnr", "rate_start")
 VALIDATION_QUALITIES = (10, 30, 50, 70, 90)
+# Of another look: residual blocks that stages below the codes have more on the way to the pixels.
+LOOK_BLOCKS = 2
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,7 @@ def train(
     device: str = "auto",
     seed: int = 0,
     start_from: Path | None = None,
+    features: Path | None = None,
     schedule: Schedule | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     on_warning: Callable[[str], None] | None = None,
@@ -97,22 +103,31 @@ def train(
         config: a configuration, the name of one, or a JSON file. minutes: budget of the whole run, earlier parts included.
         resume: go on from the checkpoint. device: "auto", "cpu" or "cuda". seed: of crops and initial weights.
         start_from: a weights file to train on from, instead of from scratch; of `config` only the commitment counts then.
+        features: of the network of LPIPS that says how alike pictures look, SqueezeNet 1.1 as safetensors: train the natural look
+            of the weights `start_from`, in a file of its own. Needs the packages lpips and torchvision.
         schedule: learning rates, batches and crops; None for the usual one of the configuration.
         on_progress, on_warning: called now and then with a `Progress`, and with one line for each picture skipped.
 
     Raises:
-        TrainingError: no pictures, no checkpoint to resume from, or one of another configuration.
-        WeightsError: unknown configuration or device.
+        TrainingError: no pictures, no checkpoint to resume from, or one of another configuration; features without weights
+            to start from, or without the packages.
+        WeightsError: unknown configuration or device; unreadable features.
     """
     given = weights.load(start_from) if start_from else None
     settings = config if isinstance(config, Config) else load_config(str(config))
     if given:  # what shapes a model comes with its weights, how it learns does not
         settings = dataclasses.replace(given.config, commitment=settings.commitment)
+    if features is not None:
+        if given is None:
+            raise TrainingError("a look needs the weights that it is for")
+        settings = _look_config(given.config)
     with _process_group() as (rank, world):
         target = _device(device, rank)
         torch.manual_seed(seed)
-        plan = schedule or SCHEDULES.get(settings.name, Schedule())
+        plan = schedule or (LOOK if features else SCHEDULES.get(settings.name, Schedule()))
         run = _Run(settings, plan, output, target, rank, world, minutes * 60, seed, on_progress, on_warning)
+        if given and features:
+            run.only_look(given, features)
         paths = data.find_pictures(pictures)
         if resume:
             run.load()
@@ -152,12 +167,53 @@ def _device(name: str, rank: int) -> torch.device:
     return torch.device(name)
 
 
+def _look_config(config: Config) -> Config:
+    """Of another look: more residual blocks below the codes."""
+    finest = config.levels[-1].stride
+    stages = (
+        dataclasses.replace(s, decoder_blocks=s.decoder_blocks + LOOK_BLOCKS * (s.stride < finest))
+        for s in config.stages
+    )
+    return dataclasses.replace(config, stages=tuple(stages))
+
+
+def _with_blocks(given: weights.Model, config: Config) -> VQVAE:
+    """Given networks with the blocks that a configuration has more, which change nothing yet."""
+    vqvae = VQVAE(config).requires_grad_(False)
+    state = given.vqvae.state_dict()
+    for name, part in vqvae.named_modules():
+        if isinstance(part, ResidualBlock) and f"{name}.deviation" not in state:
+            before = re.sub(r"\d+$", lambda number: str(int(number[0]) - 1), name)  # knows the scale of the same input
+            own = {**part.state_dict(), "deviation": state[f"{before}.deviation"]}
+            state |= {f"{name}.{key}": value for key, value in own.items()}
+    vqvae.load_state_dict(state)
+    return vqvae
+
+
+def _perceptual(features: Path, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """LPIPS of pictures (B, 3, H, W) in 0..255, in the features of SqueezeNet -> (B,)."""
+    from vqcodec import perceptual
+
+    try:
+        network = channels_last(perceptual.lpips("squeeze", features), device)
+    except ImportError as error:
+        raise TrainingError(f"{error} (pip install 'vqcodec[natural]')") from None
+
+    def distance(a: Tensor, b: Tensor) -> Tensor:
+        with torch.autocast(device.type, enabled=False):
+            found: Tensor = network(a.float() / 127.5 - 1, b.float() / 127.5 - 1)
+        return found.flatten()
+
+    return distance
+
+
 def _optimisers(model: RateDistortion, schedule: Schedule) -> dict[str, torch.optim.Optimizer]:
     """Muon for the weights of convolutions, Adam for the rest; each group with its peak learning rate."""
-    klt = [p for m in model.modules() if isinstance(m, Linear1x1) for p in m.parameters()]
-    kernels = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
-    known = {id(p) for p in [*klt, *kernels]}
-    others = [p for p in model.parameters() if id(p) not in known]
+    learning = {id(p) for p in model.parameters() if p.requires_grad}
+    klt = [m.weight for m in model.modules() if isinstance(m, Linear1x1) and id(m.weight) in learning]
+    kernels = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d) and id(m.weight) in learning]
+    rest = learning - {id(p) for p in [*klt, *kernels]}
+    others = [p for p in model.parameters() if id(p) in rest]
     groups = [{"params": others, "peak": schedule.rate}, {"params": klt, "peak": schedule.klt_rate}]
     return {
         "muon": Muon([{"params": kernels, "peak": schedule.kernel_rate}], schedule.kernel_rate),
@@ -206,6 +262,7 @@ class _Run:
         self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.optimisers = _optimisers(self.model, schedule)
         self.structured = all(book.structured for book in self.model.modules() if isinstance(book, Codebook))
+        self.look_of: bytes | None = None  # id of the weights of which another look is trained
         self.step, self.spent = 0, 0.0
         self.rate_start = schedule.rate_start
         self.bpp = self.psnr = self.loss = math.nan
@@ -214,6 +271,15 @@ class _Run:
         self.validation: list[data.Pixels] = []
 
     # Stages
+
+    def only_look(self, given: weights.Model, features: Path) -> None:
+        """Train what turns the codes of given weights into pixels, and export nothing else."""
+        self.look_of = given.id
+        self.model.perceptual = self.average.perceptual = _perceptual(features, self.device)
+        self.model.requires_grad_(False)
+        for part in self.model.vqvae.renderer().values():
+            part.requires_grad_(True)
+        self.optimisers = _optimisers(self.model, self.schedule)
 
     def open_data(self, paths: list[Path]) -> None:
         training, held = data.split(paths, VALIDATION_PICTURES)
@@ -231,7 +297,7 @@ class _Run:
 
     def start_from(self, given: weights.Model) -> None:
         """Continue from exported weights; the rate counts in full from the first step."""
-        self.model.vqvae.load_state_dict(given.vqvae.state_dict())
+        self.model.vqvae.load_state_dict(_with_blocks(given, self.config).state_dict())
         prior = copy.deepcopy(given.prior)
         prior.thaw()
         self.model.prior.load_state_dict(prior.state_dict())
@@ -318,6 +384,9 @@ class _Run:
             "trained": self._measure(self.average),
         }
         path = self.output
+        if self.look_of:
+            weights.save_look(path, self.config, self.average.vqvae, self.look_of, notes)
+            return
         weights.save_model(path, self.config, self.average.vqvae, self.average.prior, notes)
         # As it will run: half precision, integers, no autocast.
         model = weights.load(path)
@@ -364,12 +433,14 @@ class _Run:
         count = len(pixels) * self.world
         generator = torch.Generator().manual_seed((self.seed << 32) + self.step)
         places = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
-        quality = (1 + 99 * places[self.rank :: self.world]).to(self.device)
+        quality = (1 + 99 * places[self.rank :: self.world] ** self.schedule.low_qualities).to(self.device)
         with self._maintenance(_revive if revive else None), torch.autocast(self.device.type, torch.bfloat16):
             losses = trained(pixels, quality, rate_weight)
         self.model.zero_grad(set_to_none=True)
         losses.total.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.schedule.clip_norm)
+        norm = nn.utils.clip_grad_norm_(
+            [p for p in self.model.parameters() if p.requires_grad], self.schedule.clip_norm
+        )
         if torch.isfinite(norm):
             for optimiser in self.optimisers.values():
                 optimiser.step()
@@ -396,17 +467,20 @@ class _Run:
         row: dict[str, float] = {}
         total = 0.0
         for quality in VALIDATION_QUALITIES:
-            bpp, ratio, cost = 0.0, 0.0, 0.0
+            bpp, ratio, cost, distance = 0.0, 0.0, 0.0, 0.0
             for start in range(0, len(self.validation), VALIDATION_BATCH):
                 crops = self.validation[start : start + VALIDATION_BATCH]
                 losses = self._forward(model, crops, quality, autocast)
                 bpp += float(losses.bpp.sum())
                 cost += float(losses.cost.sum())
                 ratio += float((10 * torch.log10(255**2 / losses.mse.clamp(min=1e-3))).sum())
+                distance += float(losses.perceptual.sum())
             count = len(self.validation)
             row[f"bpp_{quality}"] = round(bpp / count, 5)
             row[f"psnr_{quality}"] = round(ratio / count, 4)
             row[f"cost_{quality}"] = round(cost / count, 5)
+            if self.look_of:
+                row[f"lpips_{quality}"] = round(distance / count, 5)
             total += math.log(cost / count)
         # The geometric mean counts a gain of one percent alike at every quality.
         row["cost"] = round(math.exp(total / len(VALIDATION_QUALITIES)), 5)

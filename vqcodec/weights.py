@@ -3,6 +3,9 @@
 A weights file is a safetensors file: encoder and decoder in half precision (codebooks and steps in single), the prior
 and its tables as the integers they compute with, and, in the metadata, the configuration as JSON and training notes.
 Its id is the first four bytes of the SHA-256 of the whole file; every .vqz file names the weights it needs by this id.
+
+A look is a second safetensors file for the same codes: only what makes pixels of them (`VQVAE.renderer`), in half precision, with
+its configuration and the id of its weights in the metadata.
 """
 
 import functools
@@ -26,6 +29,7 @@ from vqcodec.models.quantizer import Codebook
 from vqcodec.models.vqvae import VQVAE, Slice, channels_last
 
 FORMAT = "vqcodec weights 2"
+LOOK_FORMAT = "vqcodec look 1"
 ID_BYTES = 4
 
 
@@ -46,44 +50,54 @@ class Model:
         self.prior = channels_last(prior.requires_grad_(False).eval(), device)
 
 
-def load(path: Path, device: str = "cpu") -> Model:
+def load(path: Path, device: str = "cpu", look: Path | None = None) -> Model:
     """Read a weights file; the last few are kept, so that many pictures in one process load it once.
 
     Args:
         path: a safetensors file written by `save_model`.
         device: "cpu", "cuda" or "auto" (CUDA if there is one).
+        look: a file written by `save_look` for these weights: the model renders as it says.
 
     Raises:
-        WeightsError: not a readable weights file, or the device is not there.
+        WeightsError: not a readable weights file, a look of other weights, or the device is not there.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise WeightsError("no CUDA device is available")
+    return _load(path, device, look, tuple(_version(file) for file in (path, look) if file))
+
+
+def _version(path: Path) -> tuple[int, int]:
     try:
         stat = os.stat(path)
     except OSError as error:
         raise WeightsError(f"cannot read weights {path}: {error.strerror}") from None
-    return _load(path, device, stat.st_mtime_ns, stat.st_size)
+    return stat.st_mtime_ns, stat.st_size
 
 
 @functools.lru_cache(maxsize=2)
-def _load(path: Path, device: str, mtime: int, size: int) -> Model:
+def _load(path: Path, device: str, look: Path | None, versions: tuple[tuple[int, int], ...]) -> Model:
     config, _, weights_id = _metadata(path)
+    tensors = _tensors(path)
+    if look is not None:
+        config, metadata, _ = _metadata(look, LOOK_FORMAT)
+        if metadata.get("weights") != weights_id.hex():
+            raise WeightsError(f"{look} is a look of weights {metadata.get('weights')}, {path} are {weights_id.hex()}")
+        replaced = tuple(f"vqvae.{name}." for name in VQVAE(config).renderer())
+        tensors = {k: v for k, v in tensors.items() if not k.startswith(replaced)} | _tensors(look)
     vqvae, prior, tables = VQVAE(config), Prior(config), Tables(config)
     prior.freeze()
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     for module, prefix in ((vqvae, "vqvae."), (prior, "prior."), (tables, "tables.")):
         state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         try:
             problems = module.load_state_dict(state, strict=False)
         except RuntimeError as error:
             reason = " ".join(str(error).split())
-            raise WeightsError(f"weights {path} do not fit their configuration: {reason}") from None
+            raise WeightsError(f"weights {look or path} do not fit their configuration: {reason}") from None
         missing = sorted(set(problems.missing_keys) - _not_stored(module))
         if missing or problems.unexpected_keys:
-            raise WeightsError(f"weights {path} lack {missing} and have unknown {problems.unexpected_keys}")
+            raise WeightsError(f"weights {look or path} lack {missing} and have unknown {problems.unexpected_keys}")
     try:
         prior.check()
         for level in range(len(config.levels)):
@@ -94,15 +108,20 @@ def _load(path: Path, device: str, mtime: int, size: int) -> Model:
     return Model(config, vqvae, prior, tables, weights_id, torch.device(device))
 
 
-def _metadata(path: Path) -> tuple[Config, dict[str, str], bytes]:
+def _tensors(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+def _metadata(path: Path, expected: str = FORMAT) -> tuple[Config, dict[str, str], bytes]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
         weights_id = hashlib.sha256(path.read_bytes()).digest()[:ID_BYTES]
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"cannot read weights {path}: {error}") from None
-    if metadata.get("format") != FORMAT:
-        raise WeightsError(f"{path} is not a vqcodec weights file: format {metadata.get('format')!r}, not {FORMAT!r}")
+    if metadata.get("format") != expected:
+        raise WeightsError(f"{path} is not a {expected[:-2]} file: format {metadata.get('format')!r}, not {expected!r}")
     return Config.from_json(metadata.get("config", "")), metadata, weights_id
 
 
@@ -146,8 +165,27 @@ def save_model(path: Path, config: Config, vqvae: VQVAE, prior: Prior, notes: di
                 narrow = tensor.half() if prefix == "vqvae" and name not in single else tensor
                 stored = narrow if prefix == "vqvae" else _narrow_integers(tensor)
                 tensors[f"{prefix}.{name}"] = stored.detach().cpu().contiguous()
-    metadata = {"format": FORMAT, "config": config.to_json(), "notes": json.dumps(notes, sort_keys=True)}
-    data = _sort_header(save(tensors, metadata))
+    return _write(path, tensors, {"format": FORMAT, "config": config.to_json()}, notes)
+
+
+def save_look(path: Path, config: Config, vqvae: VQVAE, weights_id: bytes, notes: dict[str, Any]) -> None:
+    """Write what turns codes of the weights `weights_id` into pixels, atomically.
+
+    Args:
+        path: target. config: of the model, which may have other decoder blocks than the weights. vqvae: the trained network.
+        notes: as of `save_model`.
+    """
+    tensors = {
+        f"vqvae.{name}.{key}": tensor.detach().half().cpu().contiguous()
+        for name, part in vqvae.renderer().items()
+        for key, tensor in part.state_dict().items()
+    }
+    _write(path, tensors, {"format": LOOK_FORMAT, "config": config.to_json(), "weights": weights_id.hex()}, notes)
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], notes: dict[str, Any]) -> bytes:
+    """A file that is either there in full or not at all; returns its id."""
+    data = _sort_header(save(tensors, {**metadata, "notes": json.dumps(notes, sort_keys=True)}))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(data)

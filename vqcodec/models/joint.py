@@ -1,8 +1,11 @@
 """VQ-VAE and prior together: the rate-distortion loss that both are trained on.
 
 loss = bits per pixel + lambda(quality) * squared error        (per picture, squared error on the 0..255 scale)
+
+A second look of the same codes learns on squared error and a perceptual distance.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +21,8 @@ from vqcodec.models.vqvae import PIXEL_SCALE, VQVAE
 BALANCE = 0.4
 # Weight of the estimate's squared error, in units of the distortion that it would be without any code.
 ESTIMATE_WEIGHT = 0.1
+# Weight of the perceptual distance beside them.
+PERCEPTUAL_WEIGHT = 1.0
 # Weight of all that residual blocks add, as if it were distortion: what is useful gains twenty times as much.
 ADDED_WEIGHT = 0.05
 
@@ -31,6 +36,7 @@ class Losses:
         level_bits: (B, levels), bits of each level's codes, coarse first.
         bpp: bits per pixel of each picture. mse: squared error of each, 0..255 scale.
         cost: bpp + lambda * mse of each.
+        perceptual: perceptual distance of each; nan if it is not part of the loss.
         reconstruction: pixels (B, 3, H, W), float, not clipped.
     """
 
@@ -39,6 +45,7 @@ class Losses:
     bpp: Tensor
     mse: Tensor
     cost: Tensor
+    perceptual: Tensor
     reconstruction: Tensor
 
 
@@ -52,6 +59,8 @@ class RateDistortion(nn.Module):
         self.prior = prior or Prior(config)
         # Called with every codebook and its vectors, float (N, P, D), before they are quantised: k-means start, revival.
         self.maintain: Callable[[Codebook, Tensor], object] | None = None
+        # A distance of pictures (B, 3, H, W) in 0..255, restored and original, -> (B,): part of the loss of another look.
+        self.perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def forward(self, pixels: Tensor, quality: Tensor, rate_weight: float = 1.0) -> Losses:
         """One pass of encoder, quantisers, prior and decoder.
@@ -142,10 +151,15 @@ class RateDistortion(nn.Module):
         reconstruction = self.vqvae.descend(len(latents) - 1, estimate, quality)
         mse = (reconstruction - pixels).square().mean((1, 2, 3))
         loss = loss + (balance * weight * mse).mean()
-        if self.training:
+        distance = torch.full_like(mse, math.nan)
+        if self.perceptual is not None:
+            distance = self.perceptual(reconstruction, pixels)
+            loss = loss + PERCEPTUAL_WEIGHT * distance.mean()
+        elif self.training:
             # What the encoder adds and the estimate predicts costs no bits, and the decoder can take it back: nothing else
             # keeps all of them from growing without end.
             loss = loss + ADDED_WEIGHT * (balance * weight * self.vqvae.added_error()).mean()
         total = rates_loss if only_prior else rates_loss + loss
         bpp = bits.sum(1) / (height * width)
-        return Losses(total, bits, bpp, mse.detach(), bpp + weight * mse.detach(), reconstruction)
+        mse, distance = mse.detach(), distance.detach()
+        return Losses(total, bits, bpp, mse, bpp + weight * mse, distance, reconstruction)

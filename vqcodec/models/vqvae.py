@@ -278,6 +278,16 @@ class VQVAE(nn.Module):
         finest = level == len(self.config.levels) - 1
         return x * PIXEL_SCALE + PIXEL_CENTRE if finest else x
 
+    def renderer(self) -> dict[str, nn.Module]:
+        """By name, what only turns the finest level's estimate into pixels: all that another look of the same codes may change."""
+        parts: dict[str, nn.Module] = {}
+        for index in self._below(len(self.config.levels) - 1):
+            stage = self.stage(index)
+            for name, part in (("decoder", stage.decoder), ("synthesis", stage.synthesis), ("unlap", stage.unlap)):
+                if part is not None:
+                    parts[f"stages.{index}.{name}"] = part
+        return parts
+
     def added_error(self) -> Tensor:
         """In training, after a pass: the mean squared error, 0..255 scale, that all that residual blocks added would be were it
         noise (`ResidualBlock.energy`); float (B,)."""

@@ -1,0 +1,161 @@
+"""Another look of the same codes: trained for given weights, kept beside them, and nothing but pixels differ."""
+
+import dataclasses
+import importlib.util
+import math
+import shutil
+from pathlib import Path
+
+import models
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional
+
+import vqcodec
+from vqcodec import codec, packaged, training, weights
+from vqcodec.errors import TrainingError, WeightsError
+from vqcodec.schedule import LOOK
+
+PLAN = dataclasses.replace(LOOK, crop=64, batch=4, kernel_rate=1e-2, rate=1e-2, warm_up_steps=5)
+
+
+def coarse(a: Tensor, b: Tensor) -> Tensor:
+    """Stands for a perceptual distance: squared error of averages, so large that it decides."""
+    return functional.avg_pool2d(a - b - 30, 8).square().mean((1, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for seed in range(4):
+        Image.fromarray(models.picture(96, 96, seed + 50)).save(folder / f"{seed}.png")
+    return folder
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """Weights in a folder of their own."""
+    return Path(shutil.copy(models.tiny_weights(), tmp_path / "own.safetensors"))
+
+
+@pytest.fixture
+def look(own: Path) -> Path:
+    """A natural look of these weights: paler."""
+    model = weights.load(own)
+    config = training._look_config(model.config)
+    vqvae = training._with_blocks(model, config)
+    for part in vqvae.renderer().values():
+        for name, parameter in part.named_parameters():
+            if name == "weight":
+                parameter.mul_(0.9)
+    path = own.with_suffix(".natural.safetensors")
+    weights.save_look(path, config, vqvae, model.id, {})
+    return path
+
+
+def psnr_of(a: object, b: object) -> float:
+    mse = np.square(np.asarray(a, float) - np.asarray(b, float)).mean()
+    return 10 * math.log10(255**2 / mse) if mse else math.inf
+
+
+def test_only_pixels_differ(own: Path, look: Path) -> None:
+    source = models.picture(90, 70)
+    data = vqcodec.compress(source, weights=own)
+    faithful, natural = (vqcodec.decompress(data, weights=own, look=name) for name in packaged.LOOKS)
+    assert natural.size == faithful.size
+    assert 15 < psnr_of(faithful, natural) < 45
+    assert psnr_of(source, faithful) > psnr_of(source, natural)
+    model, other = weights.load(own), weights.load(own, look=look)
+    assert other.id == model.id
+    container = vqcodec.bitstream.read(data)
+    for a, b in zip(codec.decode_codes(container, model), codec.decode_codes(container, other), strict=True):
+        assert torch.equal(a, b)
+    assert np.array_equal(faithful, vqcodec.decompress(data, weights=own)), "faithful unless told otherwise"
+
+
+def test_new_blocks_change_nothing_at_first(own: Path) -> None:
+    model = weights.load(own)
+    config = training._look_config(model.config)
+    vqvae = training._with_blocks(model, config)
+    assert config.stages[0].decoder_blocks > model.config.stages[0].decoder_blocks
+    estimate, quality = torch.randn(1, model.config.stages[1].channels, 8, 8), torch.tensor([30])
+    level = len(config.levels) - 1
+    before, after = (net.descend(level, estimate, quality) for net in (model.vqvae, vqvae))
+    torch.testing.assert_close(after, before, rtol=0, atol=0.01)  # pixel levels
+
+
+def test_training(own: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the renderer learns, towards what the distance wants; a run can be gone on with."""
+    monkeypatch.setattr(training, "_perceptual", lambda features, device: coarse)
+    monkeypatch.setattr(torch, "set_flush_denormal", lambda _: True)  # of the whole process
+    output = own.with_suffix(".natural.safetensors")
+
+    def run(seconds: float, resume: bool = False) -> None:
+        training.train(
+            [pictures],
+            output,
+            start_from=own,
+            features=Path("features"),
+            minutes=seconds / 60,
+            device="cpu",
+            schedule=PLAN,
+            resume=resume,
+        )
+
+    run(2)
+    run(3, resume=True)
+    data = vqcodec.compress(models.picture(96, 96, 50), weights=own)
+    faithful, natural = (
+        np.asarray(vqcodec.decompress(data, weights=own, look=name)).astype(float) for name in packaged.LOOKS
+    )
+    assert natural.mean() > faithful.mean() + 2
+    checkpoint = load_file(output.with_suffix(".ckpt"))
+    state = {f"model.vqvae.{name}": tensor for name, tensor in weights.load(own).vqvae.state_dict().items()}
+    renderer = tuple(f"model.vqvae.{name}." for name in weights.load(own).vqvae.renderer())
+    for name, tensor in state.items():
+        if not name.startswith(renderer) and not name.endswith((".usage", ".sums", ".steps")):
+            assert torch.equal(checkpoint[name], tensor), name
+
+
+def test_refused(own: Path, look: Path, tmp_path: Path) -> None:
+    data = vqcodec.compress(models.picture(20, 20), weights=own)
+    with pytest.raises(ValueError, match="look must be one of faithful, natural, got 'pretty'"):
+        vqcodec.decompress(data, weights=own, look="pretty")
+    other = models.save(models.tiny(seed=9), tmp_path / "other.safetensors")
+    with pytest.raises(WeightsError, match=r"no natural look for the weights .*other\.safetensors"):
+        vqcodec.decompress(data, weights=other, look="natural")
+    shutil.copy(look, tmp_path / "other.natural.safetensors")
+    with pytest.raises(WeightsError, match="is a look of weights"):
+        vqcodec.decompress(data, weights=other, look="natural")
+    with pytest.raises(WeightsError, match="not a vqcodec weights file"):
+        weights.load(look)
+    with pytest.raises(WeightsError, match="not a vqcodec look file"):
+        weights.load(own, look=own)
+    tensors = load_file(look)
+    metadata = {"format": weights.LOOK_FORMAT, "weights": weights.load(own).id.hex()}
+    metadata["config"] = training._look_config(weights.load(own).config).to_json()
+    save_file(dict(list(tensors.items())[1:]), look, metadata)
+    with pytest.raises(WeightsError, match=r"natural\.safetensors lack"):
+        vqcodec.decompress(data, weights=own, look="natural")
+
+
+def test_a_look_needs_weights(pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="needs the weights that it is for"):
+        training.train([pictures], tmp_path / "x.natural.safetensors", config="tiny", features=Path("features"))
+
+
+def test_features_of_the_wrong_network(tmp_path: Path) -> None:
+    if importlib.util.find_spec("lpips") is None:
+        pytest.skip("needs the package lpips: pip install 'vqcodec[natural]'")
+    from vqcodec.perceptual import lpips
+
+    path = tmp_path / "features.safetensors"
+    with pytest.raises(WeightsError, match="cannot read features"):
+        lpips("squeeze", path)
+    save_file({"features.0.weight": torch.zeros(64, 3, 3, 3)}, path)
+    with pytest.raises(WeightsError, match="does not hold the features"):
+        lpips("squeeze", path)

@@ -1,0 +1,41 @@
+"""LPIPS, the distance of two pictures in the features of a network (Zhang et al. 2018, "The unreasonable effectiveness of
+deep features as a perceptual metric"), by the package of its authors, without a download."""
+
+import importlib
+import warnings
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from vqcodec.errors import WeightsError
+from vqcodec.torchvision_compat import import_torchvision
+
+
+def lpips(network: str, features: Path) -> nn.Module:
+    """LPIPS 0.1 as a module: two batches of pictures (B, 3, H, W) in -1..1, at least 64 pixels a side -> (B, 1, 1, 1).
+
+    Args:
+        network: "alex" (AlexNet) or "squeeze" (SqueezeNet 1.1).
+        features: its convolution weights under torchvision's names, as safetensors.
+
+    Raises:
+        ImportError: the packages lpips and torchvision are not both installed.
+        WeightsError: `features` cannot be read or is of another network.
+    """
+    import_torchvision()
+    package = importlib.import_module("lpips")  # untyped
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it calls torchvision in an old way
+        module: nn.Module = package.LPIPS(net=network, pnet_rand=True, verbose=False)
+    body = module.get_submodule("net")
+    try:
+        found = load_file(features)
+        # "slice2.3.weight" in the package is "features.3.weight" in torchvision
+        body.load_state_dict({name: found["features." + name.partition(".")[2]] for name in body.state_dict()})
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"cannot read features {features}: {error}") from None
+    except (KeyError, RuntimeError):
+        raise WeightsError(f"{features} does not hold the features of LPIPS's network {network!r}") from None
+    return module.requires_grad_(False).eval()
