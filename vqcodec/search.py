@@ -25,7 +25,7 @@ from torch import Tensor
 from vqcodec import synthesis
 from vqcodec.bitstream import Header
 from vqcodec.models.prior import SlicePrior, rates
-from vqcodec.models.quantizer import MOST_BITS, Codebook, Rates, grid, look_up, rows, softplus2
+from vqcodec.models.quantizer import MOST_BITS, Codebook, Rates, grid, log_probabilities, look_up, rows, softplus2
 from vqcodec.models.vqvae import PIXEL_SCALE, Slice
 from vqcodec.weights import Model
 
@@ -229,10 +229,9 @@ def _best(s: _Symbols, by_prior: Tensor, by_decoder: Tensor, damping: float) -> 
         k = s.indices[at, plane, None]
         vectors = book.vectors[plane]
         own = vectors[k[:, 0]]
-        logits, total = _logits(s.model.theta[at, plane].float(), features[plane], book.bias[plane])
-        zero = s.model.zero[at, plane, None].float()
-        cost = (total - logits + softplus2(zero)).clamp(max=MOST_BITS)
-        cost[:, :1] = softplus2(-zero)
+        this = slice(plane, plane + 1)
+        theta, zero = s.model.theta[at, this].float(), s.model.zero[at, this].float()
+        cost = -log_probabilities(features[this], book.bias[this], theta, zero)[0][0].clamp_(min=-MOST_BITS)
         distance = own.square().sum(1, keepdim=True) - 2 * own @ vectors.T + vectors.square().sum(1)
         cost += damping * s.weight[plane] * distance
         cost += by_decoder[at, plane] @ vectors.T + by_prior[at, plane] @ inputs[plane].T
@@ -248,15 +247,15 @@ class _Spent(torch.autograd.Function):
     def forward(ctx: Any, theta: Tensor, zero: Tensor, book: Codebook, indices: Tensor) -> Tensor:
         features = book.features()
         grad_theta = torch.zeros_like(theta)
-        bits = torch.where(indices > 0, softplus2(zero), softplus2(-zero)).sum()
+        bits = torch.where(indices > 0, 0, softplus2(-zero)).sum()
         for plane in range(indices.shape[1]):
             at = indices[:, plane].nonzero()[:, 0]
             k = indices[at, plane]
-            logits, total = _logits(theta[at, plane], features[plane], book.bias[plane])
-            spent = (total - logits.gather(1, k[:, None])).clamp(max=MOST_BITS)
-            bits += spent.sum()
-            gradient = torch.exp2(logits - total) @ features[plane] - features[plane][k]
-            grad_theta[at, plane] = gradient * (spent < MOST_BITS)
+            this = slice(plane, plane + 1)
+            logp, others = log_probabilities(features[this], book.bias[this], theta[at, this], zero[at, this])
+            spent = -logp[0].gather(1, k[:, None])
+            bits += spent.clamp(max=MOST_BITS).sum()
+            grad_theta[at, plane] = (others[0] @ features[plane] - features[plane][k]) * (spent < MOST_BITS)
         ctx.save_for_backward(grad_theta, torch.sigmoid(zero * math.log(2)) - (indices == 0).float())
         return bits
 
@@ -264,12 +263,3 @@ class _Spent(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_theta, grad_zero = ctx.saved_tensors
         return grads[0] * grad_theta, grads[0] * grad_zero, None, None
-
-
-def _logits(theta: Tensor, features: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits of codes other than 0 of one plane in log2 units, (N, K), and the log2 of their total, (N, 1)."""
-    logits = theta @ features.T + bias
-    logits[:, 0] = -math.inf
-    highest = logits.amax(1, keepdim=True)
-    logits = torch.maximum(logits, highest - 2 * MOST_BITS)  # powers below would be subnormal numbers, which are slow
-    return logits, highest + torch.exp2(logits - highest).sum(1, keepdim=True).log2()

@@ -314,8 +314,15 @@ def plane_blocks(members: list[int], limit: int) -> Iterator[list[tuple[int, sli
         yield block
 
 
-def _log_probabilities(features: Tensor, bias: Tensor, theta: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-    """log2 p of all codes (p, N, K), and the distribution over the codes but 0, with 0 in its place (p, N, K)."""
+def log_probabilities(features: Tensor, bias: Tensor, theta: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+    """What a rate model says of the codes of p planes.
+
+    Args:
+        features: (p, K, D + 2), and bias: (p, K), of the codebook. theta: (N, p, D + 2), and zero: (N, p), as of `Rates`.
+
+    Returns:
+        log2 p of all codes (p, N, K), and the distribution over the codes but 0, with next to nothing in its place (p, N, K).
+    """
     logits = torch.baddbmm(bias[:, None], theta.transpose(0, 1), features.transpose(1, 2))
     return _normalise(logits, zero.T[..., None])
 
@@ -324,6 +331,7 @@ def _normalise(logits: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
     """The same from logits (..., K), overwritten, and log2 odds of code 0 (..., 1)."""
     logits[..., 0] = -math.inf
     logits -= logits.amax(-1, keepdim=True)
+    logits.clamp_(min=-2 * MOST_BITS)  # powers below would be subnormal numbers, which are slow
     values = torch.exp2(logits)
     total = values.sum(-1, keepdim=True)
     softplus = softplus2(zero)
@@ -350,7 +358,7 @@ def softplus2(x: Tensor) -> Tensor:
 
 def _soft_gradient(features: Tensor, vectors: Tensor, v: Tensor, theta: Tensor, zero: Tensor, bias: Tensor) -> Tensor:
     """Gradient of the expected bits of a soft assignment to some codes, float (N, P, D)."""
-    logp, _ = _log_probabilities(features, bias, theta, zero)
+    logp, _ = log_probabilities(features, bias, theta, zero)
     logp.clamp_(min=-MOST_BITS)
     w = torch.softmax(_distances(v, vectors).mul_(1 / TEMPERATURE), -1)
     logp -= torch.linalg.vecdot(w, logp)[..., None]
