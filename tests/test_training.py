@@ -304,6 +304,20 @@ def test_two_processes(pictures: Path, tmp_path: Path, script: Path) -> None:
     codec.compress(models.picture(40, 40), weights=output, verify=True)
 
 
+def test_in_the_end_codes_stand_still(pictures: Path, tmp_path: Path, small: None) -> None:
+    """Polishing from the first step on: encoder, estimates and codebooks stay as they start, decoder and prior learn."""
+    output = tmp_path / "mine.safetensors"
+    plan = dataclasses.replace(SMALL, polish_from=0.0, polish_rate=1.0)
+    run(pictures, output, 2, schedule=plan)
+    rows = log_of(output)
+    assert rows[-1]["cost"] < rows[0]["cost"]
+    learned = {name: tensor for name, tensor in checkpoint_of(output).items() if name.endswith("expand.weight")}
+    for name, tensor in learned.items():  # zero at the start
+        renders = name.startswith(("model.vqvae.stages.0.decoder", "model.vqvae.stages.1.decoder"))
+        if name.startswith("model.vqvae"):
+            assert bool(tensor.any()) == renders, name
+
+
 # Going on from weights
 
 

@@ -19,6 +19,9 @@ class Schedule:
             rates at which gradients of small batches are mostly noise later.
         rate_start: weight of the rate in the loss at the start of a fresh run. rate_rise: share of the time over which it
             rises to 1: codes that are rare from the start would never be tried.
+        polish_from: share of the time from which codes stand still and only the prior and what turns codes into pixels learn,
+            free of the noise of quantisation, where all are learned jointly. polish_rate: the peak of learning rates then, as
+            a share of their peaks before.
         prior_from: share of the time from which the prior is trained alone, where it is learned after the rest.
         average_decay: of the moving average of the weights, which is what is exported.
         clip_norm: longest gradient.
@@ -37,16 +40,21 @@ class Schedule:
     fall_steps: float = 300.0
     rate_start: float = 0.1
     rate_rise: float = 0.6
+    polish_from: float = 0.88
+    polish_rate: float = 0.15
     prior_from: float = 0.5
     average_decay: float = 0.999
     clip_norm: float = 1.0
     low_qualities: float = 1.0
 
     def learning_rate(self, step: int, share: float) -> float:
-        """What the peak learning rates are multiplied by: a rise and a fall over the steps, a cosine over the time."""
+        """What the peak learning rates are multiplied by: a rise and a fall over the steps, a cosine over the time; in the end
+        another cosine."""
+        if self.polish_from < 1 and share >= self.polish_from:
+            return self.polish_rate * _cosine((share - self.polish_from) / (1 - self.polish_from))
         rise = min(1.0, (step + 1) / self.warm_up_steps)
         fall = 1 / (1 + step / self.fall_steps)
-        return rise * fall * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
+        return rise * fall * _cosine(share / self.polish_from)
 
     def rate_weight(self, share: float, start: float) -> float:
         """Weight of the rate, from `start` to 1."""
@@ -68,6 +76,11 @@ class Schedule:
         return max(1, round(self.batch / processes * min(1.0, (self.crop / side) ** 2)))
 
 
+def _cosine(share: float) -> float:
+    """From 1 to .01."""
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share))
+
+
 # Where the usual schedule does not fit a named configuration. Few steps at high rates are for photos, where a step is dear.
 _SMALL = Schedule(batch=128, crop=32, large_crop=32, rate=3e-3, warm_up_steps=50, fall_steps=math.inf, prior_from=0.4)
 _LARGE = replace(_SMALL, batch=8, crop=128, large_crop=128)
@@ -84,6 +97,7 @@ LOOK = Schedule(
     warm_up_steps=50,
     fall_steps=math.inf,
     rate_start=1.0,
+    polish_from=1.0,
     large_from=1.0,
     average_decay=0.995,
     low_qualities=1.5,

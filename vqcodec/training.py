@@ -2,6 +2,7 @@
 
     start    KLT start from training crops
     train    tokenizer and prior together on the rate-distortion loss, the prior under fake quantisation; or one after the other
+    polish   prior and decoder for codes that stand still
     export   the averaged weights, the prior as integers, validated as they will run
 
 Another look of given weights is trained the same way, but that only what turns codes into pixels learns.
@@ -126,6 +127,8 @@ def train(
         torch.manual_seed(seed)
         plan = schedule or (LOOK if features else SCHEDULES.get(settings.name, Schedule()))
         run = _Run(settings, plan, output, target, rank, world, minutes * 60, seed, on_progress, on_warning)
+        if settings.rate == "after":
+            run.schedule = dataclasses.replace(plan, polish_from=1.0)
         if given and features:
             run.only_look(given, features)
         paths = data.find_pictures(pictures)
@@ -329,22 +332,22 @@ class _Run:
     def loop(self) -> None:
         """Optimise until the budget is spent."""
         after = self.config.rate == "after"
-        trained: nn.Module = self.model
-        if self.world > 1:
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            trained = nn.parallel.DistributedDataParallel(self.model, device_ids=ids, find_unused_parameters=after)
+        trained = self._distributed()
         # A 1x1 weight has the same layout under both names; DistributedDataParallel takes them for different.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         torch.set_flush_denormal(True)  # subnormal products slow CPUs down several times and mean nothing here
         begun = time.monotonic() - self.spent
         reported = saved = validated = time.monotonic()
         stream: Iterator[Any] | None = None
-        side = 0
+        side, polishing = 0, False
         while True:
             share = self._agree((time.monotonic() - begun) / self.budget)
             self.spent = time.monotonic() - begun
             if share >= 1:
                 break
+            if share >= self.schedule.polish_from and not polishing:
+                del trained  # with its hooks on the parameters
+                polishing, trained = True, self._polish()
             if stream is None or side != self.schedule.crop_side(share, self.config.multiple):
                 side = self.schedule.crop_side(share, self.config.multiple)
                 stream = self._batches(side)
@@ -395,6 +398,24 @@ class _Run:
         weights.save_model(path, self.config, self.average.vqvae, self.average.prior, notes)
 
     # One step
+
+    def _distributed(self) -> nn.Module:
+        """The model, under several processes with shared gradients of what is trainable."""
+        if self.world == 1:
+            return self.model
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        unused = self.config.rate == "after"
+        return nn.parallel.DistributedDataParallel(self.model, device_ids=ids, find_unused_parameters=unused)
+
+    def _polish(self) -> nn.Module:
+        """From now on codes stand still: only the prior and what turns codes into pixels learn."""
+        self.model.requires_grad_(False)
+        for part in (self.model.prior, *self.model.vqvae.renderer().values()):
+            part.requires_grad_(True)
+        for book in self.model.modules():
+            if isinstance(book, Codebook):
+                book.bias.requires_grad_(True)  # of the rate model
+        return self._distributed()
 
     def _batches(self, side: int) -> Iterator[Any]:
         batch = self.schedule.crops_a_step(side, self.world)
