@@ -1,5 +1,6 @@
 """The quality measures of the benchmark: how each is computed, averaged and plotted."""
 
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from vqcodec import perceptual
 from vqcodec.errors import WeightsError
 from vqcodec.metrics import ms_ssim, psnr
 from vqcodec.ssimulacra2 import ssimulacra2
+from vqcodec.torchvision_compat import import_torchvision
 
 Pixels = NDArray[np.uint8]  # (H, W, 3), sRGB
 Function = Callable[[Pixels, Pixels], float]  # (original, decoded)
@@ -29,6 +31,7 @@ class Measure:
         axis: the label of the plot.
         unit: of a value on the quality scale.
         scale: mean over pictures -> the scale of plots and BD-rates, on which more is better.
+        digits: after the point, of values in tables.
     """
 
     key: str
@@ -37,6 +40,7 @@ class Measure:
     axis: str
     unit: str
     scale: Callable[[float], float]
+    digits: int = 2
 
 
 def _decibel(x: float) -> float:
@@ -47,9 +51,13 @@ MEASURES = {
     measure.key: measure
     for measure in (
         Measure("psnr", "psnr-rgb", "PSNR", "PSNR-RGB, dB", "dB", lambda x: x),
-        Measure("ms-ssim", "ms-ssim-rgb", "MS-SSIM", "MS-SSIM, dB: -10 log10(1 - x)", "dB", lambda x: _decibel(1 - x)),
+        Measure(
+            "ms-ssim", "ms-ssim-rgb", "MS-SSIM", "MS-SSIM, dB: -10 log10(1 - x)", "dB", lambda x: _decibel(1 - x), 4
+        ),
         Measure("ssimulacra2", "ssimulacra2", "SSIMULACRA2", "SSIMULACRA2, points", "points", lambda x: x),
-        Measure("lpips", "lpips-alex", "LPIPS", "LPIPS (AlexNet), dB: -10 log10(x)", "dB", _decibel),
+        Measure("lpips", "lpips-alex", "LPIPS", "LPIPS (AlexNet), dB: -10 log10(x)", "dB", _decibel, 4),
+        Measure("gmsd", "gmsd", "GMSD", "GMSD, dB: -10 log10(x)", "dB", _decibel, 4),
+        Measure("haarpsi", "haarpsi", "HaarPSI", "HaarPSI, dB: -10 log10(1 - x)", "dB", lambda x: _decibel(1 - x), 4),
     )
 }
 
@@ -62,7 +70,7 @@ def function(key: str, lpips_folder: Path | None) -> Function:
     """The function that computes the measure called `key`.
 
     Args:
-        key: one of MEASURES.
+        key: one of MEASURES. "gmsd" and "haarpsi" come from the package piq.
         lpips_folder: holds alexnet_features.safetensors; needed by "lpips" alone.
 
     Raises:
@@ -71,6 +79,8 @@ def function(key: str, lpips_folder: Path | None) -> Function:
     """
     if key == "lpips":
         return _lpips(lpips_folder)
+    if key in ("gmsd", "haarpsi"):
+        return _piq(key)
     functions: dict[str, Function] = {"psnr": psnr, "ms-ssim": ms_ssim, "ssimulacra2": ssimulacra2}
     if key not in functions:
         raise ValueError(f"unknown metric '{key}': expected one of {', '.join(MEASURES)}")
@@ -96,5 +106,21 @@ def _lpips(folder: Path | None) -> Function:
     def measure(original: Pixels, decoded: Pixels) -> float:
         with torch.inference_mode():
             return float(network(tensor(original), tensor(decoded)))
+
+    return measure
+
+
+def _piq(name: str) -> Function:
+    """GMSD (Xue et al. 2014) or HaarPSI (Reisenhofer et al. 2018) by the package piq: likeness to the eye without a network."""
+    try:
+        import_torchvision()
+        measured: Callable[..., torch.Tensor] = getattr(importlib.import_module("piq"), name)  # untyped
+    except ImportError as error:
+        raise MeasureUnavailableError(f"{error} (pip install piq)") from error
+
+    def measure(original: Pixels, decoded: Pixels) -> float:
+        a, b = (torch.from_numpy(x.transpose(2, 0, 1)[None].astype(np.float32) / 255) for x in (original, decoded))
+        with torch.inference_mode():
+            return float(measured(a, b, data_range=1.0))
 
     return measure

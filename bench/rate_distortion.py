@@ -43,6 +43,7 @@ ANCHORS = REPOSITORY.parent / "shared" / "anchors" / "kodak"
 KODAK_NAMES = {f"kodim{number:02d}" for number in range(1, 25)}
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".ppm"}
 
+TABLE_RATES = (0.08, 0.15, 0.3, 0.5, 1.0)  # bits per pixel
 COMPARED_PICTURES = 4
 COMPARED_RATES = (0.15, 0.5)  # bits per pixel
 COMPARED_CODECS = ("vqcodec", "vqcodec-natural", "avif", "jxl", "jpeg")
@@ -120,6 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for measure in chosen_measures:
         print(f"\nBD-rate by {measure.title}, % [range of {measure.unit}]")
         print(text_table(*bd_table(compared, measure)))
+        print(f"\n{measure.title} at equal rates\n{text_table(*rate_table(curves, measure))}")
     print("\n" + "\n".join(aim_lines(reached)))
     print(f"\nReport: {options.output / 'report.html'}")
     return 0
@@ -383,6 +385,19 @@ def bd_table(compared: Sequence[Comparison], measure: Measure) -> tuple[list[str
     return header, [[test, *(cells.get((test, *column), "") for column in columns)] for test in tests]
 
 
+def rate_table(curves: Sequence[Result], measure: Measure) -> tuple[list[str], list[list[str | report.Cell]]]:
+    """Header and rows: what each codec comes to at TABLE_RATES, interpolated over the logarithm of the rate."""
+    rows: list[list[str | report.Cell]] = []
+    for result in curves:
+        values = result.columns.get(measure.column, ())
+        points = [(b, x) for b, x in zip(result.columns["bpp"], values) if b is not None and x is not None]  # noqa: B905
+        if points:
+            bpp, value = (np.array(column) for column in zip(*sorted(points), strict=True))
+            found = np.interp(np.log(TABLE_RATES), np.log(bpp), value, left=np.nan, right=np.nan)
+            rows.append([result.title, *("" if np.isnan(x) else f"{x:.{measure.digits}f}" for x in found)])
+    return ["bits per pixel", *map(str, TABLE_RATES)], rows
+
+
 def _bd_cell(value: BdRate | None, measure: Measure) -> report.Cell:
     if value is None:
         return report.Cell("no common range")
@@ -458,6 +473,15 @@ def build_report(
                 if rows
             ],
         ),
+        report.Section(
+            "At equal rates",
+            ["Between measured points, interpolated over the logarithm of the rate."],
+            tables=[
+                (measure.title, report.Table(*table, own))
+                for measure in chosen
+                if (table := rate_table(curves, measure))[1]
+            ],
+        ),
         *([report.Section("Quality levels beside JPEG", tables=[("", _aim_table(reached))])] if reached else []),
         report.Section("Curves", plots=[(MEASURES[key].title, data) for key, data in images.items()]),
         report.Section(
@@ -502,10 +526,7 @@ def _points_table(result: Result, chosen: Sequence[Measure]) -> report.Table:
     columns = {
         "quality": ("quality", "{:g}"),
         "bpp": ("bpp", "{:.3f}"),
-        **{
-            measure.column: (measure.title, "{:.4f}" if measure.key in ("ms-ssim", "lpips") else "{:.2f}")
-            for measure in chosen
-        },
+        **{measure.column: (measure.title, f"{{:.{measure.digits}f}}") for measure in chosen},
         "encoding_time": ("encoding, s", "{:.3f}"),
         "decoding_time": ("decoding, s", "{:.3f}"),
     }

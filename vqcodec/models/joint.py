@@ -22,7 +22,7 @@ BALANCE = 0.4
 # Weight of the estimate's squared error, in units of the distortion that it would be without any code.
 ESTIMATE_WEIGHT = 0.1
 # Weight of the perceptual distance beside them.
-PERCEPTUAL_WEIGHT = 1.0
+PERCEPTUAL_WEIGHT = 2.0
 # Weight of all that residual blocks add, as if it were distortion: what is useful gains twenty times as much.
 ADDED_WEIGHT = 0.05
 
