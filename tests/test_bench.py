@@ -246,6 +246,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_rate_distortion_run(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "out"
     arguments = [str(folder), "-o", str(output), "--codecs", "jpeg,webp", "--qualities", "jpeg=20,50,90"]
+    arguments += ["--metrics", "psnr,ms-ssim,ssimulacra2,lpips"]
     assert rate_distortion.main([*arguments, "--qualities", "webp=10,50,90"]) == 0
     printed = capsys.readouterr()
     assert "BD-rate by PSNR" in printed.out and "not checked" in printed.out
