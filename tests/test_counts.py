@@ -14,7 +14,7 @@ from vqcodec.models import counts
 from vqcodec.models.config import TINY, SliceConfig
 from vqcodec.models.counts import TOTAL, CodeTables, Tables, flag_counts, power
 from vqcodec.models.prior import rates
-from vqcodec.models.quantizer import Codebook, _log_probabilities
+from vqcodec.models.quantizer import Codebook, log_probabilities
 
 SLICES = [SliceConfig(2, 1, 64, 0), SliceConfig(3, 2, 40, 0), SliceConfig(1, 4, 160, 0), SliceConfig(1, 1, 3, 0)]
 
@@ -163,7 +163,7 @@ def test_counts_are_close_to_the_rate_model_of_training(piece: SliceConfig) -> N
     tables, book = tables_of(piece)
     parameters = random_parameters(piece, 200, largest=30)
     model = rates(parameters)
-    logp = _log_probabilities(book.features(), book.bias.detach(), model.theta, model.zero)[0].permute(1, 0, 2)
+    logp = log_probabilities(book.features(), book.bias.detach(), model.theta, model.zero)[0].permute(1, 0, 2)
     flags = torch.from_numpy((flag_counts(parameters) + 1) / TOTAL).reshape(200, piece.planes, 2)
     values = tables.value_counts(parameters, torch.ones(200, piece.planes, dtype=torch.bool))
     share = torch.from_numpy((values + 1) / TOTAL).reshape(piece.planes, 200, -1).transpose(0, 1)
