@@ -211,9 +211,7 @@ def _jxl(weights: Path | None, device: str, threads: int) -> Codec:
     )
 
 
-def _vqcodec(
-    weights: Path | None, device: str, threads: int, *, look: str = "faithful", effort: int = 1, variant: str = ""
-) -> Codec:
+def _vqcodec(weights: Path | None, device: str, threads: int, *, look: str = "faithful", effort: int = 1) -> Codec:
     try:
         import vqcodec.codec
         import vqcodec.packaged
@@ -234,9 +232,10 @@ def _vqcodec(
     def decode(data: bytes) -> Pixels:
         return np.asarray(vqcodec.codec.decompress(data, weights=path, look=look, device=device).convert("RGB"))
 
+    variants = [*([look] if look != "faithful" else []), *([f"effort {effort}"] if effort > 1 else [])]
     return Codec(
-        f"vqcodec{variant and '-'}{variant.replace(' ', '-')}",
-        f"vqcodec{variant and ', '}{variant}",
+        "-".join(["vqcodec", *variants]).replace(" ", "-"),
+        ", ".join(["vqcodec", *variants]),
         ".vqz",
         f"weights {path.name}, id {weights_id}",
         f"vqcodec {vqcodec.__version__}",
@@ -249,8 +248,8 @@ def _vqcodec(
 
 _MAKERS: dict[str, Callable[[Path | None, str, int], Codec]] = {
     "vqcodec": _vqcodec,
-    "vqcodec-natural": functools.partial(_vqcodec, look="natural", variant="natural"),
-    "vqcodec-effort-9": functools.partial(_vqcodec, effort=9, variant="effort 9"),
+    "vqcodec-natural": functools.partial(_vqcodec, look="natural"),
+    "vqcodec-effort-9": functools.partial(_vqcodec, effort=9),
     "jpeg": _jpeg,
     "webp": _webp,
     "jpeg2000": _jpeg2000,
@@ -259,5 +258,5 @@ _MAKERS: dict[str, Callable[[Path | None, str, int], Codec]] = {
     "jxl": _jxl,
 }
 KEYS = tuple(_MAKERS)
-# Without those that take hours.
+# Without what is too slow to be measured unasked.
 USUAL = tuple(key for key in KEYS if key != "vqcodec-effort-9")

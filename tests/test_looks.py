@@ -53,7 +53,7 @@ def look(own: Path) -> Path:
             if name == "weight":
                 parameter.mul_(0.9)
     path = own.with_suffix(".natural.safetensors")
-    weights.save_look(path, config, vqvae, model.id, {})
+    weights.save_look(path, config, vqvae, model.id.hex(), {})
     return path
 
 
@@ -108,6 +108,9 @@ def test_training(own: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     run(2)
     run(3, resume=True)
+    other = models.save(models.tiny(seed=9), own.with_name("other.safetensors"))
+    with pytest.raises(TrainingError, match="is of a look of weights"):
+        training.train([pictures], output, start_from=other, features=Path("features"), resume=True, device="cpu")
     data = vqcodec.compress(models.picture(96, 96, 50), weights=own)
     faithful, natural = (
         np.asarray(vqcodec.decompress(data, weights=own, look=name)).astype(float) for name in packaged.LOOKS
@@ -119,6 +122,28 @@ def test_training(own: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) ->
     for name, tensor in state.items():
         if not name.startswith(renderer) and not name.endswith((".usage", ".sums", ".steps")):
             assert torch.equal(checkpoint[name], tensor), name
+
+
+def test_a_look_of_a_classic_model(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the prior is learned after the rest, a look never comes to its turn."""
+    monkeypatch.setattr(training, "_perceptual", lambda features, device: coarse)
+    monkeypatch.setattr(torch, "set_flush_denormal", lambda _: True)
+    own = models.save(models.raster(layers=2), tmp_path / "own.safetensors")
+    output = own.with_suffix(".natural.safetensors")
+    seen: list[training.Progress] = []
+    training.train(
+        [pictures],
+        output,
+        start_from=own,
+        features=Path("features"),
+        minutes=1.5 / 60,
+        device="cpu",
+        schedule=dataclasses.replace(PLAN, crop=32),
+        on_progress=seen.append,
+    )
+    assert seen[-1].step > 3
+    data = vqcodec.compress(models.picture(24, 24), weights=own)
+    assert vqcodec.decompress(data, weights=own, look="natural").size == (24, 24)
 
 
 def test_refused(own: Path, look: Path, tmp_path: Path) -> None:

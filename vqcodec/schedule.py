@@ -98,6 +98,7 @@ LOOK = Schedule(
     fall_steps=math.inf,
     rate_start=1.0,
     polish_from=1.0,
+    prior_from=1.0,
     large_from=1.0,
     average_decay=0.995,
     low_qualities=1.5,

@@ -21,7 +21,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -126,9 +126,9 @@ def train(
         target = _device(device, rank)
         torch.manual_seed(seed)
         plan = schedule or (LOOK if features else SCHEDULES.get(settings.name, Schedule()))
+        if settings.rate == "after":  # the prior has its own part of the time already
+            plan = dataclasses.replace(plan, polish_from=1.0)
         run = _Run(settings, plan, output, target, rank, world, minutes * 60, seed, on_progress, on_warning)
-        if settings.rate == "after":
-            run.schedule = dataclasses.replace(plan, polish_from=1.0)
         if given and features:
             run.only_look(given, features)
         paths = data.find_pictures(pictures)
@@ -212,11 +212,10 @@ def _perceptual(features: Path, device: torch.device) -> Callable[[Tensor, Tenso
 
 def _optimisers(model: RateDistortion, schedule: Schedule) -> dict[str, torch.optim.Optimizer]:
     """Muon for the weights of convolutions, Adam for the rest; each group with its peak learning rate."""
-    learning = {id(p) for p in model.parameters() if p.requires_grad}
-    klt = [m.weight for m in model.modules() if isinstance(m, Linear1x1) and id(m.weight) in learning]
-    kernels = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d) and id(m.weight) in learning]
-    rest = learning - {id(p) for p in [*klt, *kernels]}
-    others = [p for p in model.parameters() if id(p) in rest]
+    klt = [p for m in model.modules() if isinstance(m, Linear1x1) for p in m.parameters()]
+    kernels = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
+    known = {id(p) for p in [*klt, *kernels]}
+    others = [p for p in model.parameters() if id(p) not in known]
     groups = [{"params": others, "peak": schedule.rate}, {"params": klt, "peak": schedule.klt_rate}]
     return {
         "muon": Muon([{"params": kernels, "peak": schedule.kernel_rate}], schedule.kernel_rate),
@@ -265,7 +264,7 @@ class _Run:
         self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.optimisers = _optimisers(self.model, schedule)
         self.structured = all(book.structured for book in self.model.modules() if isinstance(book, Codebook))
-        self.look_of: bytes | None = None  # id of the weights of which another look is trained
+        self.look_of = ""  # id of the weights, in hexadecimal, of which another look is trained
         self.step, self.spent = 0, 0.0
         self.rate_start = schedule.rate_start
         self.bpp = self.psnr = self.loss = math.nan
@@ -277,12 +276,9 @@ class _Run:
 
     def only_look(self, given: weights.Model, features: Path) -> None:
         """Train what turns the codes of given weights into pixels, and export nothing else."""
-        self.look_of = given.id
+        self.look_of = given.id.hex()
         self.model.perceptual = self.average.perceptual = _perceptual(features, self.device)
-        self.model.requires_grad_(False)
-        for part in self.model.vqvae.renderer().values():
-            part.requires_grad_(True)
-        self.optimisers = _optimisers(self.model, self.schedule)
+        self._learn_only(self.model.vqvae.renderer().values())
 
     def open_data(self, paths: list[Path]) -> None:
         training, held = data.split(paths, VALIDATION_PICTURES)
@@ -409,13 +405,15 @@ class _Run:
 
     def _polish(self) -> nn.Module:
         """From now on codes stand still: only the prior and what turns codes into pixels learn."""
-        self.model.requires_grad_(False)
-        for part in (self.model.prior, *self.model.vqvae.renderer().values()):
-            part.requires_grad_(True)
-        for book in self.model.modules():
-            if isinstance(book, Codebook):
-                book.bias.requires_grad_(True)  # of the rate model
+        biases = (book.bias for book in self.model.modules() if isinstance(book, Codebook))  # of the rate model
+        self._learn_only((self.model.prior, *self.model.vqvae.renderer().values(), *biases))
         return self._distributed()
+
+    def _learn_only(self, parts: Iterable[nn.Module | Tensor]) -> None:
+        """Everything else stands still: optimisers pass over what gets no gradient."""
+        self.model.requires_grad_(False)
+        for part in parts:
+            part.requires_grad_(True)
 
     def _batches(self, side: int) -> Iterator[Any]:
         batch = self.schedule.crops_a_step(side, self.world)
@@ -459,9 +457,7 @@ class _Run:
             losses = trained(pixels, quality, rate_weight)
         self.model.zero_grad(set_to_none=True)
         losses.total.backward()
-        norm = nn.utils.clip_grad_norm_(
-            [p for p in self.model.parameters() if p.requires_grad], self.schedule.clip_norm
-        )
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.schedule.clip_norm)
         if torch.isfinite(norm):
             for optimiser in self.optimisers.values():
                 optimiser.step()
@@ -574,7 +570,7 @@ class _Run:
         tensors |= {f"before.{index}": torch.from_numpy(pixels) for index, pixels in enumerate(self.before)}
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
         facts = {name: getattr(self, name) for name in FACTS}
-        metadata = {"config": self.config.to_json(), "facts": json.dumps(facts)}
+        metadata = {"config": self.config.to_json(), "facts": json.dumps(facts), "look_of": self.look_of}
         temporary = self._checkpoint().with_suffix(".ckpt.tmp")
         save_file(tensors, temporary, metadata)
         os.replace(temporary, self._checkpoint())
@@ -591,6 +587,9 @@ class _Run:
             raise TrainingError(f"cannot resume from {path}: not a checkpoint of a training run")
         if Config.from_json(metadata["config"]) != self.config:
             raise TrainingError(f"{path} is of another configuration")
+        if metadata.get("look_of", "") != self.look_of:
+            what = f"a look of weights {metadata['look_of']}" if metadata.get("look_of") else "a model of its own"
+            raise TrainingError(f"{path} is of {what}")
         for prefix, module in (("model.", self.model), ("average.", self.average)):
             module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         for name, optimiser in self.optimisers.items():

@@ -168,8 +168,8 @@ def save_model(path: Path, config: Config, vqvae: VQVAE, prior: Prior, notes: di
     return _write(path, tensors, {"format": FORMAT, "config": config.to_json()}, notes)
 
 
-def save_look(path: Path, config: Config, vqvae: VQVAE, weights_id: bytes, notes: dict[str, Any]) -> None:
-    """Write what turns codes of the weights `weights_id` into pixels, atomically.
+def save_look(path: Path, config: Config, vqvae: VQVAE, weights_id: str, notes: dict[str, Any]) -> None:
+    """Write what turns codes of the weights `weights_id`, in hexadecimal, into pixels, atomically.
 
     Args:
         path: target. config: of the model, which may have other decoder blocks than the weights. vqvae: the trained network.
@@ -180,7 +180,7 @@ def save_look(path: Path, config: Config, vqvae: VQVAE, weights_id: bytes, notes
         for name, part in vqvae.renderer().items()
         for key, tensor in part.state_dict().items()
     }
-    _write(path, tensors, {"format": LOOK_FORMAT, "config": config.to_json(), "weights": weights_id.hex()}, notes)
+    _write(path, tensors, {"format": LOOK_FORMAT, "config": config.to_json(), "weights": weights_id}, notes)
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], notes: dict[str, Any]) -> bytes:
