@@ -3,13 +3,16 @@ deep features as a perceptual metric"), by the package of its authors, without a
 
 import importlib
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from vqcodec.errors import WeightsError
+from vqcodec.models.vqvae import channels_last
 from vqcodec.torchvision_compat import import_torchvision
 
 
@@ -39,3 +42,18 @@ def lpips(network: str, features: Path) -> nn.Module:
     except (KeyError, RuntimeError):
         raise WeightsError(f"{features} does not hold the features of LPIPS's network {network!r}") from None
     return module.requires_grad_(False).eval()
+
+
+def distance(features: Path, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """LPIPS with SqueezeNet as part of a loss: two batches of pictures (B, 3, H, W) in 0..255 -> (B,).
+
+    Args and Raises: as `lpips`.
+    """
+    network = channels_last(lpips("squeeze", features), device)
+
+    def measure(a: Tensor, b: Tensor) -> Tensor:
+        with torch.autocast(device.type, enabled=False):
+            found: Tensor = network(a.float() / 127.5 - 1, b.float() / 127.5 - 1)
+        return found.flatten()
+
+    return measure

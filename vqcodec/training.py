@@ -18,7 +18,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,12 +33,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 
-from vqcodec import data, weights
+from vqcodec import data, looks, perceptual, weights
 from vqcodec.errors import TrainingError
 from vqcodec.models.config import Config, load_config
 from vqcodec.models.joint import Losses, RateDistortion
 from vqcodec.models.quantizer import Codebook
-from vqcodec.models.vqvae import VQVAE, Linear1x1, ResidualBlock, channels_last
+from vqcodec.models.vqvae import Linear1x1, channels_last
 from vqcodec.muon import Muon
 from vqcodec.schedule import LOOK, SCHEDULES, Schedule
 
@@ -54,8 +53,6 @@ REVIVE_STEPS, REVIVE_SHARE = 50, 0.5
 # What a checkpoint holds besides tensors.
 FACTS = ("step", "spent", "bpp", "psnr", "rate_start")
 VALIDATION_QUALITIES = (10, 30, 50, 70, 90)
-# Of another look: residual blocks that stages below the codes have more on the way to the pixels.
-LOOK_BLOCKS = 2
 
 
 @dataclass(frozen=True)
@@ -121,7 +118,7 @@ def train(
     if features is not None:
         if given is None:
             raise TrainingError("a look needs the weights that it is for")
-        settings = _look_config(given.config)
+        settings = looks.look_config(given.config)
     with _process_group() as (rank, world):
         target = _device(device, rank)
         torch.manual_seed(seed)
@@ -168,46 +165,6 @@ def _device(name: str, rank: int) -> torch.device:
             raise TrainingError("no CUDA device is available")
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
     return torch.device(name)
-
-
-def _look_config(config: Config) -> Config:
-    """Of another look: more residual blocks below the codes."""
-    finest = config.levels[-1].stride
-    stages = (
-        dataclasses.replace(s, decoder_blocks=s.decoder_blocks + LOOK_BLOCKS * (s.stride < finest))
-        for s in config.stages
-    )
-    return dataclasses.replace(config, stages=tuple(stages))
-
-
-def _with_blocks(given: weights.Model, config: Config) -> VQVAE:
-    """Given networks with the blocks that a configuration has more, which change nothing yet."""
-    vqvae = VQVAE(config).requires_grad_(False)
-    state = given.vqvae.state_dict()
-    for name, part in vqvae.named_modules():
-        if isinstance(part, ResidualBlock) and f"{name}.deviation" not in state:
-            before = re.sub(r"\d+$", lambda number: str(int(number[0]) - 1), name)  # knows the scale of the same input
-            own = {**part.state_dict(), "deviation": state[f"{before}.deviation"]}
-            state |= {f"{name}.{key}": value for key, value in own.items()}
-    vqvae.load_state_dict(state)
-    return vqvae
-
-
-def _perceptual(features: Path, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """LPIPS of pictures (B, 3, H, W) in 0..255, in the features of SqueezeNet -> (B,)."""
-    from vqcodec import perceptual
-
-    try:
-        network = channels_last(perceptual.lpips("squeeze", features), device)
-    except ImportError as error:
-        raise TrainingError(f"{error} (pip install 'vqcodec[natural]')") from None
-
-    def distance(a: Tensor, b: Tensor) -> Tensor:
-        with torch.autocast(device.type, enabled=False):
-            found: Tensor = network(a.float() / 127.5 - 1, b.float() / 127.5 - 1)
-        return found.flatten()
-
-    return distance
 
 
 def _optimisers(model: RateDistortion, schedule: Schedule) -> dict[str, torch.optim.Optimizer]:
@@ -277,7 +234,11 @@ class _Run:
     def only_look(self, given: weights.Model, features: Path) -> None:
         """Train what turns the codes of given weights into pixels, and export nothing else."""
         self.look_of = given.id.hex()
-        self.model.perceptual = self.average.perceptual = _perceptual(features, self.device)
+        try:
+            distance = perceptual.distance(features, self.device)
+        except ImportError as error:
+            raise TrainingError(f"{error} (pip install 'vqcodec[natural]')") from None
+        self.model.perceptual = self.average.perceptual = distance
         self._learn_only(self.model.vqvae.renderer().values())
 
     def open_data(self, paths: list[Path]) -> None:
@@ -296,7 +257,7 @@ class _Run:
 
     def start_from(self, given: weights.Model) -> None:
         """Continue from exported weights; the rate counts in full from the first step."""
-        self.model.vqvae.load_state_dict(_with_blocks(given, self.config).state_dict())
+        self.model.vqvae.load_state_dict(looks.with_blocks(given, self.config).state_dict())
         prior = copy.deepcopy(given.prior)
         prior.thaw()
         self.model.prior.load_state_dict(prior.state_dict())

@@ -1,0 +1,33 @@
+"""What another look of given weights starts as: the same networks, with more residual blocks on the way to the pixels."""
+
+import dataclasses
+import re
+
+from vqcodec.models.config import Config
+from vqcodec.models.vqvae import VQVAE, ResidualBlock
+from vqcodec.weights import Model
+
+# Residual blocks that every stage below the codes has more.
+BLOCKS = 2
+
+
+def look_config(config: Config) -> Config:
+    """The configuration of another look: more residual blocks in the decoder's stages below the finest codes."""
+    finest = config.levels[-1].stride
+    stages = (
+        dataclasses.replace(s, decoder_blocks=s.decoder_blocks + BLOCKS * (s.stride < finest)) for s in config.stages
+    )
+    return dataclasses.replace(config, stages=tuple(stages))
+
+
+def with_blocks(given: Model, config: Config) -> VQVAE:
+    """Given networks with the blocks that a configuration has more, which change nothing yet."""
+    vqvae = VQVAE(config).requires_grad_(False)
+    state = given.vqvae.state_dict()
+    for name, part in vqvae.named_modules():
+        if isinstance(part, ResidualBlock) and f"{name}.deviation" not in state:
+            before = re.sub(r"\d+$", lambda number: str(int(number[0]) - 1), name)  # knows the scale of the same input
+            own = {**part.state_dict(), "deviation": state[f"{before}.deviation"]}
+            state |= {f"{name}.{key}": value for key, value in own.items()}
+    vqvae.load_state_dict(state)
+    return vqvae
