@@ -15,6 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 if not __package__:  # run as a file: let the imports below find the repository's packages
@@ -55,8 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
     given.output.parent.mkdir(parents=True, exist_ok=True)
     wanted = {f"{p.name} {e} {q}": (p, e, q) for e in efforts for q in qualities for p in paths}
     missing = {key: args for key, args in wanted.items() if key not in known}
-    # Not forked: a copy of a process whose torch has threads may wait for them for ever.
-    with ProcessPoolExecutor(given.jobs, get_context("spawn")) as pool:
+    # Not forked: a copy of a process whose torch has threads may wait for them for ever. More threads than cores are far slower.
+    threads = max(1, torch.get_num_threads() // given.jobs)
+    with ProcessPoolExecutor(given.jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
         for key, found in zip(missing, pool.map(_measure, missing.values()), strict=True):
             known[key] = found
             given.output.write_text(json.dumps(known))
