@@ -9,7 +9,6 @@ there already are not repeated. Nothing else should keep the machine busy: the c
 """
 
 import argparse
-import contextlib
 import csv
 import json
 import os
@@ -18,14 +17,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from unittest import mock
 
 if not __package__:  # run as a file: let the imports below find the repository's packages
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.scalar import RoundingBook
 from vqcodec import training
-from vqcodec.models import vqvae
 from vqcodec.models.config import PHOTO, Config, PriorConfig, SliceConfig
 from vqcodec.schedule import Schedule
 
@@ -37,13 +33,11 @@ class Variant:
     Attributes:
         about: what is different.
         config, schedule: see there.
-        rounding: a scalar quantiser instead of codebooks.
     """
 
     about: str
     config: Config = PHOTO
     schedule: Schedule = field(default_factory=Schedule)
-    rounding: bool = False
 
 
 def _with_slices(*slices: SliceConfig) -> Config:
@@ -56,11 +50,10 @@ def _bottom() -> tuple[SliceConfig, ...]:
     return PHOTO.levels[-1].slices
 
 
-def _scalars(codes: int | None) -> Config:
+def _scalars() -> Config:
     """Every plane of one dimension."""
     stages = tuple(
-        replace(s, slices=tuple(replace(p, planes=p.channels, dim=1, codes=codes or p.codes) for p in s.slices))
-        for s in PHOTO.stages
+        replace(s, slices=tuple(replace(p, planes=p.channels, dim=1) for p in s.slices)) for s in PHOTO.stages
     )
     return replace(PHOTO, stages=stages)
 
@@ -75,8 +68,14 @@ def _without_top() -> Config:
 VARIANTS = {
     "photo": Variant("as shipped"),
     # The quantiser
-    "scalar": Variant("rounding and a Gaussian prior", replace(_scalars(1023), commitment=0.0), rounding=True),
-    "d1": Variant("codebooks, every plane of one dimension", _scalars(None)),
+    "scalar": Variant(
+        "rounding to the end", schedule=Schedule(prior_at=1.0, joint_at=1.0, polish_from=1.0, rate_rise=0.6)
+    ),
+    "no-rounding": Variant(
+        "codebooks and prior from the start",
+        schedule=Schedule(prior_at=0.0, joint_at=0.0, joint_rate=1.0, rate_rise=0.6),
+    ),
+    "d1": Variant("every plane of one dimension", _scalars()),
     "d4": Variant(
         "planes of four dimensions in the last slice",
         _with_slices(*_bottom()[:-1], replace(_bottom()[-1], planes=44, dim=4, codes=128)),
@@ -92,12 +91,12 @@ VARIANTS = {
     "prior-64": Variant("context of 64 channels", replace(PHOTO, prior=PriorConfig(64, 64, 1))),
     "prior-2-blocks": Variant("two gated blocks before each slice", replace(PHOTO, prior=PriorConfig(96, 64, 2))),
     # The schedule
-    "half-rate": Variant("half the learning rates", schedule=Schedule(kernel_rate=2.5e-3, rate=1.25e-3)),
-    "double-rate": Variant("twice the learning rates", schedule=Schedule(kernel_rate=1e-2, rate=5e-3)),
+    "half-rate": Variant("half the learning rates", schedule=Schedule(rate=5e-4, prior_rate=1.5e-3)),
+    "double-rate": Variant("twice the learning rates", schedule=Schedule(rate=2e-3, prior_rate=6e-3)),
     "fast-rate": Variant(
         "the rate's weight 0.5, 1 after a twentieth of the time", schedule=Schedule(rate_start=0.5, rate_rise=0.05)
     ),
-    "no-fall": Variant("learning rates fall with the time alone", schedule=Schedule(fall_steps=1e9)),
+    "muon": Variant("kernels by Muon", schedule=Schedule(kernel_rate=5e-3)),
     "full-rate": Variant("the rate's weight 1 throughout", schedule=Schedule(rate_start=1.0)),
     "batch-4": Variant("batches of 4", schedule=Schedule(batch=4)),
     "batch-16": Variant("batches of 16", schedule=Schedule(batch=16)),
@@ -108,15 +107,14 @@ VARIANTS = {
 def run(name: str, pictures: list[Path], minutes: float, folder: Path) -> None:
     """Train one variant in this process."""
     variant = VARIANTS[name]
-    with mock.patch.object(vqvae, "Codebook", RoundingBook) if variant.rounding else contextlib.nullcontext():
-        training.train(
-            pictures,
-            folder / f"{name}.safetensors",
-            config=variant.config,
-            schedule=variant.schedule,
-            minutes=minutes,
-            device="cpu",
-        )
+    training.train(
+        pictures,
+        folder / f"{name}.safetensors",
+        config=variant.config,
+        schedule=variant.schedule,
+        minutes=minutes,
+        device="cpu",
+    )
 
 
 def row(name: str, folder: Path) -> str:

@@ -5,22 +5,24 @@ import pytest
 from vqcodec.schedule import Schedule
 
 
-def test_learning_rate_rises_and_falls() -> None:
-    plan = Schedule(warm_up_steps=10, fall_steps=1e9, polish_from=1)
-    assert [plan.learning_rate(step, 0.0) for step in (0, 4, 9, 10_000)] == pytest.approx([0.1, 0.5, 1, 1], rel=1e-3)
-    over_time = [plan.learning_rate(1000, share / 20) for share in range(21)]
-    assert over_time == sorted(over_time, reverse=True)
-    assert over_time[10] == pytest.approx(0.505, rel=1e-3) and over_time[20] == pytest.approx(0.01, rel=1e-3)
-    plan = Schedule(warm_up_steps=10, fall_steps=100)
-    assert [plan.learning_rate(step, 0.0) for step in (100, 300, 900)] == pytest.approx([1 / 2, 1 / 4, 1 / 10])
+def test_learning_rates_rise_and_fall_in_every_phase() -> None:
+    plan = Schedule(warm_up_steps=10, prior_at=0.5, joint_at=0.6, joint_rate=0.2, polish_from=0.8, polish_rate=0.4)
+    assert [plan.phase(share) for share in (0, 0.49, 0.5, 0.59, 0.6, 0.79, 0.8, 1)] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [plan.learning_rate(step, 0.0) for step in (0, 4, 9, 10_000)] == pytest.approx([0.1, 0.5, 1, 1])
+
+    def at(*shares: float) -> list[float]:
+        return [plan.learning_rate(1000, share) for share in shares]
+
+    assert at(0.25, 0.4, 0.49999) == pytest.approx([1, 0.7, 0.2], rel=1e-3)
+    assert at(0.5, 0.55, 0.59999) == pytest.approx([1, 0.505, 0.01], rel=1e-3)
+    assert at(0.6, 0.7, 0.79999) == pytest.approx([0.2, 0.101, 0.002], rel=1e-3)
+    assert at(0.8, 0.9, 0.99999) == pytest.approx([0.4, 0.202, 0.004], rel=1e-3)
 
 
-def test_polishing_has_a_cosine_of_its_own() -> None:
-    plan = Schedule(warm_up_steps=10, fall_steps=1e9, polish_from=0.8, polish_rate=0.2)
-    assert [plan.learning_rate(1000, share) for share in (0.4, 0.7999)] == pytest.approx([0.505, 0.01], rel=1e-3)
-    assert [plan.learning_rate(1000, share) for share in (0.8, 0.9, 0.9999)] == pytest.approx(
-        [0.2, 0.101, 0.002], rel=0.01
-    )
+def test_weights_that_have_a_prior_learn_all_together_from_the_start() -> None:
+    plan = Schedule(warm_up_steps=10, prior_at=0.0, joint_at=0.0, joint_rate=1.0, polish_from=1.0)
+    assert [plan.phase(share) for share in (0, 0.5, 0.999)] == [2, 2, 2]
+    assert [plan.learning_rate(1000, share) for share in (0, 0.5, 0.99999)] == pytest.approx([1, 0.505, 0.01], rel=1e-3)
 
 
 def test_rate_weight_reaches_one_and_stays() -> None:

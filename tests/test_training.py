@@ -25,10 +25,25 @@ from vqcodec import codec, training, weights
 from vqcodec.errors import TrainingError, WeightsError
 from vqcodec.metrics import psnr
 from vqcodec.models.config import PHOTO, TINY
+from vqcodec.models.joint import RateDistortion
 from vqcodec.schedule import Schedule
 from vqcodec.training import Progress, train
 
-SMALL = Schedule(crop=64, large_crop=96, batch=4, kernel_rate=1e-2, warm_up_steps=10, rate_start=0.5, rate_rise=0.2)
+# All together from the start.
+SMALL = Schedule(
+    crop=64,
+    large_crop=96,
+    batch=4,
+    kernel_rate=1e-2,
+    rate=2.5e-3,
+    warm_up_steps=10,
+    prior_at=0.0,
+    joint_at=0.0,
+    joint_rate=1.0,
+    rate_start=0.5,
+    rate_rise=0.2,
+    polish_rate=0.15,
+)
 BOOKKEEPING = {"REPORT_SECONDS": 0.0, "CHECKPOINT_SECONDS": 0.5, "VALIDATIONS": 3}
 BOOKKEEPING |= {"START_CROPS": 32}
 
@@ -302,6 +317,34 @@ def test_two_processes(pictures: Path, tmp_path: Path, script: Path) -> None:
     assert rows[-1]["cost"] < rows[0]["cost"]
     assert weights.describe(output)["notes"]["processes"] == 2
     codec.compress(models.picture(40, 40), weights=output, verify=True)
+
+
+# Phases
+
+
+def test_rounding_comes_first(pictures: Path, tmp_path: Path, small: None) -> None:
+    """Until codebooks take over, neither they nor the prior learn; then only they do, and weights are a codec."""
+    output = tmp_path / "mine.safetensors"
+    plan = dataclasses.replace(SMALL, kernel_rate=None, rate=3e-3, prior_at=0.7, joint_at=1.0, polish_from=1.0)
+    started = RateDistortion(TINY).state_dict()  # seeded by nothing: only what does not depend on it is looked at
+    run(pictures, output, 3, schedule=dataclasses.replace(plan, prior_at=1.0))
+    tensors = checkpoint_of(output)
+    assert any(name.startswith("model.rounding.") for name in tensors)
+    assert bool(tensors["model.vqvae.stages.0.decoder.0.expand.weight"].any())
+    books = [name for name in started if name.endswith(("codebook.vectors", "codebook.bias"))]
+    assert books and all(torch.equal(tensors[f"model.{name}"], started[name]) for name in books)
+
+    seen = run(pictures, output, 4.5, schedule=plan, resume=True)
+    after = checkpoint_of(output)
+    assert not any(name.startswith("model.rounding.") for name in after)
+    assert not torch.equal(after["model.prior.levels.1.start.curve"], tensors["model.prior.levels.1.start.curve"])
+    kernel = "vqvae.stages.0.decoder.0.expand.weight"
+    assert torch.equal(after[f"model.{kernel}"], after[f"average.{kernel}"]), "what was learned until then stands still"
+    again = run(pictures, output, 4.5, schedule=plan, resume=True)
+    assert again[-1].step == seen[-1].step
+    source = models.picture(70, 90, seed=200)
+    data = codec.compress(source, weights=output, verify=True)
+    assert psnr(source, codec.decode_picture(data, weights=output).pixels) > 20
 
 
 def test_in_the_end_codes_stand_still(pictures: Path, tmp_path: Path, small: None) -> None:

@@ -12,11 +12,13 @@ class Schedule:
         batch: crops a step, over all processes. crop: their side in pixels.
         large_crop: side from the share `large_from` of the time on, with as many pixels a batch.
         mirror: whether half of the crops are mirrored.
-        kernel_rate: Muon's peak learning rate, for the kernels of convolutions. rate: Adam's, for the rest.
+        kernel_rate: Muon's peak learning rate, for the kernels of convolutions; None leaves them to Adam.
+        rate: Adam's, for the rest. prior_rate: Adam's for the prior.
         klt_rate: Adam's for the KLT matrices, which multiply large inputs: at the full rate a few steps would undo them.
         warm_up_steps: optimiser steps over which learning rates rise.
-        fall_steps: learning rates fall as 1 / (1 + step / fall_steps): the start is learned in a few hundred steps at
-            rates at which gradients of small batches are mostly noise later.
+        prior_at: share of the time until which rounding stands in for codebooks and prior (rounding.py). joint_at: until which the prior
+            then learns alone. Zero for weights that have a prior.
+        joint_rate: the peak of learning rates from then on, as a share of their peaks before.
         rate_start: weight of the rate in the loss at the start of a fresh run. rate_rise: share of the time over which it
             rises to 1: codes that are rare from the start would never be tried.
         polish_from: share of the time from which codes stand still and only the prior and what turns codes into pixels learn,
@@ -33,28 +35,36 @@ class Schedule:
     large_crop: int = 384
     large_from: float = 0.85
     mirror: bool = True
-    kernel_rate: float = 5e-3
-    rate: float = 2.5e-3
+    kernel_rate: float | None = None
+    rate: float = 1e-3
+    prior_rate: float = 3e-3
     klt_rate: float = 3e-5
     warm_up_steps: int = 100
-    fall_steps: float = 300.0
+    prior_at: float = 0.6
+    joint_at: float = 0.7
+    joint_rate: float = 0.2
     rate_start: float = 0.1
-    rate_rise: float = 0.6
+    rate_rise: float = 0.35
     polish_from: float = 0.88
-    polish_rate: float = 0.15
+    polish_rate: float = 0.4
     prior_from: float = 0.5
     average_decay: float = 0.999
     clip_norm: float = 1.0
     low_qualities: float = 1.0
 
+    def phase(self, share: float) -> int:
+        """0: rounding; 1: the prior alone; 2: all; 3: for codes that stand still."""
+        return sum(share >= start for start in (self.prior_at, self.joint_at, self.polish_from))
+
     def learning_rate(self, step: int, share: float) -> float:
-        """What the peak learning rates are multiplied by: a rise and a fall over the steps, a cosine over the time; in the end
-        another cosine."""
-        if self.polish_from < 1 and share >= self.polish_from:
-            return self.polish_rate * _cosine((share - self.polish_from) / (1 - self.polish_from))
+        """What the peak learning rates are multiplied by: a rise over the steps, and a fall in every phase."""
+        starts = (0.0, self.prior_at, self.joint_at, self.polish_from, 1.0)
+        phase = self.phase(share)
+        passed = (share - starts[phase]) / max(1e-9, starts[phase + 1] - starts[phase])
         rise = min(1.0, (step + 1) / self.warm_up_steps)
-        fall = 1 / (1 + step / self.fall_steps)
-        return rise * fall * _cosine(share / self.polish_from)
+        if phase == 0:
+            return rise * min(1.0, self.joint_rate + (1 - passed) / 0.4)
+        return rise * (1.0, 1.0, self.joint_rate, self.polish_rate)[phase] * _cosine(passed)
 
     def rate_weight(self, share: float, start: float) -> float:
         """Weight of the rate, from `start` to 1."""
@@ -82,7 +92,19 @@ def _cosine(share: float) -> float:
 
 
 # Where the usual schedule does not fit a named configuration. Few steps at high rates are for photos, where a step is dear.
-_SMALL = Schedule(batch=128, crop=32, large_crop=32, rate=3e-3, warm_up_steps=50, fall_steps=math.inf, prior_from=0.4)
+_SMALL = Schedule(
+    batch=128,
+    crop=32,
+    large_crop=32,
+    kernel_rate=5e-3,
+    rate=3e-3,
+    warm_up_steps=50,
+    prior_at=0.0,
+    joint_at=0.0,
+    joint_rate=1.0,
+    polish_from=1.0,
+    prior_from=0.4,
+)
 _LARGE = replace(_SMALL, batch=8, crop=128, large_crop=128)
 SCHEDULES = {
     "vqvae-mnist": replace(_SMALL, crop=28, large_crop=28, mirror=False),
@@ -95,7 +117,9 @@ LOOK = Schedule(
     kernel_rate=2e-3,
     rate=1e-3,
     warm_up_steps=50,
-    fall_steps=math.inf,
+    prior_at=0.0,
+    joint_at=0.0,
+    joint_rate=1.0,
     rate_start=1.0,
     polish_from=1.0,
     prior_from=1.0,

@@ -1,7 +1,9 @@
 """Training as one function: pictures in, weights file out.
 
     start    KLT start from training crops
-    train    tokenizer and prior together on the rate-distortion loss, the prior under fake quantisation; or one after the other
+    round    the tokenizer on the rate-distortion loss, rounding in the place of codebooks and prior
+    prior    codebooks take over; the prior learns their codes, under fake quantisation
+    joint    all together
     polish   prior and decoder for codes that stand still
     export   the averaged weights, the prior as integers, validated as they will run
 
@@ -38,6 +40,7 @@ from vqcodec.errors import TrainingError
 from vqcodec.models.config import Config, load_config
 from vqcodec.models.joint import Losses, RateDistortion
 from vqcodec.models.quantizer import Codebook
+from vqcodec.models.rounding import Rounding
 from vqcodec.models.vqvae import Linear1x1, channels_last
 from vqcodec.muon import Muon
 from vqcodec.schedule import LOOK, SCHEDULES, Schedule
@@ -51,7 +54,7 @@ SHEET_PICTURES, SHEET_QUALITY = 6, 30
 # Where codebooks come from data: dead codes are moved every so many steps, in this share of the time before the prior's turn.
 REVIVE_STEPS, REVIVE_SHARE = 50, 0.5
 # What a checkpoint holds besides tensors.
-FACTS = ("step", "spent", "bpp", "psnr", "rate_start")
+FACTS = ("step", "spent", "bpp", "psnr", "rate_start", "phase", "averaged")
 VALIDATION_QUALITIES = (10, 30, 50, 70, 90)
 
 
@@ -124,7 +127,9 @@ def train(
         torch.manual_seed(seed)
         plan = schedule or (LOOK if features else SCHEDULES.get(settings.name, Schedule()))
         if settings.rate == "after":  # the prior has its own part of the time already
-            plan = dataclasses.replace(plan, polish_from=1.0)
+            plan = dataclasses.replace(plan, prior_at=0.0, joint_at=0.0, joint_rate=1.0, polish_from=1.0)
+        elif given:  # with a prior
+            plan = dataclasses.replace(plan, prior_at=0.0, joint_at=0.0)
         run = _Run(settings, plan, output, target, rank, world, minutes * 60, seed, on_progress, on_warning)
         if given and features:
             run.only_look(given, features)
@@ -170,14 +175,22 @@ def _device(name: str, rank: int) -> torch.device:
 def _optimisers(model: RateDistortion, schedule: Schedule) -> dict[str, torch.optim.Optimizer]:
     """Muon for the weights of convolutions, Adam for the rest; each group with its peak learning rate."""
     klt = [p for m in model.modules() if isinstance(m, Linear1x1) for p in m.parameters()]
-    kernels = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
-    known = {id(p) for p in [*klt, *kernels]}
+    muon = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)] if schedule.kernel_rate else []
+    known = {id(p) for p in [*klt, *muon]}
+    prior = [p for p in model.prior.parameters() if id(p) not in known]
+    known |= {id(p) for p in prior}
     others = [p for p in model.parameters() if id(p) not in known]
-    groups = [{"params": others, "peak": schedule.rate}, {"params": klt, "peak": schedule.klt_rate}]
-    return {
-        "muon": Muon([{"params": kernels, "peak": schedule.kernel_rate}], schedule.kernel_rate),
-        "adam": torch.optim.Adam(groups, schedule.rate, betas=(0.9, 0.99), foreach=True),
+    groups = [
+        {"params": others, "peak": schedule.rate},
+        {"params": klt, "peak": schedule.klt_rate},
+        {"params": prior, "peak": schedule.prior_rate},
+    ]
+    optimisers: dict[str, torch.optim.Optimizer] = {
+        "adam": torch.optim.Adam([g for g in groups if g["params"]], schedule.rate, betas=(0.9, 0.99), foreach=True)
     }
+    if schedule.kernel_rate:
+        optimisers["muon"] = Muon([{"params": muon, "peak": schedule.kernel_rate}], schedule.kernel_rate)
+    return optimisers
 
 
 def _tensorboard(output: Path) -> Any:
@@ -217,12 +230,17 @@ class _Run:
         self.rank, self.world, self.budget, self.seed = rank, world, budget, seed
         self.on_progress = on_progress if rank == 0 else None
         self.on_warning = on_warning if rank == 0 else None
-        self.model = channels_last(RateDistortion(config), device)
+        model = RateDistortion(config)
+        if schedule.prior_at:
+            model.rounding = Rounding(config)
+        self.model = channels_last(model, device)
         self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.optimisers = _optimisers(self.model, schedule)
         self.structured = all(book.structured for book in self.model.modules() if isinstance(book, Codebook))
         self.look_of = ""  # id of the weights, in hexadecimal, of which another look is trained
         self.step, self.spent = 0, 0.0
+        self.phase = 0  # `Schedule.phase`
+        self.averaged = 0  # the step from which on weights are averaged
         self.rate_start = schedule.rate_start
         self.bpp = self.psnr = self.loss = math.nan
         self.board = _tensorboard(output) if rank == 0 else None
@@ -239,7 +257,6 @@ class _Run:
         except ImportError as error:
             raise TrainingError(f"{error} (pip install 'vqcodec[natural]')") from None
         self.model.perceptual = self.average.perceptual = distance
-        self._learn_only(self.model.vqvae.renderer().values())
 
     def open_data(self, paths: list[Path]) -> None:
         training, held = data.split(paths, VALIDATION_PICTURES)
@@ -274,6 +291,8 @@ class _Run:
         self.model.cpu()
         pixels = torch.from_numpy(crops).permute(0, 3, 1, 2).float()
         self.model.vqvae.start_from_pictures(pixels)
+        if self.model.rounding is not None:
+            self.model.rounding.start_from_pictures(self.model.vqvae, pixels)
         if not self.structured:
             with torch.no_grad(), self._maintenance(Codebook.start_from):
                 self.model(pixels, torch.full((len(pixels),), 50))
@@ -289,22 +308,22 @@ class _Run:
     def loop(self) -> None:
         """Optimise until the budget is spent."""
         after = self.config.rate == "after"
-        trained = self._distributed()
+        trained = self._enter(self.phase)
         # A 1x1 weight has the same layout under both names; DistributedDataParallel takes them for different.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         torch.set_flush_denormal(True)  # subnormal products slow CPUs down several times and mean nothing here
         begun = time.monotonic() - self.spent
         reported = saved = validated = time.monotonic()
         stream: Iterator[Any] | None = None
-        side, polishing = 0, False
+        side = 0
         while True:
             share = self._agree((time.monotonic() - begun) / self.budget)
             self.spent = time.monotonic() - begun
             if share >= 1:
                 break
-            if share >= self.schedule.polish_from and not polishing:
+            if not self.look_of and self.schedule.phase(share) > self.phase:
                 del trained  # with its hooks on the parameters
-                polishing, trained = True, self._polish()
+                trained = self._enter(self.schedule.phase(share))
             if stream is None or side != self.schedule.crop_side(share, self.config.multiple):
                 side = self.schedule.crop_side(share, self.config.multiple)
                 stream = self._batches(side)
@@ -364,11 +383,36 @@ class _Run:
         unused = self.config.rate == "after"
         return nn.parallel.DistributedDataParallel(self.model, device_ids=ids, find_unused_parameters=unused)
 
-    def _polish(self) -> nn.Module:
-        """From now on codes stand still: only the prior and what turns codes into pixels learn."""
-        biases = (book.bias for book in self.model.modules() if isinstance(book, Codebook))  # of the rate model
-        self._learn_only((self.model.prior, *self.model.vqvae.renderer().values(), *biases))
+    def _enter(self, phase: int) -> nn.Module:
+        """Begin a phase, or go on in it: what learns, as one module."""
+        if phase and self.model.rounding is not None:
+            self._end_rounding()
+        self.phase = phase
+        vqvae = self.model.vqvae
+        books = [book for book in vqvae.modules() if isinstance(book, Codebook)]
+        biases = [book.bias for book in books]  # of the rate model
+        if self.look_of:
+            self._learn_only(vqvae.renderer().values())
+        elif phase == 0 and self.model.rounding is not None:
+            self._learn_only((vqvae, self.model.rounding))
+            for book in books:
+                book.requires_grad_(False)
+        elif phase == 1:
+            self._learn_only((self.model.prior, *biases))
+        elif phase == 3:
+            self._learn_only((self.model.prior, *vqvae.renderer().values(), *biases))
+        else:
+            self._learn_only((vqvae, self.model.prior))
+            for book in books:
+                book.vectors.requires_grad_(book.learn == "gradient")
         return self._distributed()
+
+    def _end_rounding(self) -> None:
+        """Codebooks and prior take over, from the averaged weights of the rest."""
+        self.model.rounding = self.average.rounding = None
+        self.model.vqvae.load_state_dict(self.average.vqvae.state_dict())
+        self.average.load_state_dict(self.model.state_dict())
+        self.averaged = self.step
 
     def _learn_only(self, parts: Iterable[nn.Module | Tensor]) -> None:
         """Everything else stands still: optimisers pass over what gets no gradient."""
@@ -423,7 +467,8 @@ class _Run:
             for optimiser in self.optimisers.values():
                 optimiser.step()
         self.step += 1
-        decay = min(self.schedule.average_decay, (1 + self.step) / (10 + self.step))
+        count = self.step - self.averaged
+        decay = min(self.schedule.average_decay, (1 + count) / (10 + count))
         with torch.no_grad():
             means: list[Tensor] = list(self.average.parameters())
             values: list[Tensor] = list(self.model.parameters())
@@ -544,13 +589,16 @@ class _Run:
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
         except (OSError, SafetensorError) as error:
             raise TrainingError(f"cannot resume from {path}: {error}") from None
-        if "facts" not in metadata:
-            raise TrainingError(f"cannot resume from {path}: not a checkpoint of a training run")
+        facts = json.loads(metadata.get("facts", "{}"))
+        if not facts.keys() >= set(FACTS):
+            raise TrainingError(f"cannot resume from {path}: not a checkpoint of a training run of this version")
         if Config.from_json(metadata["config"]) != self.config:
             raise TrainingError(f"{path} is of another configuration")
         if metadata.get("look_of", "") != self.look_of:
             what = f"a look of weights {metadata['look_of']}" if metadata.get("look_of") else "a model of its own"
             raise TrainingError(f"{path} is of {what}")
+        if facts["phase"]:
+            self.model.rounding = self.average.rounding = None
         for prefix, module in (("model.", self.model), ("average.", self.average)):
             module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         for name, optimiser in self.optimisers.items():
@@ -561,7 +609,6 @@ class _Run:
                     state.setdefault(int(index), {})[field] = tensor
             optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
         self.before = [tensors[f"before.{i}"].numpy() for i in range(SHEET_PICTURES) if f"before.{i}" in tensors]
-        facts = json.loads(metadata["facts"])
         for name in FACTS:
             setattr(self, name, facts[name])
         if self.rank == 0 and (rows := self._log(self.step + 1)):

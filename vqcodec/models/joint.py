@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vqcodec.models.config import Config
 from vqcodec.models.prior import Prior, rates
 from vqcodec.models.quantizer import Codebook, Rates, grid, look_up, rows
+from vqcodec.models.rounding import Rounding, round_off
 from vqcodec.models.vqvae import PIXEL_SCALE, VQVAE
 
 # At an optimum the loss grows about as lambda^0.4 or lambda^0.5; this exponent lets all qualities count alike.
@@ -23,8 +24,8 @@ BALANCE = 0.4
 ESTIMATE_WEIGHT = 0.1
 # Weight of the perceptual distance beside them.
 PERCEPTUAL_WEIGHT = 2.0
-# Weight of all that residual blocks add, as if it were distortion: what is useful gains twenty times as much.
-ADDED_WEIGHT = 0.05
+# Weight of all that residual blocks add, as if it were distortion: what is useful gains fifty times as much.
+ADDED_WEIGHT = 0.02
 
 
 @dataclass
@@ -57,6 +58,8 @@ class RateDistortion(nn.Module):
         self.config = config
         self.vqvae = vqvae or VQVAE(config)
         self.prior = prior or Prior(config)
+        # Set, and called for instead of codebooks and prior, in the first part of a run.
+        self.rounding: Rounding | None = None
         # Called with every codebook and its vectors, float (N, P, D), before they are quantised: k-means start, revival.
         self.maintain: Callable[[Codebook, Tensor], object] | None = None
         # A distance of pictures (B, 3, H, W) in 0..255, restored and original, -> (B,): part of the loss of another look.
@@ -87,16 +90,26 @@ class RateDistortion(nn.Module):
             z = z.float()
             h, w = z.shape[2:]
             estimate = torch.zeros_like(z) if estimate is None else self.vqvae.descend(level - 1, estimate, quality)
-            prior = self.prior.level(level)
-            state = prior.begin(state, quality, batch, h, w)
+            if self.rounding is None:
+                state = self.prior.level(level).begin(state, quality, batch, h, w)
             for index, piece in enumerate(self.vqvae.level_slices(level)):
-                estimate = self.vqvae.refine(level, index, estimate, quality)
-                part = prior.slice(index)
-                state, context = part.prepare(state, quality)
+                estimate = self.vqvae.refine(level, index, estimate, quality).float()
                 book = piece.codebook
                 steps = piece.steps(quality)  # (B, P)
                 scale = steps.repeat_interleave(piece.dim, 1)[:, :, None, None]
                 v = (z[:, piece.start : piece.stop] - estimate[:, piece.start : piece.stop]) / scale
+                if self.rounding is not None:
+                    log_scale = self.rounding.log_scale(level, index, estimate, self.vqvae.condition(quality))
+                    chosen, spent = round_off(v, log_scale.exp() / scale, self.training)
+                    spent = spent.sum((1, 2, 3))
+                    rates_loss = rates_loss + (balance * spent).mean() * rate_weight / (height * width)
+                    bits[:, level] += spent.detach()
+                    decoded = estimate[:, piece.start : piece.stop] + (v + (chosen - v).detach()) * scale
+                    estimate = torch.cat([estimate[:, : piece.start], decoded, estimate[:, piece.stop :]], 1)
+                    continue
+                assert state is not None
+                part = self.prior.level(level).slice(index)
+                state, context = part.prepare(state, quality)
                 importance = (weight[:, None] * (steps.detach() * PIXEL_SCALE) ** 2 / 3).float()  # (B, P)
                 flat = rows(v, piece.planes)
                 if self.maintain is not None:
@@ -148,7 +161,7 @@ class RateDistortion(nn.Module):
                 estimate = torch.cat([estimate[:, : piece.start], decoded, estimate[:, piece.stop :]], 1)
                 state = part.update(state, known)
         assert estimate is not None
-        reconstruction = self.vqvae.descend(len(latents) - 1, estimate, quality)
+        reconstruction = self.vqvae.descend(len(latents) - 1, estimate, quality).float()
         mse = (reconstruction - pixels).square().mean((1, 2, 3))
         loss = loss + (balance * weight * mse).mean()
         distance = torch.full_like(mse, math.nan)

@@ -90,23 +90,30 @@ class ResidualBlock(nn.Module):
         """x: (B, C, h, w)."""
         gain, shift = self.quality(cond.basis)[:, :, None, None].chunk(2, 1)
         size = torch.maximum(self.deviation, cond.unit[:, None])
-        y = functional.leaky_relu(self.reduce(x / size[:, :, None, None]), 0.1)
+        y = functional.leaky_relu(self.reduce(x * (1 / size)[:, :, None, None].to(x.dtype)), 0.1)
         y = functional.leaky_relu(torch.addcmul(shift, self.spatial(y), 1 + gain), 0.1)
-        added = cond.unit[:, None, None, None] * self.expand(y).float()
+        y = self.expand(y)
         if self.training:
-            self.energy = added.square().mean((2, 3)).sum(1) + (COMMON - 1) * added.mean((0, 2, 3)).square().sum()
-        return x + added
+            common = (cond.unit[:, None] * y.mean((2, 3), dtype=torch.float32)).mean(0).square().sum()
+            self.energy = cond.unit.square() * y.float().square().mean((2, 3)).sum(1) + (COMMON - 1) * common
+        return x + (cond.unit[:, None, None, None] * y).to(x.dtype)
 
 
 class Linear1x1(nn.Linear):
-    """A 1x1 convolution without bias that is computed in float32 whatever autocast says."""
+    """A 1x1 convolution without bias that is computed in float32 whatever autocast says, but in training.
+
+    There the errors of bfloat16, a quarter of a pixel level, are small against those of quantisers.
+    """
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            y = functional.linear(x.float().permute(0, 2, 3, 1), self.weight)
+        if self.training and torch.is_autocast_enabled(x.device.type):
+            y = functional.linear(x.permute(0, 2, 3, 1), self.weight)
+        else:
+            with torch.autocast(x.device.type, enabled=False):
+                y = functional.linear(x.float().permute(0, 2, 3, 1), self.weight)
         return y.permute(0, 3, 1, 2)  # channels-last in memory
 
 
