@@ -26,9 +26,10 @@ def test_weights_that_have_a_prior_learn_all_together_from_the_start() -> None:
 
 
 def test_rate_weight_reaches_one_and_stays() -> None:
-    plan = Schedule(rate_rise=0.6)
-    assert [plan.rate_weight(share, 0.1) for share in (0, 0.3, 0.6, 1)] == pytest.approx([0.1, 0.55, 1, 1])
-    assert plan.rate_weight(0, 1.0) == 1
+    plan = Schedule(rate_rise=0.4, prior_at=0.6, joint_at=0.7)
+    assert [plan.rate_weight(share, 0.1) for share in (0, 0.2, 0.4, 0.59, 1)] == pytest.approx([0.1, 0.55, 1, 1, 1])
+    assert [plan.rate_weight(share, 0.1) for share in (0.6, 0.65, 0.699999)] == pytest.approx([0.1, 0.55, 1], rel=1e-3)
+    assert [plan.rate_weight(share, 1.0) for share in (0, 0.65)] == [1, 1]
 
 
 def test_large_crops_come_late_and_cost_no_more() -> None:

@@ -56,19 +56,25 @@ class Schedule:
         """0: rounding; 1: the prior alone; 2: all; 3: for codes that stand still."""
         return sum(share >= start for start in (self.prior_at, self.joint_at, self.polish_from))
 
+    def _passed(self, share: float) -> float:
+        """The share of a phase's time."""
+        phase = self.phase(share)
+        bounds = (0.0, self.prior_at, self.joint_at, self.polish_from, 1.0)
+        return (share - bounds[phase]) / max(1e-9, bounds[phase + 1] - bounds[phase])
+
     def learning_rate(self, step: int, share: float) -> float:
         """What the peak learning rates are multiplied by: a rise over the steps, and a fall in every phase."""
-        starts = (0.0, self.prior_at, self.joint_at, self.polish_from, 1.0)
-        phase = self.phase(share)
-        passed = (share - starts[phase]) / max(1e-9, starts[phase + 1] - starts[phase])
+        phase, passed = self.phase(share), self._passed(share)
         rise = min(1.0, (step + 1) / self.warm_up_steps)
         if phase == 0:
             return rise * min(1.0, self.joint_rate + (1 - passed) / 0.4)
         return rise * (1.0, 1.0, self.joint_rate, self.polish_rate)[phase] * _cosine(passed)
 
     def rate_weight(self, share: float, start: float) -> float:
-        """Weight of the rate, from `start` to 1."""
-        return min(1.0, start + (1 - start) * share / self.rate_rise)
+        """Weight of the rate, from `start` to 1. It rises again while the prior learns alone: what a new prior says must not
+        decide at once which codes are chosen."""
+        risen = self._passed(share) if self.phase(share) == 1 else share / self.rate_rise
+        return min(1.0, start + (1 - start) * risen)
 
     def part(self, share: float) -> tuple[bool, float]:
         """Where the prior is learned after the rest: whether it is its turn, and the share of that part's time."""
