@@ -84,7 +84,7 @@ VARIANTS = {
         "codebooks of half the size", _with_slices(*(replace(p, codes=p.codes // 2) for p in _bottom()))
     ),
     "ema": Variant("codebooks learn by moving averages", replace(PHOTO, codebook="ema")),
-    "no-commitment": Variant("no commitment loss", replace(PHOTO, commitment=0.0)),
+    "commitment": Variant("a commitment loss", replace(PHOTO, commitment=0.25)),
     "small-unit": Variant("residual blocks in a fifth of the unit", replace(PHOTO, residual_unit=0.3)),
     # Levels and prior
     "no-top": Variant("no top level", _without_top()),

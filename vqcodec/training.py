@@ -592,7 +592,8 @@ class _Run:
         facts = json.loads(metadata.get("facts", "{}"))
         if not facts.keys() >= set(FACTS):
             raise TrainingError(f"cannot resume from {path}: not a checkpoint of a training run of this version")
-        if Config.from_json(metadata["config"]) != self.config:
+        shape = dataclasses.replace(Config.from_json(metadata["config"]), commitment=self.config.commitment)
+        if shape != self.config:
             raise TrainingError(f"{path} is of another configuration")
         if metadata.get("look_of", "") != self.look_of:
             what = f"a look of weights {metadata['look_of']}" if metadata.get("look_of") else "a model of its own"

@@ -235,7 +235,6 @@ PHOTO = Config(
             ),
         ),
     ),
-    commitment=0.25,
 )
 
 # The classic systems: codes chosen for the distortion alone, one quality, and a prior that is learned after the rest.
