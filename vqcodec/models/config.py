@@ -218,8 +218,8 @@ PHOTO = Config(
             slices=(
                 SliceConfig(planes=16, dim=1, codes=256, layer=1),
                 SliceConfig(planes=40, dim=1, codes=96, layer=1),
-                SliceConfig(planes=28, dim=2, codes=96, layer=2),
-                SliceConfig(planes=88, dim=2, codes=64, layer=3),
+                SliceConfig(planes=28, dim=2, codes=320, layer=2),
+                SliceConfig(planes=88, dim=2, codes=160, layer=3),
             ),
             lapped=True,
         ),
