@@ -69,7 +69,8 @@ VARIANTS = {
     "photo": Variant("as shipped"),
     # The quantiser
     "scalar": Variant(
-        "rounding to the end", schedule=Schedule(prior_at=1.0, joint_at=1.0, polish_from=1.0, rate_rise=0.6)
+        "rounding to the end, bits of what stands in for the prior",
+        schedule=Schedule(prior_at=1.0, joint_at=1.0, polish_from=1.0, rate_rise=0.6),
     ),
     "no-rounding": Variant(
         "codebooks and prior from the start",

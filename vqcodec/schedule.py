@@ -17,7 +17,7 @@ class Schedule:
         klt_rate: Adam's for the KLT matrices, which multiply large inputs: at the full rate a few steps would undo them.
         warm_up_steps: optimiser steps over which learning rates rise.
         prior_at: share of the time until which rounding stands in for codebooks and prior (rounding.py). joint_at: until which the prior
-            then learns alone. Zero for weights that have a prior.
+            then learns alone. See `without_rounding`.
         joint_rate: the peak of learning rates from then on, as a share of their peaks before.
         rate_start: weight of the rate in the loss at the start of a fresh run. rate_rise: share of the time over which it
             rises to 1: codes that are rare from the start would never be tried.
@@ -52,6 +52,10 @@ class Schedule:
     clip_norm: float = 1.0
     low_qualities: float = 1.0
 
+    def without_rounding(self) -> "Schedule":
+        """For what begins with all together: weights that have a prior, and codebooks that do not start as integers."""
+        return replace(self, prior_at=0.0, joint_at=0.0)
+
     def phase(self, share: float) -> int:
         """0: rounding; 1: the prior alone; 2: all; 3: for codes that stand still."""
         return sum(share >= start for start in (self.prior_at, self.joint_at, self.polish_from))
@@ -68,7 +72,7 @@ class Schedule:
         rise = min(1.0, (step + 1) / self.warm_up_steps)
         if phase == 0:
             return rise * min(1.0, self.joint_rate + (1 - passed) / 0.4)
-        return rise * (1.0, 1.0, self.joint_rate, self.polish_rate)[phase] * _cosine(passed)
+        return rise * {1: 1.0, 2: self.joint_rate, 3: self.polish_rate}[phase] * _cosine(passed)
 
     def rate_weight(self, share: float, start: float) -> float:
         """Weight of the rate, from `start` to 1. It rises again while the prior learns alone: what a new prior says must not
@@ -99,17 +103,7 @@ def _cosine(share: float) -> float:
 
 # Where the usual schedule does not fit a named configuration. Few steps at high rates are for photos, where a step is dear.
 _SMALL = Schedule(
-    batch=128,
-    crop=32,
-    large_crop=32,
-    kernel_rate=5e-3,
-    rate=3e-3,
-    warm_up_steps=50,
-    prior_at=0.0,
-    joint_at=0.0,
-    joint_rate=1.0,
-    polish_from=1.0,
-    prior_from=0.4,
+    batch=128, crop=32, large_crop=32, kernel_rate=5e-3, rate=3e-3, warm_up_steps=50, joint_rate=1.0, prior_from=0.4
 )
 _LARGE = replace(_SMALL, batch=8, crop=128, large_crop=128)
 SCHEDULES = {
@@ -123,8 +117,6 @@ LOOK = Schedule(
     kernel_rate=2e-3,
     rate=1e-3,
     warm_up_steps=50,
-    prior_at=0.0,
-    joint_at=0.0,
     joint_rate=1.0,
     rate_start=1.0,
     polish_from=1.0,

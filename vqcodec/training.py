@@ -127,9 +127,11 @@ def train(
         torch.manual_seed(seed)
         plan = schedule or (LOOK if features else SCHEDULES.get(settings.name, Schedule()))
         if settings.rate == "after":  # the prior has its own part of the time already
-            plan = dataclasses.replace(plan, prior_at=0.0, joint_at=0.0, joint_rate=1.0, polish_from=1.0)
-        elif given:  # with a prior
-            plan = dataclasses.replace(plan, prior_at=0.0, joint_at=0.0)
+            plan = dataclasses.replace(plan.without_rounding(), joint_rate=1.0, polish_from=1.0)
+        elif given:
+            plan = plan.without_rounding()
+        elif not settings.structured:
+            plan = dataclasses.replace(plan.without_rounding(), joint_rate=1.0)
         run = _Run(settings, plan, output, target, rank, world, minutes * 60, seed, on_progress, on_warning)
         if given and features:
             run.only_look(given, features)
@@ -173,7 +175,7 @@ def _device(name: str, rank: int) -> torch.device:
 
 
 def _optimisers(model: RateDistortion, schedule: Schedule) -> dict[str, torch.optim.Optimizer]:
-    """Muon for the weights of convolutions, Adam for the rest; each group with its peak learning rate."""
+    """Adam, and Muon for the weights of convolutions if it has a rate; each group with its peak learning rate."""
     klt = [p for m in model.modules() if isinstance(m, Linear1x1) for p in m.parameters()]
     muon = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)] if schedule.kernel_rate else []
     known = {id(p) for p in [*klt, *muon]}
@@ -236,10 +238,9 @@ class _Run:
         self.model = channels_last(model, device)
         self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.optimisers = _optimisers(self.model, schedule)
-        self.structured = all(book.structured for book in self.model.modules() if isinstance(book, Codebook))
         self.look_of = ""  # id of the weights, in hexadecimal, of which another look is trained
         self.step, self.spent = 0, 0.0
-        self.phase = 0  # `Schedule.phase`
+        self.phase = schedule.phase(0.0)
         self.averaged = 0  # the step from which on weights are averaged
         self.rate_start = schedule.rate_start
         self.bpp = self.psnr = self.loss = math.nan
@@ -293,7 +294,7 @@ class _Run:
         self.model.vqvae.start_from_pictures(pixels)
         if self.model.rounding is not None:
             self.model.rounding.start_from_pictures(self.model.vqvae, pixels)
-        if not self.structured:
+        if not self.config.structured:
             with torch.no_grad(), self._maintenance(Codebook.start_from):
                 self.model(pixels, torch.full((len(pixels),), 50))
         self._begin()
@@ -321,7 +322,7 @@ class _Run:
             self.spent = time.monotonic() - begun
             if share >= 1:
                 break
-            if not self.look_of and self.schedule.phase(share) > self.phase:
+            if self.schedule.phase(share) > self.phase:
                 del trained  # with its hooks on the parameters
                 trained = self._enter(self.schedule.phase(share))
             if stream is None or side != self.schedule.crop_side(share, self.config.multiple):
@@ -333,7 +334,12 @@ class _Run:
                 rate_weight = float(turn)
             self._set_rates(share)
             crops = torch.from_numpy(next(stream)).to(self.device).permute(0, 3, 1, 2).float()
-            revive = not self.structured and self.step % REVIVE_STEPS == 0 and share < REVIVE_SHARE and rate_weight < 1
+            revive = (
+                not self.config.structured
+                and self.step % REVIVE_STEPS == 0
+                and share < REVIVE_SHARE
+                and rate_weight < 1
+            )
             self._optimise(trained, crops, rate_weight, revive)
             now = time.monotonic()
             if self.rank == 0 and now - reported > REPORT_SECONDS:
@@ -393,7 +399,7 @@ class _Run:
         biases = [book.bias for book in books]  # of the rate model
         if self.look_of:
             self._learn_only(vqvae.renderer().values())
-        elif phase == 0 and self.model.rounding is not None:
+        elif self.model.rounding is not None:
             self._learn_only((vqvae, self.model.rounding))
             for book in books:
                 book.requires_grad_(False)

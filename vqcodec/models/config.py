@@ -13,6 +13,8 @@ from vqcodec.errors import WeightsError
 QUALITIES = 100
 # The prior's convolutions have at most this many inputs: see prior.py on exactness.
 MAX_INPUTS = (1 << 24) // (127 * 127)  # 1040
+# Codebooks of more dimensions have no structured start: even the first shells of the lattice are larger than most of them.
+LARGEST_LATTICE = 8
 
 
 def _check_range(config: object, low: int, *names: str, high: int = 1 << 20) -> None:
@@ -50,6 +52,11 @@ class SliceConfig:
     @property
     def channels(self) -> int:
         return self.planes * self.dim
+
+    @property
+    def structured(self) -> bool:
+        """Whether codebooks start as integers, not from data."""
+        return self.dim <= LARGEST_LATTICE
 
 
 @dataclass(frozen=True)
@@ -161,6 +168,11 @@ class Config:
     def levels(self) -> tuple[StageConfig, ...]:
         """The stages that carry codes, coarse first: the order of coding."""
         return tuple(stage for stage in reversed(self.stages) if stage.slices)
+
+    @property
+    def structured(self) -> bool:
+        """Whether all codebooks start as integers, not from data."""
+        return all(piece.structured for stage in self.levels for piece in stage.slices)
 
     @property
     def layers(self) -> int:

@@ -16,7 +16,7 @@ from vqcodec.models.config import Config
 from vqcodec.models.prior import Prior, rates
 from vqcodec.models.quantizer import Codebook, Rates, grid, look_up, rows
 from vqcodec.models.rounding import Rounding, round_off
-from vqcodec.models.vqvae import PIXEL_SCALE, VQVAE
+from vqcodec.models.vqvae import PIXEL_SCALE, VQVAE, Slice
 
 # At an optimum the loss grows about as lambda^0.4 or lambda^0.5; this exponent lets all qualities count alike.
 BALANCE = 0.4
@@ -104,8 +104,7 @@ class RateDistortion(nn.Module):
                     spent = spent.sum((1, 2, 3))
                     rates_loss = rates_loss + (balance * spent).mean() * rate_weight / (height * width)
                     bits[:, level] += spent.detach()
-                    decoded = estimate[:, piece.start : piece.stop] + (v + (chosen - v).detach()) * scale
-                    estimate = torch.cat([estimate[:, : piece.start], decoded, estimate[:, piece.stop :]], 1)
+                    estimate = _decoded(estimate, piece, v + (chosen - v).detach(), scale)
                     continue
                 assert state is not None
                 part = self.prior.level(level).slice(index)
@@ -157,8 +156,7 @@ class RateDistortion(nn.Module):
                     book.update_averages(flat.detach(), indices.reshape(-1, piece.planes))
                 # Straight-through: the decoder sees the code, the encoder gets the decoder's gradient.
                 straight = grid(flat + (chosen - flat).detach(), batch, h, w)
-                decoded = estimate[:, piece.start : piece.stop] + straight * scale
-                estimate = torch.cat([estimate[:, : piece.start], decoded, estimate[:, piece.stop :]], 1)
+                estimate = _decoded(estimate, piece, straight, scale)
                 state = part.update(state, known)
         assert estimate is not None
         reconstruction = self.vqvae.descend(len(latents) - 1, estimate, quality).float()
@@ -176,3 +174,9 @@ class RateDistortion(nn.Module):
         bpp = bits.sum(1) / (height * width)
         mse, distance = mse.detach(), distance.detach()
         return Losses(total, bits, bpp, mse, bpp + weight * mse, distance, reconstruction)
+
+
+def _decoded(estimate: Tensor, piece: Slice, v: Tensor, scale: Tensor) -> Tensor:
+    """The estimate (B, C, h, w) with the vectors of one slice, in steps, added to its channels."""
+    decoded = estimate[:, piece.start : piece.stop] + v * scale
+    return torch.cat([estimate[:, : piece.start], decoded, estimate[:, piece.stop :]], 1)

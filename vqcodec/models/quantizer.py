@@ -22,12 +22,11 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
-from vqcodec.models.config import SliceConfig
+from vqcodec.models.config import LARGEST_LATTICE, SliceConfig
 
 # Temperature, in squared steps, of the soft assignment that carries the rate's gradient to the encoder: at 0.5 a code
 # one step away from the nearest has 13 % of its weight.
 TEMPERATURE = 0.5
-LARGEST_LATTICE = 8
 # The outer codes of the structured start lie on this many spheres, each larger than the last by this factor.
 OUTER_SPHERES = 6
 OUTER_GROWTH = 1.4
@@ -136,7 +135,7 @@ class Codebook(nn.Module):
         self.register_buffer("sums", torch.zeros(config.planes, config.codes, config.dim))
         self.register_buffer("steps", torch.zeros(()))
         # Without a structured start the codes come from data: k-means first, and dead ones are moved now and then.
-        self.structured = config.dim <= LARGEST_LATTICE
+        self.structured = config.structured
         # Logarithmic companding to the prior's int8 range: fine near zero, the farthest code at the bound.
         self.compand = min(24.0, 127 / math.log2(1 + start.abs().max().item()))
 

@@ -65,7 +65,7 @@ class ResidualBlock(nn.Module):
 
     The size of a channel is its standard deviation or the unit, whichever is larger: weak channels are seen as well as
     strong ones, but what one block adds is never more than the next one's usual input, so that no chain of blocks blows
-    up. The sum stays in float32 because latents are large against their steps.
+    up. The sum stays in float32, but in training, because latents are large against their steps.
 
     Attributes:
         energy: float (B,), in training: the squares of what the last call added, summed over channels, mean over positions;
