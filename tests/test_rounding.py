@@ -18,7 +18,7 @@ def logistic(x: float) -> float:
 
 def test_values_cost_what_a_logistic_distribution_says() -> None:
     v, scales = [0.2, -1.4, 2.6, 0.0, -7.9], [0.5, 1.0, 3.0, 0.2, 2.0]
-    rounded, bits = round_off(torch.tensor(v), torch.tensor(scales), noisy=False)
+    rounded, bits = round_off(torch.tensor(v), torch.tensor(scales), torch.ones(5), bias=0, noisy=False)
     assert rounded.tolist() == [0, -1, 3, 0, -8]
     for k, scale, cost in zip(rounded.tolist(), scales, bits.tolist(), strict=True):
         mass = logistic((k + 0.5) / scale) - logistic((k - 0.5) / scale)
@@ -26,15 +26,33 @@ def test_values_cost_what_a_logistic_distribution_says() -> None:
 
 
 def test_far_values_cost_a_bounded_number_of_bits() -> None:
-    _, bits = round_off(torch.tensor([1e4, -1e4]), torch.ones(2), noisy=False)
+    _, bits = round_off(torch.tensor([1e4, -1e4]), torch.ones(2), torch.ones(2), bias=1, noisy=False)
     assert bits.tolist() == [MOST_BITS, MOST_BITS]
+
+
+def test_integers_are_chosen_by_what_they_cost() -> None:
+    v = torch.linspace(-5, 5, 101).repeat(4, 1)
+    scale, weight = torch.tensor([0.1, 0.3, 1.0, 3.0])[:, None], torch.tensor([3.0, 1.0, 0.5, 0.2])[:, None]
+    chosen, _ = round_off(v, scale, weight, bias=0.75, noisy=False)
+    near, _ = round_off(v, scale, weight, bias=0, noisy=False)
+    assert torch.equal(near, v.round())
+    k = torch.arange(-6, 7).float()[:, None, None]
+    mass = torch.sigmoid((0.5 - k.abs()) / scale) - torch.sigmoid((-0.5 - k.abs()) / scale)
+    cost = weight * (v - k).square() - 0.75 * torch.log2(mass.clamp(min=2**-MOST_BITS))
+    paid = cost.gather(0, (chosen + 6).long()[None])[0]
+    one_less = ((chosen == near) | (chosen == near - near.sign())).all()
+    assert one_less and (chosen != near).any()
+    nearest = cost.gather(0, (near + 6).long()[None])[0]
+    assert (paid <= nearest + 1e-3).all()
+    # Two steps less are worth it nowhere but where scales are tiny.
+    assert torch.allclose(paid[1:], cost.amin(0)[1:], atol=1e-3)
 
 
 def test_noisy_bits_pull_values_towards_their_mean() -> None:
     torch.manual_seed(0)
     v = torch.tensor([-3.0, -0.4, 0.4, 3.0]).repeat(1000, 1).requires_grad_()
     scale = torch.full_like(v, 0.8).requires_grad_()
-    _, bits = round_off(v, scale, noisy=True)
+    _, bits = round_off(v, scale, torch.ones_like(v), bias=0.5, noisy=True)
     bits.sum().backward()
     assert v.grad is not None and scale.grad is not None
     slope = v.grad.mean(0)

@@ -71,7 +71,7 @@ class Schedule:
         phase, passed = self.phase(share), self._passed(share)
         rise = min(1.0, (step + 1) / self.warm_up_steps)
         if phase == 0:
-            return rise * min(1.0, self.joint_rate + (1 - passed) / 0.4)
+            return rise * min(1.0, self.joint_rate + 1 - passed)
         return rise * {1: 1.0, 2: self.joint_rate, 3: self.polish_rate}[phase] * _cosine(passed)
 
     def rate_weight(self, share: float, start: float) -> float:

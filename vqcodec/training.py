@@ -128,8 +128,6 @@ def train(
         plan = schedule or (LOOK if features else SCHEDULES.get(settings.name, Schedule()))
         if settings.rate == "after":  # the prior has its own part of the time already
             plan = dataclasses.replace(plan.without_rounding(), joint_rate=1.0, polish_from=1.0)
-        elif given:
-            plan = plan.without_rounding()
         elif not settings.structured:
             plan = dataclasses.replace(plan.without_rounding(), joint_rate=1.0)
         run = _Run(settings, plan, output, target, rank, world, minutes * 60, seed, on_progress, on_warning)
@@ -276,6 +274,10 @@ class _Run:
     def start_from(self, given: weights.Model) -> None:
         """Continue from exported weights; the rate counts in full from the first step."""
         self.model.vqvae.load_state_dict(looks.with_blocks(given, self.config).state_dict())
+        if self.model.rounding is not None:
+            for book in self._books():
+                book.restart()
+            self.model.rounding.start_from_pictures(self.model.vqvae, self._start_crops())
         prior = copy.deepcopy(given.prior)
         prior.thaw()
         self.model.prior.load_state_dict(prior.state_dict())
@@ -284,13 +286,7 @@ class _Run:
 
     def start_fresh(self) -> None:
         """The KLT start."""
-        self._report("start")
-        size = self.schedule.crop_side(0, self.config.multiple)
-        stream = data.batches(self.pictures, batch=START_CROPS, size=size, seed=self.seed)
-        crops = next(stream)
-        stream.close()  # type: ignore[attr-defined]
-        self.model.cpu()
-        pixels = torch.from_numpy(crops).permute(0, 3, 1, 2).float()
+        pixels = self._start_crops()
         self.model.vqvae.start_from_pictures(pixels)
         if self.model.rounding is not None:
             self.model.rounding.start_from_pictures(self.model.vqvae, pixels)
@@ -298,6 +294,19 @@ class _Run:
             with torch.no_grad(), self._maintenance(Codebook.start_from):
                 self.model(pixels, torch.full((len(pixels),), 50))
         self._begin()
+
+    def _start_crops(self) -> Tensor:
+        """Training crops (B, 3, H, W), 0..255, on the CPU as the model is until it begins."""
+        self._report("start")
+        size = self.schedule.crop_side(0, self.config.multiple)
+        stream = data.batches(self.pictures, batch=START_CROPS, size=size, seed=self.seed)
+        crops = next(stream)
+        stream.close()  # type: ignore[attr-defined]
+        self.model.cpu()
+        return torch.from_numpy(crops).permute(0, 3, 1, 2).float()
+
+    def _books(self) -> list[Codebook]:
+        return [book for book in self.model.vqvae.modules() if isinstance(book, Codebook)]
 
     def _begin(self) -> None:
         channels_last(self.model, self.device)
@@ -395,7 +404,7 @@ class _Run:
             self._end_rounding()
         self.phase = phase
         vqvae = self.model.vqvae
-        books = [book for book in vqvae.modules() if isinstance(book, Codebook)]
+        books = self._books()
         biases = [book.bias for book in books]  # of the rate model
         if self.look_of:
             self._learn_only(vqvae.renderer().values())

@@ -98,9 +98,11 @@ class RateDistortion(nn.Module):
                 steps = piece.steps(quality)  # (B, P)
                 scale = steps.repeat_interleave(piece.dim, 1)[:, :, None, None]
                 v = (z[:, piece.start : piece.stop] - estimate[:, piece.start : piece.stop]) / scale
+                importance = (weight[:, None] * (steps.detach() * PIXEL_SCALE) ** 2 / 3).float()  # (B, P)
                 if self.rounding is not None:
                     log_scale = self.rounding.log_scale(level, index, estimate, self.vqvae.condition(quality))
-                    chosen, spent = round_off(v, log_scale.exp() / scale, self.training)
+                    wide = importance.repeat_interleave(piece.dim, 1)[:, :, None, None]
+                    chosen, spent = round_off(v, log_scale.exp() / scale, wide, bias, self.training)
                     spent = spent.sum((1, 2, 3))
                     rates_loss = rates_loss + (balance * spent).mean() * rate_weight / (height * width)
                     bits[:, level] += spent.detach()
@@ -109,7 +111,6 @@ class RateDistortion(nn.Module):
                 assert state is not None
                 part = self.prior.level(level).slice(index)
                 state, context = part.prepare(state, quality)
-                importance = (weight[:, None] * (steps.detach() * PIXEL_SCALE) ** 2 / 3).float()  # (B, P)
                 flat = rows(v, piece.planes)
                 if self.maintain is not None:
                     self.maintain(book, flat.detach())

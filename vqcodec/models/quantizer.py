@@ -139,6 +139,10 @@ class Codebook(nn.Module):
         # Logarithmic companding to the prior's int8 range: fine near zero, the farthest code at the bound.
         self.compand = min(24.0, 127 / math.log2(1 + start.abs().max().item()))
 
+    def restart(self) -> None:
+        """Code vectors as before training; the rate model stays."""
+        self.vectors.data.copy_(structured_start(self.config.codes, self.config.dim))
+
     def lookup(self, indices: Tensor) -> Tensor:
         """Code vectors: int64 (N, P) -> float32 (N, P, D)."""
         return look_up(self.vectors, indices)

@@ -64,33 +64,46 @@ class Rounding(nn.Module):
 
     @torch.no_grad()
     def start_from_pictures(self, vqvae: VQVAE, pixels: Tensor) -> None:
-        """Scales of the untrained transforms (`VQVAE.start_from_pictures`), from training crops (B, 3, H, W), 0..255."""
+        """Scales for transforms as they are, untrained or trained, from training crops (B, 3, H, W), 0..255."""
         quality = torch.full((len(pixels),), 50)
         estimate = None
         for level, latents in enumerate(vqvae.analyse(pixels, quality)):
             estimate = torch.zeros_like(latents) if estimate is None else vqvae.descend(level - 1, estimate, quality)
-            rest = (latents - estimate).square().mean((0, 2, 3)).sqrt() / LOGISTIC_DEVIATION
             for index, piece in enumerate(vqvae.level_slices(level)):
+                estimate = vqvae.refine(level, index, estimate, quality)
+                here = slice(piece.start, piece.stop)
+                rest = (latents - estimate)[:, here].square().mean((0, 2, 3)).sqrt() / LOGISTIC_DEVIATION
                 scale = self.levels[level][index]  # type: ignore[index]
                 assert isinstance(scale, Scale)
-                scale.usual.copy_(rest[piece.start : piece.stop].clamp(min=0.02).log())
+                scale.usual.copy_(rest.clamp(min=0.02).log())
                 scale.deviation.copy_(latents.square().mean((0, 2, 3)).sqrt().clamp(min=0.3))
-            estimate = latents
+                estimate = torch.cat([estimate[:, : piece.start], latents[:, here], estimate[:, piece.stop :]], 1)
 
 
-def round_off(v: Tensor, scale: Tensor, noisy: bool) -> tuple[Tensor, Tensor]:
-    """Integers nearest to v, and the bits they cost.
+def round_off(v: Tensor, scale: Tensor, weight: Tensor, bias: float, noisy: bool) -> tuple[Tensor, Tensor]:
+    """Integers for v, and the bits they cost.
+
+    Of the nearest integer and the next one towards zero, the one of less weight * squared error + bias * bits: what
+    codebooks will choose by (quantizer.py).
 
     Args:
-        v: float32, in steps, less its mean. scale: of the logistic distribution, in steps. noisy: whether bits are those of v
-            with uniform noise, with a gradient.
+        v: float32, in steps, less its mean. scale: of the logistic distribution, in steps. weight: bits per unit of squared
+            error in steps. bias: how much of the bits counts. noisy: whether bits are those of v with uniform noise, with a gradient.
 
     Returns:
         integers, and bits; both of the shape of v.
     """
-    rounded = v.detach().round()
-    at = v + torch.rand_like(v) - 0.5 if noisy else rounded
-    distance = at.abs()  # the upper tail, where differences of small numbers are exact
     scale = scale.clamp(min=LEAST_SCALE)
+    with torch.no_grad():
+        near = v.round()
+        less = near - near.sign()
+        saved = _bits(near, scale) - _bits(less, scale)
+        chosen = torch.where(bias * saved > weight * ((v - less).square() - (v - near).square()), less, near)
+    return chosen, _bits(v + torch.rand_like(v) - 0.5 if noisy else chosen, scale)
+
+
+def _bits(at: Tensor, scale: Tensor) -> Tensor:
+    """Of the interval of length 1 about a point of the logistic distribution."""
+    distance = at.abs()  # the upper tail, where differences of small numbers are exact
     mass = torch.sigmoid((0.5 - distance) / scale) - torch.sigmoid((-0.5 - distance) / scale)
-    return rounded, -torch.log2(mass.clamp(min=2**-MOST_BITS))
+    return -torch.log2(mass.clamp(min=2**-MOST_BITS))
