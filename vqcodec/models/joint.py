@@ -74,16 +74,16 @@ class RateDistortion(nn.Module):
             rate_weight: weight of the rate in the loss and in the choice of codes; below 1 while warming up. If the rate is
                 learned after the rest (`Config.rate`), 0 leaves the prior out and any other weight leaves only the prior.
         """
-        after = self.config.rate == "after"
-        only_prior = after and rate_weight > 0
-        bias = self.config.choice_bias * rate_weight
         batch, _, height, width = pixels.shape
         t = (quality.float() - 1) / 99
         low, high = self.config.lambda_range
         weight = low * (high / low) ** t
         balance = (weight / (low * high) ** 0.5) ** -BALANCE
+        nothing = torch.zeros((), device=pixels.device)
         bits = torch.zeros(batch, len(self.config.levels), device=pixels.device)
-        loss, rates_loss = torch.zeros((), device=pixels.device), torch.zeros((), device=pixels.device)
+        run = _Pass(
+            quality, balance, rate_weight, self._only_prior(rate_weight), height * width, bits, nothing, nothing
+        )
         state = estimate = None
         latents = self.vqvae.analyse(pixels, quality)
         for level, z in enumerate(latents):
@@ -94,75 +94,23 @@ class RateDistortion(nn.Module):
                 state = self.prior.level(level).begin(state, quality, batch, h, w)
             for index, piece in enumerate(self.vqvae.level_slices(level)):
                 estimate = self.vqvae.refine(level, index, estimate, quality).float()
-                book = piece.codebook
                 steps = piece.steps(quality)  # (B, P)
                 scale = steps.repeat_interleave(piece.dim, 1)[:, :, None, None]
-                v = (z[:, piece.start : piece.stop] - estimate[:, piece.start : piece.stop]) / scale
-                importance = (weight[:, None] * (steps.detach() * PIXEL_SCALE) ** 2 / 3).float()  # (B, P)
+                importance = (weight[:, None] * (steps.detach() * PIXEL_SCALE) ** 2 / 3).float()
+                part = slice(piece.start, piece.stop)
+                target = _Target(level, index, piece, z[:, part], estimate[:, part], scale, importance)
                 if self.rounding is not None:
                     log_scale = self.rounding.log_scale(level, index, estimate, self.vqvae.condition(quality))
-                    wide = importance.repeat_interleave(piece.dim, 1)[:, :, None, None]
-                    chosen, spent = round_off(v, log_scale.exp() / scale, wide, bias, self.training)
-                    spent = spent.sum((1, 2, 3))
-                    rates_loss = rates_loss + (balance * spent).mean() * rate_weight / (height * width)
-                    bits[:, level] += spent.detach()
-                    estimate = _decoded(estimate, piece, v + (chosen - v).detach(), scale)
-                    continue
-                assert state is not None
-                part = self.prior.level(level).slice(index)
-                state, context = part.prepare(state, quality)
-                flat = rows(v, piece.planes)
-                if self.maintain is not None:
-                    self.maintain(book, flat.detach())
-                table = book.inputs()
-                indices = torch.zeros(batch, h, w, piece.planes, dtype=torch.int64, device=z.device)
-                known = torch.zeros(batch, table.shape[0] * table.shape[2], h, w, device=z.device)
-                if part.at_once:
-                    known = grid(look_up(table, book.nearest(flat)), batch, h, w)
-                for number, places in part.passes(h, w):
-                    at = (slice(None), slice(None), *places)
-                    here = v[at]
-                    target = rows(here, piece.planes)
-                    if after and not only_prior:
-                        model = Rates(
-                            target.new_zeros(*target.shape[:2], piece.dim + 2), target.new_zeros(target.shape[:2])
-                        )
-                    else:
-                        model = rates(part.parameters_at(number, context, known))
-                    count = here.shape[2] * here.shape[3]
-                    share = (balance * rate_weight / (batch * height * width)).repeat_interleave(count)
-                    importances = importance.repeat_interleave(count, 0)
-                    if only_prior:
-                        target = target.detach()
-                    rate, k, spent = book.quantise(target, model, importances, bias, share)
-                    rates_loss = rates_loss + rate
-                    bits[:, level] += spent.reshape(batch, -1).sum(1)
-                    indices[:, places[0], places[1]] = k.reshape(batch, here.shape[2], here.shape[3], -1)
-                    known = known.clone()
-                    known[at] = grid(look_up(table, k), batch, here.shape[2], here.shape[3])
-                chosen = book.lookup(indices.reshape(-1, piece.planes))
-                scaled = (balance[:, None] * importance).repeat_interleave(h * w, 0) / (batch * height * width)
-                # The straight-through gradient to the estimate is zero: what is added behind the quantiser was taken
-                # away before it. Without a loss of its own the estimate drifts, and codes go along, until they saturate.
-                gap = z.detach()[:, piece.start : piece.stop] - estimate[:, piece.start : piece.stop]
-                wide = scaled.reshape(batch, -1, piece.planes)[:, 0].repeat_interleave(piece.dim, 1)[:, :, None, None]
-                loss = loss + ESTIMATE_WEIGHT * (wide * (gap / scale.detach()).square()).sum()
-                # Codebook and commitment loss, van den Oord et al. 2017, eq. 3, second and third term.
-                if book.learn == "gradient":
-                    loss = loss + (scaled[..., None] * (flat.detach() - chosen).square()).sum()
-                if self.config.commitment:
-                    gap = (flat - chosen.detach()).square()
-                    loss = loss + self.config.commitment * (scaled[..., None] * gap).sum()
-                if self.training and not only_prior:
-                    book.update_averages(flat.detach(), indices.reshape(-1, piece.planes))
-                # Straight-through: the decoder sees the code, the encoder gets the decoder's gradient.
-                straight = grid(flat + (chosen - flat).detach(), batch, h, w)
-                estimate = _decoded(estimate, piece, straight, scale)
-                state = part.update(state, known)
+                    v = self._round(run, target, log_scale)
+                else:
+                    assert state is not None
+                    v, state = self._quantise(run, target, state)
+                decoded = estimate[:, part] + v * scale
+                estimate = torch.cat([estimate[:, : piece.start], decoded, estimate[:, piece.stop :]], 1)
         assert estimate is not None
         reconstruction = self.vqvae.descend(len(latents) - 1, estimate, quality).float()
         mse = (reconstruction - pixels).square().mean((1, 2, 3))
-        loss = loss + (balance * weight * mse).mean()
+        loss = run.loss + (balance * weight * mse).mean()
         distance = torch.full_like(mse, math.nan)
         if self.perceptual is not None:
             distance = self.perceptual(reconstruction, pixels)
@@ -171,13 +119,119 @@ class RateDistortion(nn.Module):
             # What the encoder adds and the estimate predicts costs no bits, and the decoder can take it back: nothing else
             # keeps all of them from growing without end.
             loss = loss + ADDED_WEIGHT * (balance * weight * self.vqvae.added_error()).mean()
-        total = rates_loss if only_prior else rates_loss + loss
+        total = run.rate if run.only_prior else run.rate + loss
         bpp = bits.sum(1) / (height * width)
         mse, distance = mse.detach(), distance.detach()
         return Losses(total, bits, bpp, mse, bpp + weight * mse, distance, reconstruction)
 
+    def _only_prior(self, rate_weight: float) -> bool:
+        return self.config.rate == "after" and rate_weight > 0
 
-def _decoded(estimate: Tensor, piece: Slice, v: Tensor, scale: Tensor) -> Tensor:
-    """The estimate (B, C, h, w) with the vectors of one slice, in steps, added to its channels."""
-    decoded = estimate[:, piece.start : piece.stop] + v * scale
-    return torch.cat([estimate[:, : piece.start], decoded, estimate[:, piece.stop :]], 1)
+    def _round(self, run: "_Pass", target: "_Target", log_scale: Tensor) -> Tensor:
+        """What the decoder gets of one slice, in steps, by `Rounding`: integers, with a gradient passed straight through."""
+        v, dim = target.residual(), target.piece.dim
+        wide = target.importance.repeat_interleave(dim, 1)[:, :, None, None]
+        bias = self.config.choice_bias * run.rate_weight
+        chosen, spent = round_off(v, log_scale.exp() / target.scale, wide, bias, self.training)
+        spent = spent.sum((1, 2, 3))
+        run.rate = run.rate + (run.balance * spent).mean() * run.rate_weight / run.area
+        run.bits[:, target.level] += spent.detach()
+        return v + (chosen - v).detach()
+
+    def _quantise(self, run: "_Pass", target: "_Target", state: Tensor) -> tuple[Tensor, Tensor]:
+        """The same by codebook and prior, and the prior's state (B, C, h, w) after the slice."""
+        piece, book, importance = target.piece, target.piece.codebook, target.importance
+        part = self.prior.level(target.level).slice(target.index)
+        state, context = part.prepare(state, run.quality)
+        v = target.residual()
+        batch, _, h, w = v.shape
+        flat = rows(v, piece.planes)
+        if self.maintain is not None:
+            self.maintain(book, flat.detach())
+        table = book.inputs()
+        indices = torch.zeros(batch, h, w, piece.planes, dtype=torch.int64, device=v.device)
+        known = torch.zeros(batch, table.shape[0] * table.shape[2], h, w, device=v.device)
+        if part.at_once:
+            known = grid(look_up(table, book.nearest(flat)), batch, h, w)
+        for number, places in part.passes(h, w):
+            at = (slice(None), slice(None), *places)
+            here = v[at]
+            sought = rows(here, piece.planes)
+            if self.config.rate == "after" and not run.only_prior:
+                shape = sought.shape[:2]
+                model = Rates(sought.new_zeros(*shape, piece.dim + 2), sought.new_zeros(shape))
+            else:
+                model = rates(part.parameters_at(number, context, known))
+            count = here.shape[2] * here.shape[3]
+            share = (run.balance * run.rate_weight / (batch * run.area)).repeat_interleave(count)
+            importances = importance.repeat_interleave(count, 0)
+            bias = self.config.choice_bias * run.rate_weight
+            rate, k, spent = book.quantise(
+                sought.detach() if run.only_prior else sought, model, importances, bias, share
+            )
+            run.rate = run.rate + rate
+            run.bits[:, target.level] += spent.reshape(batch, -1).sum(1)
+            indices[:, places[0], places[1]] = k.reshape(batch, here.shape[2], here.shape[3], -1)
+            known = known.clone()
+            known[at] = grid(look_up(table, k), batch, here.shape[2], here.shape[3])
+        chosen = book.lookup(indices.reshape(-1, piece.planes))
+        scaled = run.balance[:, None] * importance / (batch * run.area)  # (B, P)
+        # The straight-through gradient to the estimate is zero: what is added behind the quantiser was taken
+        # away before it. Without a loss of its own the estimate drifts, and codes go along, until they saturate.
+        gap = (target.latents.detach() - target.estimate) / target.scale.detach()
+        wide = scaled.repeat_interleave(piece.dim, 1)[:, :, None, None]
+        run.loss = run.loss + ESTIMATE_WEIGHT * (wide * gap.square()).sum()
+        # Codebook and commitment loss, van den Oord et al. 2017, eq. 3, second and third term.
+        scaled = scaled.repeat_interleave(h * w, 0)[..., None]
+        if book.learn == "gradient":
+            run.loss = run.loss + (scaled * (flat.detach() - chosen).square()).sum()
+        if self.config.commitment:
+            run.loss = run.loss + self.config.commitment * (scaled * (flat - chosen.detach()).square()).sum()
+        if self.training and not run.only_prior:
+            book.update_averages(flat.detach(), indices.reshape(-1, piece.planes))
+        # Straight-through: the decoder sees the code, the encoder gets the decoder's gradient.
+        straight = grid(flat + (chosen - flat).detach(), batch, h, w)
+        return straight, part.update(state, known)
+
+
+@dataclass
+class _Pass:
+    """One forward pass: what holds for all slices, and what they add to.
+
+    Attributes:
+        quality: (B,). balance: (B,), what each picture's part of the loss is multiplied by. rate_weight: as of `forward`.
+        only_prior: whether nothing else learns. area: pixels of a picture.
+        bits: (B, levels), spent so far, no gradient. rate, loss: scalars, the loss of the rate and of estimates and codebooks.
+    """
+
+    quality: Tensor
+    balance: Tensor
+    rate_weight: float
+    only_prior: bool
+    area: int
+    bits: Tensor
+    rate: Tensor
+    loss: Tensor
+
+
+@dataclass
+class _Target:
+    """What one slice has to code.
+
+    Attributes:
+        level, index: of the slice. piece: its steps and codebook.
+        latents, estimate: of its channels, (B, P D, h, w). scale: (B, P D, 1, 1), steps in latent units.
+        importance: (B, P), bits per unit of squared error in steps, no gradient.
+    """
+
+    level: int
+    index: int
+    piece: Slice
+    latents: Tensor
+    estimate: Tensor
+    scale: Tensor
+    importance: Tensor
+
+    def residual(self) -> Tensor:
+        """In steps."""
+        return (self.latents - self.estimate) / self.scale
