@@ -274,15 +274,20 @@ class _Run:
     def start_from(self, given: weights.Model) -> None:
         """Continue from exported weights; the rate counts in full from the first step."""
         self.model.vqvae.load_state_dict(looks.with_blocks(given, self.config).state_dict())
-        if self.model.rounding is not None:
-            for book in self._books():
-                book.restart()
-            self.model.rounding.start_from_pictures(self.model.vqvae, self._start_crops())
         prior = copy.deepcopy(given.prior)
         prior.thaw()
         self.model.prior.load_state_dict(prior.state_dict())
         self.rate_start = 1.0
-        self._begin()
+        rounding = self.model.rounding
+        self.model.rounding = self.average.rounding = None
+        self._begin()  # the log begins with the weights as they are
+        if rounding is not None:
+            for book in self._books():
+                book.restart()
+            rounding.start_from_pictures(self.model.vqvae, self._start_crops())
+            self.model.rounding = rounding
+            self.average.rounding = copy.deepcopy(rounding).requires_grad_(False).eval()
+            self._take()
 
     def start_fresh(self) -> None:
         """The KLT start."""
@@ -308,9 +313,13 @@ class _Run:
     def _books(self) -> list[Codebook]:
         return [book for book in self.model.vqvae.modules() if isinstance(book, Codebook)]
 
-    def _begin(self) -> None:
+    def _take(self) -> None:
+        """The model as it is now is what learns, and the average of it so far."""
         channels_last(self.model, self.device)
         self.average.load_state_dict(self.model.state_dict())
+
+    def _begin(self) -> None:
+        self._take()
         if self.rank == 0:
             self.before = self._sheet_row()
             self._validate()
