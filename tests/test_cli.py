@@ -127,6 +127,8 @@ def test_help_has_ranges_and_defaults():
         (["sample", "-o", "a.xyz"], "no picture format has the suffix '.xyz'"),
         (["sample", "-o", "a.png", "--rows", "3"], "--rows says what to keep of --complete PICTURE."),
         (["sample", "-o", "a.png", "--temperature", "nan"], "--temperature must be a number."),
+        (["sample", "-o", "a.png", "--complete", "b.png", "--size", "8"], "--complete PICTURE has a size of its own"),
+        (["train", "x", "-o", "w.safetensors", "--minutes", "inf"], "--minutes must be a number."),
         (["train", "x"], "Missing option '-o' / '--output'."),
         (["train", "x", "-o", "y", "--minutes", "0"], "Invalid value for '--minutes'"),
     ],
@@ -187,6 +189,7 @@ def test_options_reach_the_codec(codec, photo, monkeypatch):
         (["--target-psnr", "36"], vqcodec.Target("psnr", 36.0), None),
         (["--target-ssimulacra2", "-5"], vqcodec.Target("ssimulacra2", -5.0), None),
         (["--max-size", "1M"], None, 1_000_000),
+        (["--max-size", "1" + 400 * "0"], None, 10**400),
     ],
 )
 def test_targets(codec, photo, monkeypatch, arguments, target, max_size):
@@ -545,11 +548,24 @@ def test_train_a_look(training, photo):
     assert ran.exit_code == 2 and "--natural needs --from" in ran.stderr
     asked += ["--from", "w.safetensors"]
     ran = run(*asked, "-o", "v.safetensors")
-    assert ran.exit_code == 2 and "must end in .natural.safetensors, got v.safetensors" in ran.stderr
+    assert ran.exit_code == 2 and "must be called w.natural.safetensors to be found, got v.safetensors" in ran.stderr
+    ran = run(*asked, "-o", "w.natural.safetensors", "--config", "photo")
+    assert ran.exit_code == 2 and "--config cannot change it" in ran.stderr
     assert training.calls == []
     assert run(*asked, "-o", "w.natural.safetensors").exit_code == 0
     assert training.calls[0][2]["features"] == Path("f.safetensors")
     assert training.calls[0][2]["start_from"] == Path("w.safetensors")
+
+
+def test_the_search_bar_starts_again_for_every_quality(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(cli.sys, "stderr", terminal)
+    with cli._search_bar(True) as show:
+        for share in (0.5, 1.0, 0.25):
+            show(share)
+    shown = re.findall(r"(\d+)%", terminal.getvalue())
+    assert [int(number) for number in shown][-3:] == [50, 100, 25]
 
 
 def test_train_on_a_terminal(training, monkeypatch):

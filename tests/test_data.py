@@ -44,7 +44,7 @@ def test_folders_are_searched_through(tmp_path: Path) -> None:
 
 
 def test_nothing_found(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="no pictures found: expected files ending in .*\\.png"):
+    with pytest.raises(TrainingError, match="no pictures found: .* holds no files named \\*\\.png"):
         find_pictures([tmp_path])
     with pytest.raises(TrainingError, match="no such file or folder: .*missing"):
         find_pictures([tmp_path / "missing"])

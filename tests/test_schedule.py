@@ -16,6 +16,7 @@ def test_learning_rates_rise_and_fall_in_every_phase() -> None:
     assert at(0.25, 0.4, 0.49999) == pytest.approx([0.7, 0.4, 0.2], rel=1e-3)
     assert at(0.5, 0.55, 0.59999) == pytest.approx([1, 0.505, 0.01], rel=1e-3)
     assert at(0.6, 0.7, 0.79999) == pytest.approx([0.2, 0.101, 0.002], rel=1e-3)
+    assert [plan.begins(phase) for phase in range(5)] == [0, 0.5, 0.6, 0.8, 1]
     assert at(0.8, 0.9, 0.99999) == pytest.approx([0.4, 0.202, 0.004], rel=1e-3)
 
 

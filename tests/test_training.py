@@ -366,16 +366,20 @@ def test_in_the_end_codes_stand_still(pictures: Path, tmp_path: Path, small: Non
 # Going on from weights
 
 
-def test_start_from_weights(pictures: Path, tmp_path: Path, small: None) -> None:
+@pytest.mark.parametrize("plan", [SMALL, dataclasses.replace(SMALL, prior_at=0.4, joint_at=0.6)])
+def test_start_from_weights(pictures: Path, tmp_path: Path, small: None, plan: Schedule) -> None:
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
     run(pictures, first, 2)
-    run(pictures, second, 0.5, start_from=first, config=dataclasses.replace(PHOTO, commitment=0.1))
+    run(pictures, second, 1, start_from=first, schedule=plan, config=dataclasses.replace(PHOTO, commitment=0.1))
     expected = dataclasses.replace(TINY, commitment=0.1)
     assert weights.load(second).config == expected, "the shape comes with the weights, the commitment does not"
     before, after = log_of(first), log_of(second)
     assert after[0]["step"] == 0
     assert after[0]["cost"] == pytest.approx(before[-1]["cost"], rel=0.03)
     assert after[0]["cost"] < before[0]["cost"]
+    assert after[-1]["cost"] < before[0]["cost"]
+    run(pictures, tmp_path / "third.safetensors", 0.3, start_from=second, config=None)
+    assert weights.load(tmp_path / "third.safetensors").config == expected, "all of the configuration unless asked"
 
 
 # Errors

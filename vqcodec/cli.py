@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,7 +112,7 @@ def _size(_: click.Context, __: click.Parameter, value: str | None) -> int | Non
     if value is None:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?i?)b?", value.strip().lower())
-    size = int(float(found[1]) * _UNITS[found[2]]) if found and found[2] in _UNITS else 0
+    size = int(Decimal(found[1]) * _UNITS[found[2]]) if found and found[2] in _UNITS else 0
     if size < 1:
         raise click.BadParameter(f"{value!r} is not a size like 50000, 50KB or 1.5MiB.")
     return size
@@ -155,7 +156,7 @@ def main(debug: bool) -> None:
     \b
     Examples:
       vqcodec compress photo.png            makes photo.vqz
-      vqcodec decompress photo.vqz          makes photo.png
+      vqcodec decompress photo.vqz -o restored.png
 
     Shell completion: eval "$(_VQCODEC_COMPLETE=bash_source vqcodec)", likewise zsh_source, and fish_source piped to
     source.
@@ -445,9 +446,13 @@ def compare(first: str, second: str, weights: str | None, device: str, as_json: 
 @main.command()
 @click.argument("pictures", metavar="PICTURES...", nargs=-1, required=True, type=click.Path())
 @click.option("-o", "--output", metavar="OUT", type=click.Path(dir_okay=False), required=True, help="Weights file.")
-@click.option("--config", metavar="NAME|FILE", default="photo", show_default=True, help="Configuration of the model.")
+@click.option("--config", metavar="NAME|FILE", help="Configuration of the model.  [default: photo, or that of --from]")
 @click.option(
-    "--minutes", type=click.FloatRange(min=0, min_open=True), default=180, show_default=True, help="How long to train."
+    "--minutes",
+    type=_above_zero,
+    default=180,
+    show_default=True,
+    help="How long to train, all parts of a resumed run together.",
 )
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint of an earlier run with the same OUT.")
 @click.option(
@@ -455,7 +460,7 @@ def compare(first: str, second: str, weights: str | None, device: str, as_json: 
     "start_from",
     metavar="FILE",
     type=_Weights(exists=True, dir_okay=False, readable=True),
-    help="Start from these weights, with their configuration.",
+    help="Train on from these weights, of whose configuration only the commitment can change.",
 )
 @click.option(
     "--natural",
@@ -470,7 +475,7 @@ def compare(first: str, second: str, weights: str | None, device: str, as_json: 
 def train(
     pictures: tuple[str, ...],
     output: str,
-    config: str,
+    config: str | None,
     minutes: float,
     resume: bool,
     start_from: str | None,
@@ -495,8 +500,14 @@ def train(
         raise click.UsageError(f"OUT must end in .safetensors, got {output}")
     if features is not None and start_from is None:
         raise click.UsageError("--natural needs --from: the weights that the look is for.")
-    if features is not None and not output.endswith(".natural.safetensors"):
-        raise click.UsageError(f"OUT of a natural look must end in .natural.safetensors, got {output}")
+    if features is not None and start_from is not None:
+        name = Path(start_from).with_suffix(".natural.safetensors").name
+        if Path(output).name != name:
+            raise click.UsageError(f"OUT of a natural look must be called {name} to be found, got {output}")
+        if config is not None:
+            raise click.UsageError("--natural has the configuration of --from: --config cannot change it.")
+    if not math.isfinite(minutes):
+        raise click.UsageError("--minutes must be a number.")
     sheet = os.path.realpath(Path(output).with_suffix(".png"))
     if any(os.path.realpath(path) == sheet for path, _ in found):
         raise click.UsageError(f"the sheet of pictures beside OUT would replace the input {sheet}")
@@ -531,7 +542,7 @@ def train(
 @click.argument("weights", metavar="[WEIGHTS]", required=False, type=_Weights(exists=True, dir_okay=False))
 @_picture
 @click.option("-n", "count", type=click.IntRange(1, 1024), default=16, show_default=True, help="How many to draw.")
-@click.option("--size", type=click.IntRange(1, 2048), default=256, show_default=True, help="Pixels a side of each.")
+@click.option("--size", type=click.IntRange(1, 2048), help="Pixels a side of each.  [default: 256]")
 @_detail
 @click.option(
     "--temperature",
@@ -551,7 +562,7 @@ def sample(
     weights: str | None,
     output: str,
     count: int,
-    size: int,
+    size: int | None,
     quality: int,
     temperature: float,
     complete: str | None,
@@ -569,6 +580,8 @@ def sample(
     """
     if complete is None and rows is not None:
         raise click.UsageError("--rows says what to keep of --complete PICTURE.")
+    if complete is not None and size is not None:
+        raise click.UsageError("--complete PICTURE has a size of its own: --size cannot change it.")
     if not math.isfinite(temperature):
         raise click.UsageError("--temperature must be a number.")
     job = files.Job(complete or files.STREAM, output)
@@ -591,8 +604,8 @@ def sample(
         drawn = sampling.sample(
             count,
             weights_file=weights,
-            height=size,
-            width=size,
+            height=size or 256,
+            width=size or 256,
             quality=quality,
             temperature=temperature,
             seed=seed,
@@ -725,7 +738,14 @@ def _search_bar(wanted: bool) -> Iterator[Callable[[float], None] | None]:
         yield None
         return
     with click.progressbar(length=1000, label="searching", file=sys.stderr) as bar:
-        yield lambda share: bar.update(round(1000 * share) - bar.pos)
+
+        def show(share: float) -> None:
+            reached = round(1000 * share)
+            if reached < bar.pos:  # the next quality that is tried
+                bar.pos, bar.finished = 0, False
+            bar.update(reached - bar.pos)
+
+        yield show
 
 
 @contextlib.contextmanager

@@ -213,13 +213,14 @@ def decode_codes(container: Container, model: Model) -> list[Tensor]:
         per level, coarse first, int16 (h, w, P) of the padded picture; code 0 where a segment is missing.
 
     Raises:
-        WeightsError: the file was made with other weights. ChecksumError: a segment is not what an encoder wrote.
+        WeightsError: the file was made with other weights. HeaderError: its layers or tiles are not theirs. ChecksumError: a
+            segment is not what an encoder wrote.
     """
     header = container.header
     if header.weights_id != model.id:
         raise WeightsError(f"made with weights {header.weights_id.hex()}, these are {model.id.hex()}")
     if header.layers != model.config.layers:
-        raise FormatError(f"the file has {header.layers} layers, its weights have {model.config.layers}")
+        raise HeaderError(f"the file has {header.layers} layers, its weights have {model.config.layers}")
     if header.tile % model.config.multiple:
         raise HeaderError(f"tile is {header.tile} pixels, these weights need multiples of {model.config.multiple}")
     with coding.exact(model):

@@ -5,6 +5,7 @@ model works on this one.
 """
 
 import hashlib
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vqcodec import image
+from vqcodec import files, image
 from vqcodec.errors import ImageError, TrainingError
 from vqcodec.files import PICTURE_SUFFIXES
 
@@ -29,19 +30,17 @@ def find_pictures(inputs: Iterable[Path]) -> list[Path]:
     """Picture files named or found in folders (recursively), sorted, without repeats.
 
     Raises:
-        TrainingError: an input does not exist, or there is no picture at all.
+        TrainingError: an input does not exist, or a folder holds no picture.
     """
-    found: set[Path] = set()
-    for path in inputs:
-        if path.is_dir():
-            found.update(p for p in path.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file())
-        elif path.is_file():
-            found.add(path)
-        else:
-            raise TrainingError(f"no such file or folder: {path}")
-    if not found:
-        raise TrainingError("no pictures found: expected files ending in " + ", ".join(sorted(PICTURE_SUFFIXES)))
-    return sorted(found)
+    names = list(map(str, inputs))
+    for name in names:
+        if not os.path.exists(name):
+            raise TrainingError(f"no such file or folder: {name}")
+    try:
+        found = files.find(names, PICTURE_SUFFIXES)
+    except ValueError as error:
+        raise TrainingError(f"no pictures found: {error}") from None
+    return sorted({Path(name) for name, _ in found})
 
 
 def split(pictures: Sequence[Path], validation: int) -> tuple[list[Path], list[Path]]:

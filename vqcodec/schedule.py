@@ -53,18 +53,22 @@ class Schedule:
     low_qualities: float = 1.0
 
     def without_rounding(self) -> "Schedule":
-        """For what begins with all together: weights that have a prior, and codebooks that do not start as integers."""
+        """For codebooks that do not start as integers, and where the prior is learned after the rest."""
         return replace(self, prior_at=0.0, joint_at=0.0)
 
     def phase(self, share: float) -> int:
         """0: rounding; 1: the prior alone; 2: all; 3: for codes that stand still."""
         return sum(share >= start for start in (self.prior_at, self.joint_at, self.polish_from))
 
+    def begins(self, phase: int) -> float:
+        """The share at which a phase begins; of 4, the end."""
+        return (0.0, self.prior_at, self.joint_at, self.polish_from, 1.0)[phase]
+
     def _passed(self, share: float) -> float:
         """The share of a phase's time."""
         phase = self.phase(share)
-        bounds = (0.0, self.prior_at, self.joint_at, self.polish_from, 1.0)
-        return (share - bounds[phase]) / max(1e-9, bounds[phase + 1] - bounds[phase])
+        start, end = self.begins(phase), self.begins(phase + 1)
+        return (share - start) / max(1e-9, end - start)
 
     def learning_rate(self, step: int, share: float) -> float:
         """What the peak learning rates are multiplied by: a rise over the steps, and a fall in every phase."""

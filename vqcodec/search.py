@@ -37,7 +37,7 @@ SHARE = 0.6  # of the symbols that would gain, change in one step
 LEAST_GAIN = 0.25  # in bits, below which no symbol changes
 NEAR_INPUT = 32
 # In units of an orthonormal decoder's curvature: a trained one takes noise away, and answers to changes here and there with
-# a third to two thirds of them. Damping starts at the first and approaches the second by a factor, or leaves it by another.
+# a third to two thirds of them. A success divides the distance of damping from LEAST by LESS, a failure multiplies it by MORE.
 DAMPING, LEAST, LESS, MORE = 0.9, 0.6, 1.4, 2.0
 
 

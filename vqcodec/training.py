@@ -7,7 +7,7 @@
     polish   prior and decoder for codes that stand still
     export   the averaged weights, the prior as integers, validated as they will run
 
-Another look of given weights is trained the same way, but that only what turns codes into pixels learns.
+Another look of given weights is trained the same way, except that only what turns codes into pixels learns.
 
 The schedule follows the clock: see schedule.py. A checkpoint beside the output survives any interruption; `resume` goes on from it. Under
 torchrun the same function trains data-parallel, one process a device.
@@ -85,7 +85,7 @@ def train(
     pictures: Sequence[Path],
     output: Path,
     *,
-    config: str | Path | Config = "photo",
+    config: str | Path | Config | None = None,
     minutes: float = 180,
     resume: bool = False,
     device: str = "auto",
@@ -103,23 +103,26 @@ def train(
 
     Args:
         pictures: files and folders. output: the weights file, .safetensors.
-        config: a configuration, the name of one, or a JSON file. minutes: budget of the whole run, earlier parts included.
+        config: a configuration, the name of one, or a JSON file; None for "photo", or that of `start_from`. minutes: budget
+            of the whole run, earlier parts included.
         resume: go on from the checkpoint. device: "auto", "cpu" or "cuda". seed: of crops and initial weights.
         start_from: a weights file to train on from, instead of from scratch; of `config` only the commitment counts then.
+            Where training begins with rounding, codebooks begin again as integers.
         features: of the network of LPIPS that says how alike pictures look, SqueezeNet 1.1 as safetensors: train the natural look
             of the weights `start_from`, in a file of its own. Needs the packages lpips and torchvision.
         schedule: learning rates, batches and crops; None for the usual one of the configuration.
         on_progress, on_warning: called now and then with a `Progress`, and with one line for each picture skipped.
 
     Raises:
-        TrainingError: no pictures, no checkpoint to resume from, or one of another configuration; features without weights
-            to start from, or without the packages.
-        WeightsError: unknown configuration or device; unreadable features.
+        TrainingError: no pictures, no such device, no checkpoint to resume from, or one of another configuration; features
+            without weights to start from, or without the packages.
+        WeightsError: unknown configuration; unreadable features.
     """
     given = weights.load(start_from) if start_from else None
-    settings = config if isinstance(config, Config) else load_config(str(config))
-    if given:  # what shapes a model comes with its weights, how it learns does not
-        settings = dataclasses.replace(given.config, commitment=settings.commitment)
+    settings = config if isinstance(config, Config) else load_config(str(config or "photo"))
+    if given:  # what shapes a model comes with its weights, how it learns need not
+        kept = given.config if config is None else settings
+        settings = dataclasses.replace(given.config, commitment=kept.commitment)
     if features is not None:
         if given is None:
             raise TrainingError("a look needs the weights that it is for")
@@ -314,7 +317,8 @@ class _Run:
         """Training crops (B, 3, H, W), 0..255, on the CPU as the model is until it begins."""
         self._report("start")
         size = self.schedule.crop_side(0, self.config.multiple)
-        stream = data.batches(self.pictures, batch=START_CROPS, size=size, seed=self.seed)
+        mirror = self.schedule.mirror
+        stream = data.batches(self.pictures, batch=START_CROPS, size=size, seed=self.seed, mirror=mirror)
         crops = next(stream)
         stream.close()  # type: ignore[attr-defined]
         self.model.cpu()
@@ -351,6 +355,7 @@ class _Run:
             self.spent = time.monotonic() - begun
             if share >= 1:
                 break
+            share = max(share, self.schedule.begins(self.phase))  # what was given more time goes on where it was
             if self.schedule.phase(share) > self.phase:
                 del trained  # with its hooks on the parameters
                 trained = self._enter(self.schedule.phase(share))

@@ -111,7 +111,7 @@ class Config:
     """Everything that determines the shape of a model.
 
     Attributes:
-        name: for people; has no effect.
+        name: for people, and of the schedule that training takes (schedule.py).
         stages: fine to coarse; strides grow by whole factors.
         prior: the entropy model.
         lambda_range: distortion weights of quality 1 and 100, in bits per pixel per unit of squared error on the
@@ -150,7 +150,7 @@ class Config:
         low, high = self.lambda_range
         if not 0 < low < high:
             raise ValueError(f"lambda_range must be two growing positive numbers, got {self.lambda_range}")
-        # Crops in training and tiles in coding are multiples of 128 pixels, and a grid of one position has no neighbours.
+        # Tiles are multiples of 64 pixels, large crops of 128, and a grid of one position has no neighbours.
         if 128 % self.multiple:
             raise ValueError(f"the coarsest stride must divide 128, got {self.multiple}")
         if not (isinstance(self.commitment, int | float) and 0 <= self.commitment < math.inf):

@@ -22,7 +22,7 @@ MAX_EXPONENT = 14
 
 
 class _Floor(torch.autograd.Function):
-    """floor(x + 1/2) is written by callers as floor of a shifted x; the gradient passes straight through."""
+    """floor(x); the gradient passes straight through."""
 
     @staticmethod
     def forward(ctx: object, x: Tensor) -> Tensor:

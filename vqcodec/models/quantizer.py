@@ -233,11 +233,6 @@ class Codebook(nn.Module):
             )
         return loss, indices, bits
 
-    def _chunks(self, rows: int) -> list[slice]:
-        planes, codes, _ = self.vectors.shape
-        step = max(1, CHUNK // max(1, rows * codes))
-        return [slice(i, min(i + step, planes)) for i in range(0, planes, step)]
-
     @torch.no_grad()
     def update_averages(self, v: Tensor, indices: Tensor) -> None:
         """Count the members of each code and, with `ema`, move it to their bias-corrected moving average."""

@@ -65,7 +65,7 @@ class ResidualBlock(nn.Module):
 
     The size of a channel is its standard deviation or the unit, whichever is larger: weak channels are seen as well as
     strong ones, but what one block adds is never more than the next one's usual input, so that no chain of blocks blows
-    up. The sum stays in float32, but in training, because latents are large against their steps.
+    up. The sum stays in float32 except in training, because latents are large against their steps.
 
     Attributes:
         energy: float (B,), in training: the squares of what the last call added, summed over channels, mean over positions;
@@ -100,7 +100,7 @@ class ResidualBlock(nn.Module):
 
 
 class Linear1x1(nn.Linear):
-    """A 1x1 convolution without bias that is computed in float32 whatever autocast says, but in training.
+    """A 1x1 convolution without bias that is computed in float32 whatever autocast says, except in training.
 
     There the errors of bfloat16, a quarter of a pixel level, are small against those of quantisers.
     """
