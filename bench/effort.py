@@ -3,10 +3,12 @@
     python bench/effort.py PICTURES... [--efforts 1,3,9] [--qualities 20,50,80] [--jobs 1] [-o out/effort.json]
 
 For each effort: BD-rate against effort 1 (PSNR, means over the pictures), seconds a picture, and bits per pixel and PSNR at each
-quality. What is in the output file already is not measured again.
+quality. What is in the output file already is not measured again. It tells weights by their id and pictures by their bytes, but
+does not notice new code: remove it after a change of vqcodec/search.py.
 """
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -22,7 +24,7 @@ if not __package__:  # run as a file: let the imports below find the repository'
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench.bd_rate import Curve, bd_rate
-from vqcodec import codec, data
+from vqcodec import codec, data, packaged, weights
 from vqcodec.metrics import psnr
 
 
@@ -54,7 +56,13 @@ def main(arguments: list[str] | None = None) -> int:
     paths = data.find_pictures(given.pictures)
     known: dict[str, dict[str, float]] = json.loads(given.output.read_text()) if given.output.exists() else {}
     given.output.parent.mkdir(parents=True, exist_ok=True)
-    wanted = {f"{p.name} {e} {q}": (p, e, q) for e in efforts for q in qualities for p in paths}
+    weights_id = weights.describe(packaged.find())["id"]
+    digests = {path: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths}
+
+    def name(path: Path, effort: int, quality: int) -> str:
+        return f"{weights_id} {digests[path]} {effort} {quality}"
+
+    wanted = {name(p, e, q): (p, e, q) for e in efforts for q in qualities for p in paths}
     missing = {key: args for key, args in wanted.items() if key not in known}
     # Not forked: a copy of a process whose torch has threads may wait for them for ever. More threads than cores are far slower.
     threads = max(1, torch.get_num_threads() // given.jobs)
@@ -64,8 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
             given.output.write_text(json.dumps(known))
     curves = {}
     for effort in efforts:
-        rows = [[known[f"{p.name} {effort} {q}"] for p in paths] for q in qualities]
-        rates, values = ([float(np.mean([r[name] for r in row])) for row in rows] for name in ("bpp", "psnr"))
+        rows = [[known[name(p, effort, q)] for p in paths] for q in qualities]
+        rates, values = ([float(np.mean([r[column] for r in row])) for row in rows] for column in ("bpp", "psnr"))
         curves[effort] = Curve.of(rates, values)
         anchor, curve = curves[efforts[0]], curves[effort]
         gain = bd_rate(anchor, curve) if anchor and curve else None

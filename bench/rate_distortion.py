@@ -34,6 +34,7 @@ from bench import codecs, measures, plots, report
 from bench.bd_rate import BdRate, bd_rate
 from bench.measures import MEASURES, Measure
 from bench.results import AIM_RATES, Aim, Comparison, Result, Row, aim, comparisons, published
+from vqcodec import files
 from vqcodec.errors import VqcodecError
 from vqcodec.metrics import psnr
 
@@ -41,7 +42,6 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 KODAK = REPOSITORY.parent / "shared" / "data" / "kodak"
 ANCHORS = REPOSITORY.parent / "shared" / "anchors" / "kodak"
 KODAK_NAMES = {f"kodim{number:02d}" for number in range(1, 25)}
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".ppm"}
 
 TABLE_RATES = (0.08, 0.15, 0.3, 0.5, 1.0)  # bits per pixel
 COMPARED_PICTURES = 4
@@ -172,17 +172,10 @@ def find_pictures(given: Sequence[Path]) -> list[Path]:
     if not given:
         sample = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
         given = [KODAK if KODAK.is_dir() else sample]
-    found: list[Path] = []
     for path in given:
-        if path.is_dir():
-            found += sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-        elif path.is_file():
-            found.append(path)
-        else:
+        if not path.exists():
             raise ValueError(f"{path}: no such file or folder")
-    if not found:
-        raise ValueError(f"no pictures in {', '.join(map(str, given))}")
-    return found
+    return [Path(name) for name, _ in files.find(map(str, given), files.PICTURE_SUFFIXES)]
 
 
 def choose_codecs(names: str, weights: Path | None) -> list[codecs.Codec]:

@@ -56,9 +56,12 @@ def main(arguments: list[str] | None = None) -> int:
             except TargetError:
                 missed += 1
         seconds = (time.perf_counter() - start) / len(pictures)
-        unit = 100 if name in ("size", "bpp", "max") else 1
-        least, most, mean = (unit * f(gaps) for f in (min, max, lambda x: float(np.mean(np.abs(x)))))
-        print(f"{text}: {least:+.2f} to {most:+.2f}, mean {mean:.2f}, out of range {missed}, {seconds:.1f} s a picture")
+        line = f"out of range {missed}, {seconds:.1f} s a picture"
+        if gaps:
+            unit = 100 if name in ("size", "bpp", "max") else 1
+            least, most, mean = (unit * f(gaps) for f in (min, max, lambda x: float(np.mean(np.abs(x)))))
+            line = f"{least:+.2f} to {most:+.2f}, mean {mean:.2f}, {line}"
+        print(f"{text}: {line}")
     return 0
 
 

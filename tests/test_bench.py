@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import models
@@ -310,6 +311,20 @@ def test_processes_give_the_same_files(folder: Path) -> None:
     ]
 
 
+def test_pictures_of_folders(folder: Path) -> None:
+    below = folder / "below"
+    below.mkdir()
+    with pytest.raises(ValueError, match="below holds no files"):
+        rate_distortion.find_pictures([below])
+    Image.fromarray(photo(8, 8)).save(below / "c.gif")
+    named = folder / "notes.txt"
+    assert rate_distortion.find_pictures([named, folder]) == [
+        named,
+        *(folder / n for n in ("a.png", "b.png", "below/c.gif")),
+    ]
+    assert rate_distortion.find_pictures([]), "Kodak or the sample photo"
+
+
 def test_published_curves_belong_to_the_whole_kodak_set(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert rate_distortion.load_published(rate_distortion.find_pictures([folder]), folder) == []
     assert "24 Kodak pictures" in capsys.readouterr().err
@@ -387,9 +402,38 @@ def test_effort_and_targets_report(
     first = capsys.readouterr().out
     assert [re.sub(r"[+-]\d.*", "", line) for line in first.splitlines()] == ["effort 1: ", "effort 2: "]
     assert first.startswith("effort 1: +0.00 %")
-    monkeypatch.setattr(effort, "measure", None)
+    monkeypatch.setattr(effort, "_measure", None)
     assert effort.main(arguments) == 0 and capsys.readouterr().out == first
     assert targets.main([str(tmp_path / "a.png"), "--targets", "psnr=31,max=3000"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["psnr=31", "max=3000"]
     assert all("out of range 0" in line for line in lines)
+
+
+def test_effort_measures_other_weights_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has the same name but other bytes, or other weights, is measured; the same bytes elsewhere are not."""
+    measured: list[Path] = []
+
+    def measure(arguments: tuple[Path, int, int]) -> dict[str, float]:
+        measured.append(arguments[0])
+        return {"bpp": 1.0, "psnr": 30.0, "seconds": 0.1}
+
+    monkeypatch.setattr(effort, "_measure", measure)
+    monkeypatch.setattr(effort, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    pictures = [tmp_path / folder / "a.png" for folder in ("one", "two", "copy")]
+    for path, content in zip(pictures, (b"1", b"2", b"1"), strict=True):
+        path.parent.mkdir()
+        path.write_bytes(content)
+    arguments = ["--efforts", "1", "--qualities", "50", "-o", str(tmp_path / "effort.json")]
+    for path in (*pictures, pictures[0]):
+        assert effort.main([str(path), *arguments]) == 0
+    assert measured == pictures[:2]
+    monkeypatch.setattr("vqcodec.weights.describe", lambda _: {"id": "new"})
+    assert effort.main([str(pictures[0]), *arguments]) == 0
+    assert measured == [*pictures[:2], pictures[0]]
+
+
+def test_targets_out_of_range_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.fromarray(models.picture(64, 80, 3)).save(tmp_path / "a.png")
+    assert targets.main([str(tmp_path / "a.png"), "--targets", "bpp=.0001"]) == 0
+    assert capsys.readouterr().out.startswith("bpp=.0001: out of range 1, ")
