@@ -97,7 +97,7 @@ def _lpips(folder: Path | None) -> Function:
     try:
         network = perceptual.lpips("alex", path)
     except (ImportError, WeightsError) as error:
-        hint = " (pip install lpips)" if isinstance(error, ImportError) else ""
+        hint = " (pip install -e '.[natural]')" if isinstance(error, ImportError) else ""
         raise MeasureUnavailableError(f"{error}{hint}") from error
 
     def tensor(pixels: Pixels) -> torch.Tensor:
