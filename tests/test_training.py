@@ -362,6 +362,13 @@ def test_in_the_end_codes_stand_still(pictures: Path, tmp_path: Path, small: Non
         if name.startswith("model.vqvae"):
             assert bool(tensor.any()) == renders, name
 
+    longer = dataclasses.replace(plan, polish_from=0.9)
+    seen = run(pictures, output, 4, schedule=longer, resume=True)
+    assert seen[-1].step > rows[-1]["step"]
+    before, after = learned, checkpoint_of(output)
+    encoder = [name for name in before if ".encoder." in name]
+    assert encoder and all(torch.equal(after[name], before[name]) for name in encoder), "polishing goes on"
+
 
 # Going on from weights
 
