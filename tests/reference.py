@@ -1,18 +1,20 @@
-"""A second reader of .vqz files: segments -> indices, written from FORMAT.md alone, in whole numbers.
+"""A second reader of .vqz files: segments -> indices -> pixels, written from FORMAT.md alone, with nothing of the package.
 
-Python integers and numpy's int64 only, nothing of the package: slow, and unable to round.
+Indices come from Python integers and numpy's int64 only: slow, and unable to round. Pixels come from float64.
 """
 
 import json
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Number = TypeVar("Number", bound=np.generic)
 PHASES = ((0, 0), (1, 1), (0, 1), (1, 0))
 
 
@@ -85,7 +87,7 @@ class RangeDecoder:
 
 
 class Weights:
-    """A weights file: `config` and `tensors`, integers as int64."""
+    """A weights file: `config`, `tensors` of integers as int64, and `floats`, the other ones, as float64."""
 
     def __init__(self, path: Path) -> None:
         data = path.read_bytes()
@@ -93,13 +95,16 @@ class Weights:
         header: dict[str, Any] = json.loads(data[8 : 8 + size])
         self.config: dict[str, Any] = json.loads(header.pop("__metadata__")["config"])
         self.levels = [stage for stage in reversed(self.config["stages"]) if stage["slices"]]
-        kinds = {"I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
+        kinds = {"I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8", "F16": "<f2", "F32": "<f4"}
         self.tensors: dict[str, Ints] = {}
+        self.floats: dict[str, Floats] = {}
         for name, entry in header.items():
-            if entry["dtype"] in kinds:
-                start, stop = (8 + size + offset for offset in entry["data_offsets"])
-                flat = np.frombuffer(data[start:stop], kinds[entry["dtype"]])
-                self.tensors[name] = flat.reshape(entry["shape"]).astype(np.int64)
+            start, stop = (8 + size + offset for offset in entry["data_offsets"])
+            tensor = np.frombuffer(data[start:stop], kinds[entry["dtype"]]).reshape(entry["shape"])
+            if entry["dtype"].startswith("I"):
+                self.tensors[name] = tensor.astype(np.int64)
+            else:
+                self.floats[name] = tensor.astype(np.float64)
 
 
 def clamp(x: Ints) -> Ints:
@@ -115,10 +120,16 @@ def gate(x: Ints) -> Ints:
     return np.asarray(clamp(u) * np.clip(v + 64, 0, 128) // 128)
 
 
-def shuffle(x: Ints, r: int) -> Ints:
+def shuffle(x: NDArray[Number], r: int) -> NDArray[Number]:
     channels, height, width = x.shape
     y = x.reshape(channels // r**2, r, r, height, width)
     return y.transpose(0, 3, 1, 4, 2).reshape(channels // r**2, height * r, width * r)
+
+
+def unshuffle(x: NDArray[Number], r: int) -> NDArray[Number]:
+    channels, height, width = x.shape
+    y = x.reshape(channels, height // r, r, width // r, r)
+    return y.transpose(0, 2, 4, 1, 3).reshape(channels * r**2, height // r, width // r)
 
 
 class Tile:
@@ -142,13 +153,14 @@ class Tile:
     def q(self, name: str) -> Ints:
         return self.weights.tensors[f"prior.{name}.table"][self.quality - 1][:, None, None]
 
-    def decode(self, segments: Sequence[bytes], height: int, width: int) -> Iterator[Ints]:
-        """Indices of each level, (h, w, P), from the tile's segment of every layer.
+    def decode(self, segments: Sequence[bytes | None], height: int, width: int) -> Iterator[Ints]:
+        """Indices of each level, (h, w, P), from the tile's segment of every layer, None where it is missing.
 
         Args:
             height, width: of the tile, padded to whole units.
         """
-        coders = [RangeDecoder(segment) for segment in segments]
+        coders = [None if segment is None else RangeDecoder(segment) for segment in segments]
+        missing = False
         s = np.zeros(0, np.int64)
         for level, stage in enumerate(self.weights.levels):
             h, w = height // stage["stride"], width // stage["stride"]
@@ -162,6 +174,11 @@ class Tile:
             found = []
             for index, piece in enumerate(stage["slices"]):
                 name = f"{here}.slices.{index}"
+                coder = coders[piece["layer"]]
+                missing = missing or coder is None
+                if missing or coder is None:
+                    found.append(np.zeros((h, w, piece["planes"]), np.int64))
+                    continue
                 for block in range(self.weights.config["prior"]["blocks"]):
                     hidden = self.conv(f"{name}.blocks.{block}.spread", act(s)) + self.q(
                         f"{name}.blocks.{block}.quality"
@@ -177,7 +194,7 @@ class Tile:
                 for number, places in enumerate(self.passes(h, w)):
                     hidden = self.see(name, number, context, k)
                     parameters = clamp(self.conv(f"{name}.head", gate(hidden))).reshape(planes, dim + 3, h, w)
-                    self.read(coders[piece["layer"]], parameters, places, tables, indices)
+                    self.read(coder, parameters, places, tables, indices)
                     for y, x in places:
                         k[:, y, x] = np.concatenate([tables["inputs"][j, indices[y, x, j]] for j in range(planes)])
                 if f"prior.{name}.absorb.weight" in self.weights.tensors:
@@ -225,3 +242,92 @@ class Tile:
                         parameters[plane, :, y, x].tolist(), tables["values"][plane], tables["bias"][plane]
                     )
                     indices[y, x, plane] = coder.get(counts) + 1
+
+
+class Renderer:
+    """Indices -> pixels."""
+
+    def __init__(self, weights: Weights, quality: int) -> None:
+        self.weights = weights
+        self.t = (quality - 1) / 99
+        low, high = weights.config["lambda_range"]
+        usual = (10 / low) ** 0.5 / 64 * (low / high) ** (self.t / 2)
+        self.bound = usual * weights.config["residual_unit"]
+
+    def tensor(self, name: str) -> Floats:
+        return self.weights.floats[f"vqvae.{name}"]
+
+    def conv(self, name: str, x: Floats) -> Floats:
+        """1x1 or 3x3, with biases or without, as the tensors are."""
+        weight = self.tensor(f"{name}.weight")
+        weight = weight.reshape(*weight.shape[:2], *(weight.shape[2:] or (1, 1)))
+        outputs, _, side, _ = weight.shape
+        padded = np.pad(x, ((0, 0), (side // 2, side // 2), (side // 2, side // 2)))
+        total = np.zeros((outputs, *x.shape[1:]))
+        for row in range(side):
+            for column in range(side):
+                part = padded[:, row : row + x.shape[1], column : column + x.shape[2]]
+                total += np.tensordot(weight[:, :, row, column], part, 1)
+        if f"vqvae.{name}.bias" in self.weights.floats:
+            total += self.tensor(f"{name}.bias")[:, None, None]
+        return total
+
+    def block(self, name: str, x: Floats) -> Floats:
+        def f(y: Floats) -> Floats:
+            return np.where(y < 0, y / 10, y)
+
+        basis = np.cos(np.arange(6) * np.arccos(2 * self.t - 1))
+        gain, shift = np.split(self.tensor(f"{name}.quality.weight") @ basis + self.tensor(f"{name}.quality.bias"), 2)
+        size = np.maximum(self.tensor(f"{name}.deviation"), self.bound)
+        y = self.conv(f"{name}.spatial", f(self.conv(f"{name}.reduce", x / size[:, None, None])))
+        y = f(y * (1 + gain[:, None, None]) + shift[:, None, None])
+        return x + self.bound * self.conv(f"{name}.expand", y)
+
+    def unlap(self, name: str, x: Floats, r: int) -> Floats:
+        half = r // 2
+        inside = unshuffle(x[:, half:-half, half:-half], r)
+        return x + np.pad(shuffle(self.conv(f"{name}.change", inside), r), ((0, 0), (half, half), (half, half)))
+
+    def add_codes(self, name: str, piece: dict[str, Any], indices: Ints, channels: Floats) -> None:
+        """Add what the indices of a slice stand for to its channels of the estimate, in place."""
+        vectors, knots = self.tensor(f"{name}.codebook.vectors"), self.tensor(f"{name}.log_steps")
+        for plane in range(piece["planes"]):
+            step = np.exp(np.interp(self.t, np.linspace(0, 1, 9), knots[:, plane]))
+            for d in range(piece["dim"]):
+                channels[plane * piece["dim"] + d] += step * vectors[plane, indices[:, :, plane], d]
+
+    def hand_down(self, level: int, x: Floats) -> Floats:
+        """From a level's estimate to the start of the next finer one's, or to values of pixels."""
+        stages = self.weights.config["stages"]
+        numbers = [number for number in reversed(range(len(stages))) if stages[number]["slices"]] + [-1]
+        for number in range(numbers[level], numbers[level + 1], -1):
+            stage, name = stages[number], f"stages.{number}"
+            r = stage["stride"] // (stages[number - 1]["stride"] if number else 1)
+            for block in range(stage["decoder_blocks"]):
+                x = self.block(f"{name}.decoder.{block}", x)
+            x = shuffle(self.conv(f"{name}.synthesis", x), r)
+            if stage.get("lapped", False):
+                x = self.unlap(f"{name}.unlap", x, r)
+        return x
+
+    def pixels(self, indices: Sequence[Ints], height: int, width: int, grey: bool = False) -> NDArray[np.uint8]:
+        """uint8 (height, width, 3), or (height, width) if grey.
+
+        Args:
+            indices: of each level, (h, w, P), of all tiles together.
+        """
+        x = np.zeros(0)
+        for level, stage in enumerate(self.weights.levels):
+            if level == 0:
+                x = np.zeros((stage["channels"], *indices[0].shape[:2]))
+            plane = channel = 0
+            for index, piece in enumerate(stage["slices"]):
+                name = f"slices.{level}.{index}"
+                if (level, index) != (0, 0):
+                    x = self.block(f"{name}.refine", x)
+                self.add_codes(name, piece, indices[level][:, :, plane : plane + piece["planes"]], x[channel:])
+                plane += piece["planes"]
+                channel += piece["planes"] * piece["dim"]
+            x = self.hand_down(level, x)
+        found = np.clip(np.rint(x * 64 + 128), 0, 255).transpose(1, 2, 0)[:height, :width]
+        return (np.rint(found.mean(2)) if grey else found).astype(np.uint8)

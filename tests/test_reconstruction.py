@@ -1,0 +1,142 @@
+"""FORMAT.md's section on reconstruction, followed in float64 with nothing of the package, comes to the same pixels within 1."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import models
+import numpy as np
+import pytest
+import reference
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from vqcodec import bitstream, codec, coding, synthesis, weights
+from vqcodec.bitstream import Container, Header
+from vqcodec.models.config import Config, PriorConfig, SliceConfig, StageConfig
+from vqcodec.models.joint import RateDistortion
+from vqcodec.models.quantizer import Codebook
+from vqcodec.models.vqvae import Lap, Linear1x1, ResidualBlock, Slice
+
+GOLDEN = Path(__file__).parent / "golden"
+WEIGHTS = GOLDEN / "tiny.safetensors"
+
+# Laps of two sizes, a stage without codes between the levels and one below them, slices of one and of more dimensions.
+CONFIG = Config(
+    name="second reader",
+    stages=(
+        StageConfig(4, 20, 8, 1, 2),
+        StageConfig(
+            8,
+            16,
+            8,
+            1,
+            1,
+            (SliceConfig(6, 1, 16, layer=1), SliceConfig(2, 3, 24, layer=2), SliceConfig(2, 2, 16, layer=2)),
+            lapped=True,
+        ),
+        StageConfig(16, 24, 8, 1, 1),
+        StageConfig(64, 10, 8, 1, 1, (SliceConfig(4, 1, 32, layer=0), SliceConfig(3, 2, 16, layer=0)), lapped=True),
+    ),
+    prior=PriorConfig(channels=8, embedding=8, blocks=0),
+)
+HEIGHT, WIDTH = 107, 171
+
+
+def randomise(model: RateDistortion, seed: int) -> None:
+    """Random weights from codes to pixels, of such sizes that latents are of size 1 and nothing is too small to be seen."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def fill(tensor: Tensor, size: float, mean: float = 0.0) -> None:
+        tensor.copy_(torch.randn(tensor.shape, generator=generator) * size + mean)
+
+    with torch.no_grad():
+        for part in model.vqvae.modules():
+            if isinstance(part, ResidualBlock):
+                for layer, size in ((part.reduce, 1.0), (part.spatial, 1.0), (part.expand, 0.3)):
+                    assert layer.bias is not None
+                    fill(layer.weight, size / math.sqrt(layer.weight[0].numel()))
+                    fill(layer.bias, 0.3 * size)
+                fill(part.quality.weight, 0.2)
+                fill(part.quality.bias, 0.2)
+                part.deviation.copy_(torch.rand(part.deviation.shape, generator=generator) + 0.2)
+            elif isinstance(part, Lap):
+                fill(part.change.weight, 0.5 / math.sqrt(part.change.in_features))
+            elif isinstance(part, Linear1x1):
+                fill(part.weight, 0.8 / math.sqrt(part.in_features))
+            elif isinstance(part, Slice):
+                fill(part.log_steps, 0.5, math.log(0.6))
+            elif isinstance(part, Codebook):
+                fill(part.vectors, 1.0)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    model = RateDistortion(CONFIG)
+    randomise(model, seed=0)
+    return models.save(model, tmp_path_factory.mktemp("weights") / "lapped.safetensors")
+
+
+def as_arrays(codes: Sequence[Tensor]) -> list[reference.Ints]:
+    return [level.numpy().astype(np.int64) for level in codes]
+
+
+def assert_near(found: NDArray[np.uint8], expected: NDArray[np.uint8]) -> None:
+    assert found.shape == expected.shape
+    gap = np.abs(found.astype(int) - expected)
+    assert int(gap.max()) <= 1
+    assert float((gap > 0).mean()) < 0.002, "single precision does not explain so many differences"
+
+
+@pytest.mark.parametrize("quality", [1, 44, 100])
+@pytest.mark.parametrize("grey", [False, True], ids=["colour", "grey"])
+def test_pixels_by_the_second_reader(path: Path, quality: int, grey: bool) -> None:
+    model = weights.load(path)
+    header = Header(WIDTH, HEIGHT, quality, model.id, model.config.layers, tile=64, grey=grey)
+    codes = models.random_codes(model.vqvae, 128, 192, seed=quality)
+    with coding.exact(model):
+        expected = synthesis.reconstruct(model, header, codes)
+    found = reference.Renderer(reference.Weights(path), quality).pixels(as_arrays(codes), HEIGHT, WIDTH, grey)
+    assert_near(found, expected[:, :, 0] if grey else expected)
+    share = float(((found > 0) & (found < 255)).mean())
+    assert share > 0.7, "clipping would hide differences"
+    assert grey or share < 1, "clipping is not tried"
+
+
+@pytest.mark.parametrize("name", ["tiny", "grey"])
+def test_golden_pixels_by_the_second_reader(name: str) -> None:
+    header = bitstream.read_header((GOLDEN / f"{name}.vqz").read_bytes())
+    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as arrays:
+        codes = [arrays[f"level{n}"].astype(np.int64) for n in range(len(arrays.files))]
+    renderer = reference.Renderer(reference.Weights(WEIGHTS), header.quality)
+    with Image.open(GOLDEN / f"{name}.png") as picture:
+        expected = np.asarray(picture.convert("L" if header.grey else "RGB"))
+    assert_near(renderer.pixels(codes, header.height, header.width, header.grey), expected)
+
+
+@functools.cache
+def golden() -> Container:
+    return bitstream.read((GOLDEN / "tiny.vqz").read_bytes())
+
+
+@pytest.mark.parametrize("missing", [{1}, {2, 5}], ids=str)
+def test_missing_segments_by_the_second_reader(missing: set[int]) -> None:
+    """Layer 0 of tile 1; layer 1 of tile 0 and layer 2 of tile 1."""
+    segments = tuple(None if number in missing else s for number, s in enumerate(golden().segments))
+    container = dataclasses.replace(golden(), segments=segments)
+    model, header = weights.load(WEIGHTS), container.header
+    codes = as_arrays(codec.decode_codes(container, model))
+    loaded = reference.Weights(WEIGHTS)
+    boxes = bitstream.tile_boxes(header)
+    for number, (top, left, height, width) in enumerate(boxes):
+        unit = loaded.levels[0]["stride"]
+        size = -(-height // unit) * unit, -(-width // unit) * unit
+        decoded = reference.Tile(loaded, header.quality).decode(segments[number :: len(boxes)], *size)
+        for found, level, expected in zip(decoded, loaded.levels, codes, strict=True):
+            y, x = top // level["stride"], left // level["stride"]
+            assert np.array_equal(found, expected[y : y + found.shape[0], x : x + found.shape[1]])
