@@ -16,7 +16,6 @@ from PIL import Image
 from vqcodec import bitstream, codec, weights
 from vqcodec.errors import (
     ChecksumError,
-    FormatError,
     HeaderError,
     LimitError,
     NotVqzError,
@@ -44,7 +43,7 @@ BAD: dict[str, tuple[type[VqcodecError], str]] = {
     "header-flipped": (HeaderError, "header check"),
     "huge": (LimitError, "the limit is 400000000"),
     "magic-flipped": (NotVqzError, "starts with 16 51"),
-    "other-layers": (FormatError, "2 layers, its weights have 3"),
+    "other-layers": (HeaderError, "2 layers, its weights have 3"),
     "other-weights": (WeightsError, "made with weights 00000000"),
     "png": (NotVqzError, "starts with 89 50"),
     "segment-flipped": (ChecksumError, "segment 1 of 6"),

@@ -131,6 +131,8 @@ class Lap(nn.Module):
         nn.init.zeros_(self.change.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        if min(x.shape[2:]) <= self.ratio:
+            return x  # all of it is outermost
         half = self.ratio // 2
         blocks = functional.pixel_unshuffle(x[:, :, half:-half, half:-half], self.ratio)
         return x + functional.pad(functional.pixel_shuffle(self.change(blocks), self.ratio), (half, half, half, half))
