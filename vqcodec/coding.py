@@ -138,12 +138,9 @@ def encode(model: Model, header: Header, codes: list[Tensor]) -> list[bytes]:
         for level, stage in enumerate(model.config.levels):
             given = codes[level][tile.window(stage.stride)].to(model.device).long()
             tile.state = model.prior.level(level).begin(tile.state, quality, 1, *given.shape[:2])
-            first = 0
-            for index, piece in enumerate(stage.slices):
+            for index, (piece, span) in enumerate(zip(stage.slices, stage.spans, strict=True)):
                 part, tables = model.prior.level(level).slice(index), model.tables.slice(level, index)
-                indices = given[:, :, first : first + piece.planes]
-                tile.state = put_slice(own[piece.layer], part, tables, tile.state, quality, indices)
-                first += piece.planes
+                tile.state = put_slice(own[piece.layer], part, tables, tile.state, quality, given[:, :, span])
         tile.state = None
     return [own[layer].finish() for layer in range(header.layers) for own in coders]
 
@@ -164,8 +161,7 @@ def decode(model: Model, header: Header, segments: tuple[bytes | None, ...] | li
             window = tile.window(stage.stride)
             h, w = (s.stop - s.start for s in window)
             tile.state = prior.begin(tile.state, quality, 1, h, w)
-            first = 0
-            for index, piece in enumerate(stage.slices):
+            for index, (piece, span) in enumerate(zip(stage.slices, stage.spans, strict=True)):
                 data = own[piece.layer]
                 if data is None:
                     break
@@ -179,8 +175,7 @@ def decode(model: Model, header: Header, segments: tuple[bytes | None, ...] | li
 
                 part = prior.slice(index)
                 tile.state, indices = code_slice(part, tables, tile.state, quality, step)
-                codes[level][(*window, slice(first, first + piece.planes))] = indices.to(torch.int16).cpu()
-                first += piece.planes
+                codes[level][(*window, span)] = indices.to(torch.int16).cpu()
             else:
                 continue
             break  # without this slice nothing after it in the tile can be decoded

@@ -110,10 +110,8 @@ def draw(model: Model, header: Header, dice: Dice, given: list[Tensor] | None = 
         state = prior.begin(state, quality, 1, h, w)
         kept = rows * finest // stage.stride
         slices: list[Tensor] = []
-        first = 0
-        for index, piece in enumerate(stage.slices):
-            known = None if given is None else given[level][:kept, :, first : first + piece.planes]
-            first += piece.planes
+        for index, span in enumerate(stage.spans):
+            known = None if given is None else given[level][:kept, :, span]
             tables = model.tables.slice(level, index)
 
             def step(

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from vqcodec import synthesis
 from vqcodec.bitstream import Header
+from vqcodec.models.config import StageConfig
 from vqcodec.models.prior import SlicePrior, rates
 from vqcodec.models.quantizer import MOST_BITS, Codebook, Rates, grid, log_probabilities, look_up, rows, softplus2
 from vqcodec.models.vqvae import PIXEL_SCALE, Slice
@@ -107,7 +108,7 @@ def _improve(
     cost, symbols = _evaluate(model, pixels, codes, quality)
     slopes = _slopes(cost, symbols)
     for step in range(rounds):
-        other = _change(symbols, slopes, damping, chance, codes)
+        other = _change(symbols, slopes, damping, chance, codes, model.config.levels)
         other_cost, other_symbols = _evaluate(model, pixels, other, quality)
         if float(other_cost.detach()) < float(cost.detach()):
             codes, cost, symbols = other, other_cost, other_symbols
@@ -138,13 +139,11 @@ def _evaluate(model: Model, pixels: Tensor, codes: list[Tensor], quality: int) -
                 estimate = model.vqvae.descend(level - 1, estimate, at)
             prior = model.prior.level(level)
             state = prior.begin(state, at, 1, h, w)
-            first = 0
-            for index, config in enumerate(stage.slices):
+            for index, span in enumerate(stage.spans):
                 piece, part = model.vqvae.slice(level, index), prior.slice(index)
                 estimate = model.vqvae.refine(level, index, estimate, at)
                 state, context = part.prepare(state, at)
-                indices = codes[level][:, :, first : first + config.planes].flatten(0, 1)
-                first += config.planes
+                indices = codes[level][:, :, span].flatten(0, 1)
                 steps = piece.steps(at)[0]
                 scale = steps.repeat_interleave(piece.dim)[:, None, None]
                 seen = grid(look_up(model.tables.slice(level, index).inputs, indices), 1, h, w).contiguous()
@@ -199,21 +198,19 @@ def _change(
     damping: float,
     chance: torch.Generator,
     codes: list[Tensor],
+    stages: tuple[StageConfig, ...],
 ) -> list[Tensor]:
-    """New codes, where a random part of the symbols that would gain has changed; shapes as `codes`."""
+    """New codes, where a random part of the symbols that would gain has changed; shapes as `codes`, of these stages."""
     changed = []
     for s, (by_prior, by_decoder) in zip(symbols, slopes, strict=True):
         planes = s.indices.shape[1]
         best, gains = _best(s, rows(by_prior, planes), rows(by_decoder, planes), damping)
         moves = (gains > LEAST_GAIN) & (torch.rand(gains.shape, generator=chance).to(gains.device) < SHARE)
         changed.append(torch.where(moves, best, s.indices))
-    found, first = [], 0
-    for level in codes:
-        parts, planes = [], 0
-        while planes < level.shape[2]:
-            parts.append(changed[first].reshape(*level.shape[:2], -1))
-            planes += parts[-1].shape[2]
-            first += 1
+    slices = iter(changed)
+    found = []
+    for level, stage in zip(codes, stages, strict=True):
+        parts = [next(slices).reshape(*level.shape[:2], -1) for _ in stage.slices]
         found.append(torch.cat(parts, 2))
     return found
 

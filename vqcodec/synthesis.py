@@ -25,20 +25,17 @@ def reconstruct(model: Model, header: Header, codes: list[Tensor]) -> NDArray[np
     """Codes as from `decode_codes` -> pixels uint8 (H, W, 3)."""
     quality = torch.tensor([header.quality], device=model.device)
     estimate: Tensor | None = None
-    for level, level_codes in enumerate(codes):
-        shape = (1, model.config.levels[level].channels, *level_codes.shape[:2])
+    for level, (level_codes, stage) in enumerate(zip(codes, model.config.levels, strict=True)):
+        shape = (1, stage.channels, *level_codes.shape[:2])
         estimate = begin(model, level, estimate, shape, quality)
-        first = 0
-        for index in range(len(model.config.levels[level].slices)):
+        for index, span in enumerate(stage.spans):
             piece = model.vqvae.slice(level, index)
             estimate = refine(model, level, index, estimate, quality)
             scale = piece.steps(quality).repeat_interleave(piece.dim, 1)[:, :, None, None]
-            for strip in _strips(
-                level_codes.shape[0], level_codes.shape[1], WINDOW // model.config.levels[level].stride
-            ):
-                indices = level_codes[strip, :, first : first + piece.planes].to(model.device)
+            height, width = level_codes.shape[:2]
+            for strip in _strips(height, width, WINDOW // stage.stride):
+                indices = level_codes[strip, :, span].to(model.device)
                 estimate[:, piece.start : piece.stop, strip] += vectors(piece, scale, indices.long())
-            first += piece.planes
     assert estimate is not None
     return _synthesise(model, estimate, header, quality)
 

@@ -84,6 +84,12 @@ class StageConfig:
         _check_range(self, 1, "stride", "channels", "hidden")
         _check_range(self, 0, "encoder_blocks", "decoder_blocks")
 
+    @property
+    def spans(self) -> tuple[slice, ...]:
+        """Of every slice, the range of its planes among all of the stage's."""
+        ends = itertools.accumulate(piece.planes for piece in self.slices)
+        return tuple(slice(end - piece.planes, end) for piece, end in zip(self.slices, ends, strict=True))
+
 
 @dataclass(frozen=True)
 class PriorConfig:
