@@ -88,8 +88,8 @@ def compress(
     chunks = _chunks(source)
 
     @functools.cache
-    def at(quality: int) -> tuple[bytes, float]:
-        """The file of a quality, and its measure."""
+    def at(quality: int) -> tuple[bytes, float, list[Tensor]]:
+        """The file of a quality, its measure, and its codes."""
         header = Header(width, height, quality, model.id, model.config.layers, tile, source.grey)
         with coding.exact(model):
             segments, codes = encode(model, header, source.pixels)
@@ -98,25 +98,26 @@ def compress(
         with coding.exact(model):
             if rounds:
                 segments = coding.encode(model, header, codes)
-            if verify and any(
-                not torch.equal(a, b) for a, b in zip(codes, coding.decode(model, header, segments), strict=True)
-            ):
-                raise FormatError("verification failed: the file would not decode to the codes it was made from")
             data = bitstream.write(header, chunks, segments)
             if target is None or target.measure == "size":
-                return data, len(data)
+                return data, len(data), codes
             if target.measure == "bpp":
-                return data, metrics.bits_per_pixel(len(data), width, height)
+                return data, metrics.bits_per_pixel(len(data), width, height), codes
             restored = synthesis.reconstruct(model, header, codes)
             like = metrics.psnr if target.measure == "psnr" else ssimulacra2
-            return data, like(source.pixels, restored)
+            return data, like(source.pixels, restored), codes
 
     best = quality or (DEFAULT_QUALITY if max_size is None else HIGHEST)
     if target is not None:
         best = target.find(lambda quality: at(quality)[1])
     if max_size is not None:
         best = largest_within(lambda quality: len(at(quality)[0]), max_size, best)
-    return at(best)[0]
+    written, _, codes = at(best)
+    if verify:
+        found = decode_codes(bitstream.read(written, max_pixels=None), model)
+        if not all(torch.equal(a, b) for a, b in zip(codes, found, strict=True)):
+            raise FormatError("verification failed: the file would not decode to the codes it was made from")
+    return written
 
 
 def decompress(
