@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench is not ins
 pytest.importorskip("matplotlib", reason="needs the extra 'bench': pip install -e '.[bench]'")
 pytest.importorskip("imagecodecs", reason="needs the extra 'bench': pip install -e '.[bench]'")
 
-from bench import codecs, effort, measures, rate_distortion, report, results, speed, targets
+from bench import codecs, effort, measures, rate_distortion, report, results, speed, strip, targets
 from bench.bd_rate import Curve, bd_rate, pchip
 from vqcodec.metrics import psnr as measured_psnr
 from vqcodec.models.config import TINY
@@ -437,3 +437,15 @@ def test_targets_out_of_range_everywhere(tmp_path: Path, capsys: pytest.CaptureF
     Image.fromarray(models.picture(64, 80, 3)).save(tmp_path / "a.png")
     assert targets.main([str(tmp_path / "a.png"), "--targets", "bpp=.0001"]) == 0
     assert capsys.readouterr().out.startswith("bpp=.0001: out of range 1, ")
+
+
+def test_a_strip_shows_the_same_piece_of_every_codec(tmp_path: Path) -> None:
+    source, output = tmp_path / "picture.png", tmp_path / "strip.png"
+    pixels = models.picture(60, 90)
+    Image.fromarray(pixels).save(source)
+    asked = [str(source), "--rate", "3", "--codecs", "jpeg,webp", "--piece", "5,9,32", "-o", str(output)]
+    assert strip.main(asked) == 0
+    with Image.open(output) as shown:
+        original, *restored = np.split(np.asarray(shown), 3, axis=1)
+    assert np.array_equal(original, pixels[9:41, 5:37])
+    assert all(measured_psnr(original, piece) > 20 for piece in restored)
