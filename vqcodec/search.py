@@ -31,7 +31,7 @@ from vqcodec.models.vqvae import PIXEL_SCALE, Slice
 from vqcodec.weights import Model
 
 # Steps of each effort from 1.
-ROUNDS = (0, 1, 2, 4, 6, 9, 13, 18, 24)
+ROUNDS = (0, 1, 2, 4, 6, 9, 14, 21, 32)
 # Sides of the parts of a picture that are searched on their own, in pixels, and what is seen around them.
 WINDOW, MARGIN = 512, 64
 SHARE = 0.6  # of the symbols that would gain, change in one step
