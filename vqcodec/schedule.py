@@ -40,8 +40,8 @@ class Schedule:
     prior_rate: float = 3e-3
     klt_rate: float = 3e-5
     warm_up_steps: int = 100
-    prior_at: float = 0.7
-    joint_at: float = 0.78
+    prior_at: float = 0.6
+    joint_at: float = 0.7
     joint_rate: float = 0.2
     rate_start: float = 0.1
     rate_rise: float = 0.35
