@@ -41,6 +41,7 @@ from vqcodec.metrics import psnr
 REPOSITORY = Path(__file__).resolve().parents[1]
 KODAK = REPOSITORY.parent / "shared" / "data" / "kodak"
 ANCHORS = REPOSITORY.parent / "shared" / "anchors" / "kodak"
+SAMPLE = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
 KODAK_NAMES = {f"kodim{number:02d}" for number in range(1, 25)}
 
 TABLE_RATES = (0.08, 0.15, 0.3, 0.5, 1.0)  # bits per pixel
@@ -170,8 +171,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def find_pictures(given: Sequence[Path]) -> list[Path]:
     """The picture files of folders and files; without any, the Kodak folder or else matplotlib's sample photo."""
     if not given:
-        sample = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
-        given = [KODAK if KODAK.is_dir() else sample]
+        given = [KODAK if KODAK.is_dir() else SAMPLE]
     for path in given:
         if not path.exists():
             raise ValueError(f"{path}: no such file or folder")

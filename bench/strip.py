@@ -13,13 +13,11 @@ from pathlib import Path
 if not __package__:  # run as a file: let the imports below find the repository's packages
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import matplotlib
 import numpy as np
 from PIL import Image
 
 from bench import codecs
-
-SAMPLE = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
+from bench.rate_distortion import SAMPLE, load
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,8 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--piece", default="120,60,256", help="LEFT,TOP,SIDE in pixels")
     parser.add_argument("-o", "--output", type=Path, required=True)
     given = parser.parse_args(arguments)
-    with Image.open(given.picture) as picture:
-        pixels = np.asarray(picture.convert("RGB"))
+    pixels = load(given.picture)
     left, top, side = (int(number) for number in given.piece.split(","))
     size = given.rate * pixels[:, :, 0].size / 8
     shown = [pixels]
