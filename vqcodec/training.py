@@ -135,6 +135,8 @@ def train(
             plan = dataclasses.replace(plan.without_rounding(), joint_rate=1.0, polish_from=1.0)
         elif not settings.structured:
             plan = dataclasses.replace(plan.without_rounding(), joint_rate=1.0)
+        elif given and not schedule and not features:
+            plan = plan.onward()
         run = _Run(settings, plan, output, target, rank, world, minutes * 60, seed, on_progress, on_warning)
         if given and features:
             run.only_look(given, features)
