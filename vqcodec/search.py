@@ -3,13 +3,16 @@
 The encoder chooses every code once, by its own bits and the error of its latent. What the code does to the bits of later
 codes, and what the decoder makes of it, it does not see. Here both are asked of the networks: one pass forward and backward gives,
 for all symbols at once, the slopes of the picture's cost by what the prior sees of a code and by what the decoder gets of it. Every
-symbol is chosen again by
+symbol is chosen again, among codes nearby, by
 
-    bits_k + prior's slope . (inputs_k - inputs) + decoder's slope . (e_k - e) + damping * weight * |e_k - e|^2
+    bits_k + prior's slope . (inputs_k - inputs) + decoder's slope . (e_k - e) + caution * curvature * |e_k - e|^2
 
-and of those that would gain, a random part changes, because neighbours that move together undo what each was promised. If the cost
-falls, the step is kept and the damping reduced; otherwise the damping grows (Levenberg 1944, Marquardt 1963). That an encoder
-which is trained once leaves so much to each picture: Yang, Bamler & Mandt 2020, "Improving inference for neural image compression".
+and of those that would gain, a random part changes, because neighbours that move together undo what each was promised. The
+curvature, what the error grows by when one symbol moves, is the mean square of what comes back through the decoder from noise on
+the pixels (Bekas, Kokiopoulou & Saad 2007, "An estimator for the diagonal of a matrix"). Caution rises from step to
+step, and a step may make the picture a little worse, ever less so (Dueck & Scheuer 1990, "Threshold accepting"); the best codes
+of all are kept. That an encoder which is trained once leaves so much to each picture: Yang, Bamler & Mandt 2020, "Improving
+inference for neural image compression".
 """
 
 import math
@@ -21,6 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from vqcodec import synthesis
 from vqcodec.bitstream import Header
@@ -34,12 +38,17 @@ from vqcodec.weights import Model
 ROUNDS = (0, 1, 2, 4, 6, 9, 14, 21, 32)
 # Sides of the parts of a picture that are searched on their own, in pixels, and what is seen around them.
 WINDOW, MARGIN = 512, 64
-SHARE = 0.6  # of the symbols that would gain, change in one step
 LEAST_GAIN = 0.25  # in bits, below which no symbol changes
+NEARBY = 1.5  # how far a symbol moves in one step, in quantiser steps
 NEAR_INPUT = 32
-# In units of an orthonormal decoder's curvature: a trained one takes noise away, and answers to changes here and there with
-# a third to two thirds of them. A success divides the distance of damping from LEAST by LESS, a failure multiplies it by MORE.
-DAMPING, LEAST, LESS, MORE = 0.9, 0.6, 1.4, 2.0
+# Of the last step; of the first, which is the bolder the more steps there are: BOLDER for every doubling; and what a failure adds.
+CAUTION, FIRST_CAUTION, BOLDER, FAILED = 1.2, 1.1, 0.07, 0.05
+# Of the symbols that would gain, change in one step: the more, the fewer steps there are.
+SHARE, LARGEST_SHARE = 0.6, 0.8
+TOLERANCE = 0.003  # of the cost, by which the first step may raise it
+# Noise is sent back once a step; its squares are averaged over BOX x BOX positions and about MEMORY steps. Added: so much
+# of the curvature of an orthonormal decoder, because the estimate is one of small changes.
+BOX, MEMORY, ADDED = 5, 6, 0.2
 
 
 @dataclass
@@ -58,6 +67,38 @@ class _Symbols:
     weight: Tensor
     seen: Tensor
     vectors: Tensor
+
+
+@dataclass
+class _Point:
+    """Codes, evaluated: their cost, a scalar with a graph, the picture they give, (1, 3, H, W), and all slices in coding order.
+
+    `distortion` is lambda: bits per unit of squared error of a pixel.
+    """
+
+    cost: Tensor
+    restored: Tensor
+    symbols: list[_Symbols]
+    distortion: float
+
+    @property
+    def total(self) -> float:
+        return float(self.cost.detach())
+
+
+@dataclass
+class _Slopes:
+    """Of one slice at one point.
+
+    Attributes:
+        by_prior, by_decoder: derivatives of the cost by `seen` and `vectors`, (N, P, 2 D) and (N, P, D).
+        curvature: (N, P), bits per squared step. probes: how many it is the mean of.
+    """
+
+    by_prior: Tensor
+    by_decoder: Tensor
+    curvature: Tensor
+    probes: int
 
 
 def improve(
@@ -104,26 +145,31 @@ def _improve(
 ) -> list[Tensor]:
     """The search in one window: float (1, 3, H, W) and int64 (h, w, P) a level."""
     chance = torch.Generator().manual_seed(0)
-    damping = DAMPING
-    cost, symbols = _evaluate(model, pixels, codes, quality)
-    slopes = _slopes(cost, symbols)
+    first, failures = FIRST_CAUTION - BOLDER * math.log2(rounds), 0
+    moving = max(SHARE, LARGEST_SHARE - 0.02 * rounds)
+    point = _evaluate(model, pixels, codes, quality)
+    best, least = codes, point.total
+    slopes = _slopes(point, chance)
     for step in range(rounds):
-        other = _change(symbols, slopes, damping, chance, codes, model.config.levels)
-        other_cost, other_symbols = _evaluate(model, pixels, other, quality)
-        if float(other_cost.detach()) < float(cost.detach()):
-            codes, cost, symbols = other, other_cost, other_symbols
-            damping = LEAST + (damping - LEAST) / LESS
+        share = step / max(1, rounds - 1)
+        caution = first + (CAUTION - first) * share + FAILED * failures
+        other = _change(point, slopes, caution, moving, chance, codes, model.config.levels)
+        found = _evaluate(model, pixels, other, quality)
+        if found.total < least * (1 + TOLERANCE * (1 - share)):
+            codes, point = other, found
             if step + 1 < rounds:
-                slopes = _slopes(cost, symbols)
+                slopes = _slopes(point, chance, slopes)
         else:
-            damping = LEAST + (damping - LEAST) * MORE
+            failures += 1
+        if found.total < least:
+            best, least = other, found.total
         on_round(step + 1)
-    return codes
+    return best
 
 
 @torch.enable_grad()
-def _evaluate(model: Model, pixels: Tensor, codes: list[Tensor], quality: int) -> tuple[Tensor, list[_Symbols]]:
-    """Bits + lambda * squared error of the codes, a scalar, and all slices in coding order."""
+def _evaluate(model: Model, pixels: Tensor, codes: list[Tensor], quality: int) -> _Point:
+    """Bits + lambda * squared error of the codes."""
     at = torch.tensor([quality], device=pixels.device)
     height, width = pixels.shape[2:]
     distortion = model.config.lambda_of((quality - 1) / 99)
@@ -162,9 +208,9 @@ def _evaluate(model: Model, pixels: Tensor, codes: list[Tensor], quality: int) -
                 weight = distortion * (steps * PIXEL_SCALE) ** 2 / 3
                 found.append(_Symbols(piece, indices, rate_model, weight, seen, vectors))
         assert estimate is not None
-        restored = model.vqvae.descend(len(codes) - 1, estimate, at)
-    error = (restored.float() - pixels).square().sum() / 3
-    return bits + distortion * error, found
+        restored = model.vqvae.descend(len(codes) - 1, estimate, at).float()
+    error = (restored - pixels).square().sum() / 3
+    return _Point(bits + distortion * error, restored, found, distortion)
 
 
 def _rate_model(part: SlicePrior, context: Tensor, seen: Tensor) -> Rates:
@@ -183,29 +229,44 @@ def _rate_model(part: SlicePrior, context: Tensor, seen: Tensor) -> Rates:
     return rates(everywhere.flatten(0, 1))
 
 
-def _slopes(cost: Tensor, symbols: list[_Symbols]) -> list[tuple[Tensor, Tensor]]:
-    """Derivatives of the cost by `seen` and `vectors` of every slice; the graph is gone afterwards."""
-    leaves = [leaf for s in symbols for leaf in (s.seen, s.vectors)]
-    found = torch.autograd.grad(cost, leaves, allow_unused=True)  # nothing sees the last codes
-    filled = [torch.zeros_like(x) if slope is None else slope for slope, x in zip(found, leaves, strict=True)]
-    return list(zip(filled[::2], filled[1::2], strict=True))
+def _slopes(point: _Point, chance: torch.Generator, before: list[_Slopes] | None = None) -> list[_Slopes]:
+    """Of all slices; the point's graph is gone afterwards. `before`: those of the last point, whose curvature is still worth something."""
+    noise = torch.randn(point.restored.shape, generator=chance).to(point.restored.device)
+    vectors = [s.vectors for s in point.symbols]
+    answers = torch.autograd.grad((noise * point.restored).sum(), vectors, retain_graph=True)
+    leaves = [leaf for s in point.symbols for leaf in (s.seen, s.vectors)]
+    found = torch.autograd.grad(point.cost, leaves, allow_unused=True)  # nothing sees the last codes
+    slopes = []
+    for index, (s, answer) in enumerate(zip(point.symbols, answers, strict=True)):
+        planes = s.indices.shape[1]
+        by_prior, by_decoder = (
+            rows(torch.zeros_like(leaf) if slope is None else slope, planes)
+            for slope, leaf in ((found[2 * index], s.seen), (found[2 * index + 1], s.vectors))
+        )
+        square = functional.avg_pool2d(answer.square(), BOX, 1, BOX // 2, count_include_pad=False)
+        curvature, probes = point.distortion / 3 * rows(square, planes).mean(2), 1
+        if before is not None:
+            probes = min(before[index].probes + 1, MEMORY)
+            curvature = torch.lerp(before[index].curvature, curvature, 1 / probes)
+        slopes.append(_Slopes(by_prior, by_decoder, curvature, probes))
+    return slopes
 
 
 @torch.no_grad()
 def _change(
-    symbols: list[_Symbols],
-    slopes: list[tuple[Tensor, Tensor]],
-    damping: float,
+    point: _Point,
+    slopes: list[_Slopes],
+    caution: float,
+    moving: float,
     chance: torch.Generator,
     codes: list[Tensor],
     stages: tuple[StageConfig, ...],
 ) -> list[Tensor]:
-    """New codes, where a random part of the symbols that would gain has changed; shapes as `codes`, of these stages."""
+    """New codes, where a random part `moving` of the symbols that would gain has changed; shapes as `codes`, of these stages."""
     changed = []
-    for s, (by_prior, by_decoder) in zip(symbols, slopes, strict=True):
-        planes = s.indices.shape[1]
-        best, gains = _best(s, rows(by_prior, planes), rows(by_decoder, planes), damping)
-        moves = (gains > LEAST_GAIN) & (torch.rand(gains.shape, generator=chance).to(gains.device) < SHARE)
+    for s, slope in zip(point.symbols, slopes, strict=True):
+        best, gains = _best(s, slope, caution)
+        moves = (gains > LEAST_GAIN) & (torch.rand(gains.shape, generator=chance).to(gains.device) < moving)
         changed.append(torch.where(moves, best, s.indices))
     slices = iter(changed)
     found = []
@@ -215,13 +276,15 @@ def _change(
     return found
 
 
-def _best(s: _Symbols, by_prior: Tensor, by_decoder: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+def _best(s: _Symbols, slopes: _Slopes, caution: float) -> tuple[Tensor, Tensor]:
     """The best code of every symbol by the equation of the module, int64 (N, P), and what it gains on the present one, in bits."""
     book: Codebook = s.piece.codebook
     inputs, features = book.inputs(), book.features()
+    by_prior, by_decoder = slopes.by_prior, slopes.by_decoder
+    damping = caution * (slopes.curvature + ADDED * s.weight)
     best, gains = s.indices.clone(), torch.zeros(s.indices.shape, device=s.indices.device)
     # Code 0 stays where leaving it costs more than the slopes promise at most (near codes have inputs of about NEAR_INPUT).
-    hope = by_decoder.square().sum(2) / (4 * damping * s.weight) + NEAR_INPUT * by_prior.abs().sum(2)
+    hope = by_decoder.square().sum(2) / (4 * damping) + NEAR_INPUT * by_prior.abs().sum(2)
     free = (s.indices > 0) | (s.model.zero < hope)
     for plane in range(s.indices.shape[1]):
         at = free[:, plane].nonzero()[:, 0]
@@ -232,7 +295,8 @@ def _best(s: _Symbols, by_prior: Tensor, by_decoder: Tensor, damping: float) -> 
         theta, zero = s.model.theta[at, this].float(), s.model.zero[at, this].float()
         cost = -log_probabilities(features[this], book.bias[this], theta, zero)[0][0].clamp_(min=-MOST_BITS)
         distance = own.square().sum(1, keepdim=True) - 2 * own @ vectors.T + vectors.square().sum(1)
-        cost += damping * s.weight[plane] * distance
+        cost.masked_fill_(distance > NEARBY**2, math.inf)
+        cost += damping[at, plane, None] * distance
         cost += by_decoder[at, plane] @ vectors.T + by_prior[at, plane] @ inputs[plane].T
         least, best[at, plane] = cost.min(1)
         gains[at, plane] = cost.gather(1, k)[:, 0] - least
