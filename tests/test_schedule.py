@@ -26,6 +26,14 @@ def test_weights_that_have_a_prior_learn_all_together_from_the_start() -> None:
     assert [plan.learning_rate(1000, share) for share in (0, 0.5, 0.99999)] == pytest.approx([1, 0.505, 0.01], rel=1e-3)
 
 
+def test_going_on_from_weights_rounds_to_the_end_and_learns_nothing_together() -> None:
+    plan = Schedule(warm_up_steps=10).onward()
+    assert plan.prior_at > Schedule().prior_at
+    assert {plan.phase(hundredth / 100) for hundredth in range(101)} == {0, 1, 3}
+    rates = [plan.learning_rate(1000, share * plan.prior_at) for share in (0, 0.5, 0.99999)]
+    assert rates == pytest.approx([1, 0.52, 0.02], rel=1e-2)
+
+
 def test_rate_weight_reaches_one_and_stays() -> None:
     plan = Schedule(rate_rise=0.4, prior_at=0.6, joint_at=0.7)
     assert [plan.rate_weight(share, 0.1) for share in (0, 0.2, 0.4, 0.59, 1)] == pytest.approx([0.1, 0.55, 1, 1, 1])

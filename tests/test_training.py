@@ -394,6 +394,18 @@ def test_start_from_weights(pictures: Path, tmp_path: Path, small: None, plan: S
     assert weights.load(tmp_path / "third.safetensors").config == expected, "all of the configuration unless asked"
 
 
+def test_weights_go_on_by_their_own_schedule(
+    pictures: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, asked = tmp_path / "first.safetensors", []
+    run(pictures, first, 0.3)
+    monkeypatch.setattr(Schedule, "onward", lambda plan: asked.append(plan) or SMALL)
+    run(pictures, tmp_path / "second.safetensors", 0.3, start_from=first, schedule=None)
+    assert asked == [Schedule()]
+    run(pictures, tmp_path / "third.safetensors", 0.3, start_from=first, schedule=SMALL)
+    assert len(asked) == 1, "unless another is asked for"
+
+
 # Errors
 
 

@@ -57,9 +57,9 @@ class Schedule:
         return replace(self, prior_at=0.0, joint_at=0.0)
 
     def onward(self) -> "Schedule":
-        """For weights that are good already: their prior knows what its codes mean, so that most of the time is for rounding, and
-        what turns latents into codes is then done."""
-        return replace(self, prior_at=0.78, joint_at=0.87, polish_from=0.87, joint_rate=0.02)
+        """For weights that are good already: most of the time is for rounding, after which what makes the codes is done; the prior
+        catches up, and polishes with the renderer."""
+        return replace(self, prior_at=0.7, joint_at=0.85, polish_from=0.85, joint_rate=0.02)
 
     def phase(self, share: float) -> int:
         """0: rounding; 1: the prior alone; 2: all; 3: for codes that stand still."""
