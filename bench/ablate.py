@@ -53,7 +53,7 @@ def _bottom() -> tuple[SliceConfig, ...]:
 def _scalars() -> Config:
     """Every plane of one dimension."""
     stages = tuple(
-        replace(s, slices=tuple(replace(p, planes=p.channels, dim=1) for p in s.slices)) for s in PHOTO.stages
+        replace(s, slices=tuple(replace(p, planes=p.channels, dim=1, scales=1) for p in s.slices)) for s in PHOTO.stages
     )
     return replace(PHOTO, stages=stages)
 
@@ -79,10 +79,14 @@ VARIANTS = {
     "d1": Variant("every plane of one dimension", _scalars()),
     "d4": Variant(
         "planes of four dimensions in the last slice",
-        _with_slices(*_bottom()[:-1], replace(_bottom()[-1], planes=44, dim=4, codes=128)),
+        _with_slices(*_bottom()[:-1], replace(_bottom()[-1], planes=44, dim=4, codes=128, scales=4)),
     ),
     "half-codes": Variant(
         "codebooks of half the size", _with_slices(*(replace(p, codes=p.codes // 2) for p in _bottom()))
+    ),
+    "one-scale": Variant(
+        "one scale of the rate model for both dimensions of a code",
+        _with_slices(*(replace(p, scales=1) for p in _bottom())),
     ),
     "ema": Variant("codebooks learn by moving averages", replace(PHOTO, codebook="ema")),
     "commitment": Variant("a commitment loss", replace(PHOTO, commitment=0.25)),

@@ -106,7 +106,7 @@ def time_per_position(model: weights.Model, height: int, width: int) -> tuple[fl
     quality = torch.tensor([QUALITY])
     state = torch.zeros(1, model.config.prior.channels, height, width)
     context = part.prepare(state, quality)[1]
-    known = torch.zeros(1, 2 * part.planes * part.dim, height, width)
+    known = torch.zeros(1, 2 * part.piece.channels, height, width)
     start = time.perf_counter()
     steps = sum(1 for _ in itertools.islice(part.walk(context, known), 4 * width))
     middle = time.perf_counter()

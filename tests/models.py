@@ -129,7 +129,7 @@ def code_inputs(model: VQVAE, codes: list[Tensor]) -> list[list[Tensor]]:
 
 
 def run_prior(prior: Prior, inputs: list[list[Tensor]], quality: int = 50) -> list[Tensor]:
-    """Parameters of all symbols, given all codes: per slice, in coding order, (B, h, w, P, D + 3).
+    """Parameters of all symbols, given all codes: per slice, in coding order, (B, h, w, P, D + 2 S + 1).
 
     Args:
         inputs: as from `code_inputs`, with any batch size.
@@ -143,7 +143,7 @@ def run_prior(prior: Prior, inputs: list[list[Tensor]], quality: int = 50) -> li
         for index, codes in enumerate(level_inputs):
             part = prior.level(level).slice(index)
             state, context = part.prepare(state, qualities)
-            parameters = torch.zeros(count, h, w, part.planes, part.dim + 3, dtype=codes.dtype)
+            parameters = torch.zeros(count, h, w, part.piece.planes, part.piece.parameters, dtype=codes.dtype)
             known = torch.zeros_like(codes)
             with torch.no_grad():
                 for places, here in part.walk(context, known):

@@ -35,14 +35,17 @@ def flag_counts(z: int) -> list[int]:
     return [zero, 2**24 - 2 - zero]
 
 
-def value_counts(parameters: Sequence[int], values: Ints, bias: Ints) -> list[int]:
+def value_counts(parameters: Sequence[int], dim: int, values: Ints, bias: Ints) -> list[int]:
     """Counts of k = 1..K-1.
 
     Args:
-        parameters: the D + 3 integers of the symbol. values: (D + 2, K - 1). bias: (K - 1,).
+        parameters: the D + 2 S + 1 integers of the symbol. dim: D. values: (D + 2 S, K - 1). bias: (K - 1,).
     """
-    *means, s, l, _ = (int(x) for x in parameters)
-    factors = [m * p(12 * 32 + s, 32) for m in means] + [p(12 * 16 + s, 16), p(13 * 16 + l, 16)]
+    scales = (len(parameters) - 1 - dim) // 2
+    numbers = [int(x) for x in parameters]
+    means, s, l = numbers[:dim], numbers[dim : dim + scales], numbers[dim + scales : -1]
+    factors = [m * p(12 * 32 + s[i % scales], 32) for i, m in enumerate(means)]
+    factors += [p(12 * 16 + x, 16) for x in s] + [p(13 * 16 + x, 16) for x in l]
     columns = [[int(x) for x in row] for row in values]
     logits = [
         sum(factor * column[k] for factor, column in zip(factors, columns, strict=True)) + 2**19 * int(bias[k])
@@ -188,12 +191,12 @@ class Tile:
                 tables = {
                     t: self.weights.tensors[f"tables.levels.{level}.{index}.{t}"] for t in ("inputs", "values", "bias")
                 }
-                planes, dim = piece["planes"], piece["dim"]
-                k = np.zeros((planes * 2 * dim, h, w), np.int64)
+                planes = piece["planes"]
+                k = np.zeros((planes * 2 * piece["dim"], h, w), np.int64)
                 indices = np.zeros((h, w, planes), np.int64)
                 for number, places in enumerate(self.passes(h, w)):
                     hidden = self.see(name, number, context, k)
-                    parameters = clamp(self.conv(f"{name}.head", gate(hidden))).reshape(planes, dim + 3, h, w)
+                    parameters = clamp(self.conv(f"{name}.head", gate(hidden))).reshape(planes, -1, h, w)
                     self.read(coder, parameters, places, tables, indices)
                     for y, x in places:
                         k[:, y, x] = np.concatenate([tables["inputs"][j, indices[y, x, j]] for j in range(planes)])
@@ -238,9 +241,8 @@ class Tile:
         for plane in range(planes):
             for y, x in places:
                 if indices[y, x, plane]:
-                    counts = value_counts(
-                        parameters[plane, :, y, x].tolist(), tables["values"][plane], tables["bias"][plane]
-                    )
+                    values, bias, dim = tables["values"][plane], tables["bias"][plane], tables["inputs"].shape[2] // 2
+                    counts = value_counts(parameters[plane, :, y, x].tolist(), dim, values, bias)
                     indices[y, x, plane] = coder.get(counts) + 1
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,24 @@ def test_the_layout_of_the_paper() -> None:
     slices = [piece for stage in VQVAE2.levels for piece in stage.slices]
     assert [(piece.planes, piece.codes) for piece in slices] == [(1, 512), (1, 512)]
     assert VQVAE2.codebook == "ema"
+
+
+def test_scales_of_another_configuration() -> None:
+    stages = [replace(s, slices=tuple(replace(piece, scales=1) for piece in s.slices)) for s in PHOTO.stages]
+    single = replace(PHOTO, stages=tuple(stages))
+    assert single != PHOTO
+    assert single.with_scales(PHOTO) == PHOTO
+    assert PHOTO.with_scales(single) == PHOTO, "never fewer"
+    assert single.with_scales(TINY) == single, "of other slices"
+    assert single.with_scales(single) == single
+
+
+def test_scales_are_one_or_one_for_each_dimension() -> None:
+    assert SliceConfig(1, 4, 8, 0, scales=4).parameters == 13
+    assert SliceConfig(1, 4, 8, 0).parameters == 7
+    for scales in (0, 2, 5):
+        with pytest.raises(ValueError, match="scales must be 1 or dim, 4"):
+            SliceConfig(1, 4, 8, 0, scales=scales)
 
 
 def test_lambdas_are_evenly_spaced_in_the_logarithm() -> None:

@@ -17,6 +17,7 @@ from vqcodec.models.prior import rates
 from vqcodec.models.quantizer import Codebook, log_probabilities
 
 SLICES = [SliceConfig(2, 1, 64, 0), SliceConfig(3, 2, 40, 0), SliceConfig(1, 4, 160, 0), SliceConfig(1, 1, 3, 0)]
+SLICES += [SliceConfig(3, 2, 40, 0, scales=2), SliceConfig(1, 4, 60, 0, scales=4)]
 
 
 def tables_of(piece: SliceConfig, spread: float = 2.0) -> tuple[CodeTables, Codebook]:
@@ -33,12 +34,12 @@ def tables_of(piece: SliceConfig, spread: float = 2.0) -> tuple[CodeTables, Code
 
 
 def random_parameters(piece: SliceConfig, rows: int, largest: int = 127) -> Tensor:
-    return torch.randint(-largest, largest + 1, (rows, piece.planes, piece.dim + 3)).float()
+    return torch.randint(-largest, largest + 1, (rows, piece.planes, piece.parameters)).float()
 
 
 def corners(piece: SliceConfig) -> Tensor:
     """Every parameter at one of its bounds, in all combinations, the same for all planes."""
-    ends = torch.cartesian_prod(*[torch.tensor([-127.0, 127.0])] * (piece.dim + 3))
+    ends = torch.cartesian_prod(*[torch.tensor([-127.0, 127.0])] * piece.parameters)
     return ends[:, None].repeat(1, piece.planes, 1)
 
 
@@ -80,7 +81,7 @@ def test_values(piece: SliceConfig, spread: float, kind: str) -> None:
     tables, _ = tables_of(piece, spread)
     rows = max(3, 600 // piece.codes)
     parameters = (
-        corners(piece)[torch.randperm(2 ** (piece.dim + 3))[:rows]]
+        corners(piece)[torch.randperm(2**piece.parameters)[:rows]]
         if kind == "extreme"
         else random_parameters(piece, rows, 127 if kind == "random" else 20)
     )
@@ -92,7 +93,7 @@ def test_values(piece: SliceConfig, spread: float, kind: str) -> None:
     assert (found >= 0).all() and (found == np.rint(found)).all()
     assert (found.sum(1, dtype=np.float64) == TOTAL - (piece.codes - 1)).all()
     expected = [
-        reference.value_counts(parameters[n, plane].tolist(), *(t[plane].long().numpy() for t in (tables.values, tables.bias)))
+        reference.value_counts(parameters[n, plane].tolist(), piece.dim, *(t[plane].long().numpy() for t in (tables.values, tables.bias)))
         for plane in range(piece.planes)
         for n in range(len(parameters))
         if other[n, plane]
@@ -128,7 +129,7 @@ def test_the_result_of_a_symbol_does_not_depend_on_the_others() -> None:
         assert np.array_equal(alone, together[:, n])
 
 
-@pytest.mark.parametrize("piece", SLICES[:3], ids=str)
+@pytest.mark.parametrize("piece", [*SLICES[:3], *SLICES[4:]], ids=str)
 def test_check_refuses_what_float64_cannot_sum(piece: SliceConfig) -> None:
     """Against the largest logit in Python integers, with every parameter at its bound, for codes of all sizes."""
     outcomes = set()
@@ -140,7 +141,8 @@ def test_check_refuses_what_float64_cannot_sum(piece: SliceConfig) -> None:
         tables = CodeTables(piece)
         tables.fill(book)
         factors = [127 * reference.p(12 * 32 + 127, 32)] * piece.dim
-        factors += [reference.p(12 * 16 + 127, 16), reference.p(13 * 16 + 127, 16), 2**19]
+        factors += [reference.p(12 * 16 + 127, 16)] * piece.scales + [reference.p(13 * 16 + 127, 16)] * piece.scales
+        factors += [2**19]
         columns = torch.cat([tables.values[0], tables.bias[:1]]).abs().T.tolist()
         largest = max(sum(f * int(x) for f, x in zip(factors, column, strict=True)) for column in columns)
         outcomes.add(largest < 2**53)
@@ -157,12 +159,12 @@ def test_check_refuses_what_float64_cannot_sum(piece: SliceConfig) -> None:
         tables.check()
 
 
-@pytest.mark.parametrize("piece", SLICES[:3], ids=str)
+@pytest.mark.parametrize("piece", [*SLICES[:3], *SLICES[4:]], ids=str)
 def test_counts_are_close_to_the_rate_model_of_training(piece: SliceConfig) -> None:
     """What training believes a symbol costs is what it costs, but for the precision of the tables."""
     tables, book = tables_of(piece)
     parameters = random_parameters(piece, 200, largest=30)
-    model = rates(parameters)
+    model = rates(parameters, piece.dim)
     logp = log_probabilities(book.features(), book.bias.detach(), model.theta, model.zero)[0].permute(1, 0, 2)
     flags = torch.from_numpy((flag_counts(parameters) + 1) / TOTAL).reshape(200, piece.planes, 2)
     values = tables.value_counts(parameters, torch.ones(200, piece.planes, dtype=torch.bool))
@@ -184,7 +186,7 @@ def test_tables_hold_integers_of_every_slice() -> None:
             part.fill(Codebook(piece))
             for buffer in part.buffers():
                 assert torch.equal(buffer, buffer.round())
-            assert part.values.shape == (piece.planes, piece.dim + 2, piece.codes - 1)
+            assert part.values.shape == (piece.planes, piece.parameters - 1, piece.codes - 1)
 
 
 def test_weights_table() -> None:

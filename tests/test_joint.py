@@ -138,6 +138,20 @@ def test_every_parameter_learns(config: Config) -> None:
     assert not idle
 
 
+def test_the_prior_alone_learns_the_same_without_a_picture() -> None:
+    """Its gradients are those of the whole, of which nothing else is computed."""
+    pixels, quality = pictures(), torch.tensor([10.0, 50.0, 90.0])
+    whole, alone = models.tiny().train(), models.tiny().train()
+    alone.vqvae.requires_grad_(False)
+    expected, losses = whole(pixels, quality), alone(pixels, quality)
+    expected.total.backward()
+    losses.total.backward()
+    assert torch.equal(losses.bpp, expected.bpp)
+    assert bool(losses.mse.isnan().all())
+    for ours, theirs in zip(alone.prior.parameters(), whole.prior.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
 def test_codebooks_move_only_in_training() -> None:
     trained = models.tiny(EMA)
     before = [p.detach().clone() for name, p in trained.named_parameters() if name.endswith("vectors")]

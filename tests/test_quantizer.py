@@ -18,15 +18,15 @@ from vqcodec.models.config import SliceConfig
 from vqcodec.models.quantizer import Codebook, Rates, grid, look_up, plane_blocks, rows, structured_start
 
 Floats = NDArray[np.float64]
-SHAPES = [(1, 1, 16), (5, 1, 64), (3, 2, 40), (2, 4, 33)]  # planes, dim, codes
+SHAPES = [(1, 1, 16, 1), (5, 1, 64, 1), (3, 2, 40, 1), (2, 4, 33, 1), (3, 2, 40, 2)]  # planes, dim, codes, scales
 
 
 def book_and_rows(
-    planes: int, dim: int, codes: int, rows: int = 50, learn: str = "gradient"
+    planes: int, dim: int, codes: int, scales: int = 1, rows: int = 50, learn: str = "gradient"
 ) -> tuple[Codebook, Tensor]:
     """A codebook off its lattice, with unequal spreads and biases, and vectors in its range."""
     torch.manual_seed(planes * 100 + dim)
-    book = Codebook(SliceConfig(planes, dim, codes, layer=0), learn)
+    book = Codebook(SliceConfig(planes, dim, codes, 0, scales), learn)
     with torch.no_grad():
         book.vectors += 0.1 * torch.randn(book.vectors.shape)
         book.bias += torch.randn(book.bias.shape)
@@ -36,7 +36,7 @@ def book_and_rows(
 
 def rate_model(book: Codebook, rows: int = 50) -> Rates:
     planes, _, dim = book.vectors.shape
-    theta = torch.randn(rows, planes, dim + 2)
+    theta = torch.randn(rows, planes, dim + 2 * book.config.scales)
     theta[..., dim:] = -theta[..., dim:].abs() / 3
     return Rates(theta, 2 * torch.randn(rows, planes))
 
@@ -50,8 +50,8 @@ def numpy_bits(book: Codebook, rates: Rates) -> Floats:
     for n in range(len(zero)):
         for p in range(planes):
             x = vectors[p] / spread[p]
-            logits = x @ theta[n, p, :dim] + theta[n, p, dim] * (x**2).sum(1) + theta[n, p, dim + 1] * abs(x).sum(1)
-            logits += bias[p]
+            square, linear = np.split(theta[n, p, dim:], 2)
+            logits = x @ theta[n, p, :dim] + (x**2 * square).sum(1) + (abs(x) * linear).sum(1) + bias[p]
             significant = 1 / (1 + 2 ** zero[n, p])
             bits[n, p, 1:] = -np.log2(significant) - logits[1:] + np.log2((2 ** logits[1:]).sum())
             bits[n, p, 0] = -np.log2(1 - significant)
@@ -160,18 +160,18 @@ def test_inputs_of_the_prior_are_signed_bytes_that_tell_codes_apart() -> None:
 # Choices
 
 
-@pytest.mark.parametrize(("planes", "dim", "codes"), SHAPES)
-def test_nearest_is_what_a_search_finds(planes: int, dim: int, codes: int) -> None:
-    book, v = book_and_rows(planes, dim, codes)
+@pytest.mark.parametrize(("planes", "dim", "codes", "scales"), SHAPES)
+def test_nearest_is_what_a_search_finds(planes: int, dim: int, codes: int, scales: int) -> None:
+    book, v = book_and_rows(planes, dim, codes, scales)
     indices = book.nearest(v)
     assert (indices.dtype, indices.shape) == (torch.int64, (50, planes))
     assert_best(numpy_distances(book, v), indices)
 
 
-@pytest.mark.parametrize(("planes", "dim", "codes"), SHAPES)
+@pytest.mark.parametrize(("planes", "dim", "codes", "scales"), SHAPES)
 @pytest.mark.parametrize("bias", [0.0, 0.4, 1.0])
-def test_choice_is_what_a_search_finds(planes: int, dim: int, codes: int, bias: float) -> None:
-    book, v = book_and_rows(planes, dim, codes)
+def test_choice_is_what_a_search_finds(planes: int, dim: int, codes: int, scales: int, bias: float) -> None:
+    book, v = book_and_rows(planes, dim, codes, scales)
     rates = rate_model(book)
     weight = torch.rand(50, planes) * 4 + 0.1
     indices = book.choose(v, rates, weight, bias)
@@ -252,16 +252,18 @@ def test_lookup() -> None:
 def plain_log_probabilities(book: Codebook, theta: Tensor, zero: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """log2 p of both flags, (N, P, 2), and of the values 1..K-1 given their flag, (N, P, K - 1), in float64."""
     x = (book.vectors.detach() / book.spread[:, None, None]).double()
-    features = torch.cat([x, x.square().sum(-1, keepdim=True), x.abs().sum(-1, keepdim=True)], -1)
-    logits = torch.einsum("npf,pkf->npk", theta, features) + bias
+    drift, square, linear = theta.split([x.shape[-1], book.config.scales, book.config.scales], -1)
+    logits = torch.einsum("npd,pkd->npk", drift, x) + bias
+    for weights, sizes in ((square, x.square()), (linear, x.abs())):  # one weight for all dimensions, or one for each
+        logits = logits + torch.einsum("npd,pkd->npk", weights.expand(*weights.shape[:2], x.shape[-1]), sizes)
     flags = functional.logsigmoid(torch.stack([zero, -zero], -1) * math.log(2))
     return flags / math.log(2), torch.log_softmax(logits[..., 1:] * math.log(2), -1) / math.log(2)
 
 
-@pytest.mark.parametrize(("planes", "dim", "codes"), SHAPES)
+@pytest.mark.parametrize(("planes", "dim", "codes", "scales"), SHAPES)
 @pytest.mark.parametrize("steepness", [0.3, 1.0])
-def test_gradients_of_the_rate(planes: int, dim: int, codes: int, steepness: float) -> None:
-    book, v = book_and_rows(planes, dim, codes)
+def test_gradients_of_the_rate(planes: int, dim: int, codes: int, scales: int, steepness: float) -> None:
+    book, v = book_and_rows(planes, dim, codes, scales)
     rates = rate_model(book)
     rates.theta *= steepness
     v[::2] *= 0.1

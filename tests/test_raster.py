@@ -36,7 +36,7 @@ def inputs() -> list[list[Tensor]]:
 
 
 def bottom(known: Tensor) -> Tensor:
-    """Parameters of the bottom plane at all positions, (h, w, D + 3), given the inputs of its codes."""
+    """Parameters of the bottom plane at all positions, (h, w, D + 2 S + 1), given the inputs of its codes."""
     prior, (top, _) = frozen(), inputs()
     quality = torch.tensor([50])
     _, _, h, w = top[0].shape

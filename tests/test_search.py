@@ -110,7 +110,7 @@ def test_bits_and_their_gradients() -> None:
     book = models.tiny_model().vqvae.slice(1, 1).codebook
     planes, codes, dim = book.vectors.shape
     generator = torch.Generator().manual_seed(2)
-    theta = (0.3 * torch.randn(50, planes, dim + 2, generator=generator)).requires_grad_()
+    theta = (0.3 * torch.randn(50, planes, 3 * dim, generator=generator)).requires_grad_()
     zero = torch.randn(50, planes, generator=generator).requires_grad_()
     indices = torch.randint(0, codes, (50, planes), generator=generator) * (
         torch.rand(50, planes, generator=generator) < 0.5

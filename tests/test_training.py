@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from vqcodec import codec, training, weights
 from vqcodec.errors import TrainingError, WeightsError
 from vqcodec.metrics import psnr
-from vqcodec.models.config import PHOTO, TINY
+from vqcodec.models.config import PHOTO, TINY, SliceConfig
 from vqcodec.models.joint import RateDistortion
 from vqcodec.schedule import Schedule
 from vqcodec.training import Progress, train
@@ -163,14 +163,9 @@ def test_the_average_is_exported(pictures: Path, tmp_path: Path, small: None) ->
 
 def test_codebooks_that_come_from_data(pictures: Path, tmp_path: Path, small: None) -> None:
     """EMA, k-means start and revival: the paper's layout, narrower."""
-    config = tmp_path / "config.json"
-    text = TINY.to_json().replace('"gradient"', '"ema"').replace('"commitment": 0.0', '"commitment": 0.25')
-    wide = text.replace(
-        '{"codes": 32, "dim": 4, "layer": 2, "planes": 4}', '{"codes": 32, "dim": 24, "layer": 1, "planes": 1}'
-    )
-    wide = wide.replace('{"codes": 64, "dim": 1, "layer": 1, "planes": 8}, ', "")
-    assert wide != text
-    config.write_text(wide)
+    fine, middle, coarse = TINY.stages
+    middle = dataclasses.replace(middle, slices=(SliceConfig(planes=1, dim=24, codes=32, layer=1),))
+    config = dataclasses.replace(TINY, codebook="ema", commitment=0.25, stages=(fine, middle, coarse))
     output = tmp_path / "mine.safetensors"
     # Rounding cannot stand in for them, whatever the schedule says.
     run(pictures, output, 2, config=config, schedule=dataclasses.replace(SMALL, prior_at=0.9, joint_at=0.95))

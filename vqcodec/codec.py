@@ -270,7 +270,7 @@ def encode(model: Model, header: Header, pixels: NDArray[np.uint8]) -> tuple[lis
                 ) -> Tensor:
                     target = rows(v[(slice(None), slice(None), *places)], piece.planes)
                     weights = importance.expand(len(target), -1)
-                    k = piece.codebook.choose(target, rates(parameters), weights, model.config.choice_bias)
+                    k = piece.codebook.choose(target, rates(parameters, piece.dim), weights, model.config.choice_bias)
                     coding.put(coder, tables, parameters, k)
                     return k
 

@@ -18,7 +18,7 @@ from vqcodec.models.prior import Places, SlicePrior
 from vqcodec.models.quantizer import grid, look_up
 from vqcodec.weights import Model
 
-# Turns places and parameters of one pass, (N, P, D + 3), into its indices, int64 (N, P): by choosing, decoding or drawing.
+# Turns places and parameters of one pass, (N, P, D + 2 S + 1), into its indices, int64 (N, P): by choosing, decoding or drawing.
 CodePass = Callable[[Places, Tensor], Tensor]
 
 

@@ -226,7 +226,7 @@ def _rate_model(part: SlicePrior, context: Tensor, seen: Tensor) -> Rates:
         coded = coded.clone()
         coded[:, :, places[0], places[1]] = 1
     assert everywhere is not None
-    return rates(everywhere.flatten(0, 1))
+    return rates(everywhere.flatten(0, 1), part.piece.dim)
 
 
 def _slopes(point: _Point, chance: torch.Generator, before: list[_Slopes] | None = None) -> list[_Slopes]:
@@ -304,7 +304,7 @@ def _best(s: _Symbols, slopes: _Slopes, caution: float) -> tuple[Tensor, Tensor]
 
 
 class _Spent(torch.autograd.Function):
-    """Bits of given codes, summed, with gradients for the rate model: theta (N, P, D + 2), zero (N, P), indices int64 (N, P)."""
+    """Bits of given codes, summed, with gradients for the rate model: theta (N, P, F), zero (N, P), indices int64 (N, P)."""
 
     @staticmethod
     def forward(ctx: Any, theta: Tensor, zero: Tensor, book: Codebook, indices: Tensor) -> Tensor:

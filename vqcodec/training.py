@@ -106,7 +106,8 @@ def train(
         config: a configuration, the name of one, or a JSON file; None for "photo", or that of `start_from`. minutes: budget
             of the whole run, earlier parts included.
         resume: go on from the checkpoint. device: "auto", "cpu" or "cuda". seed: of crops and initial weights.
-        start_from: a weights file to train on from, instead of from scratch; of `config` only the commitment counts then.
+        start_from: a weights file to train on from, instead of from scratch; of `config` only the commitment and more scales of
+            the rate model count then.
             Where training begins with rounding, codebooks begin again as integers.
         features: of the network of LPIPS that says how alike pictures look, SqueezeNet 1.1 as safetensors: train the natural look
             of the weights `start_from`, in a file of its own. Needs the packages lpips and torchvision.
@@ -122,7 +123,7 @@ def train(
     settings = config if isinstance(config, Config) else load_config(str(config or "photo"))
     if given:  # what shapes a model comes with its weights, how it learns need not
         kept = given.config if config is None else settings
-        settings = dataclasses.replace(given.config, commitment=kept.commitment)
+        settings = dataclasses.replace(given.config, commitment=kept.commitment).with_scales(kept)
     if features is not None:
         if given is None:
             raise TrainingError("a look needs the weights that it is for")
@@ -198,6 +199,13 @@ def _optimisers(model: RateDistortion, schedule: Schedule) -> dict[str, torch.op
     if schedule.kernel_rate:
         optimisers["muon"] = Muon([{"params": muon, "peak": schedule.kernel_rate}], schedule.kernel_rate)
     return optimisers
+
+
+def _follow(average: float, value: float) -> float:
+    """A moving average; what is nan does not count."""
+    if math.isnan(average) or math.isnan(value):
+        return average if math.isnan(value) else value
+    return value + 0.98 * (average - value)
 
 
 def _tensorboard(output: Path) -> Any:
@@ -291,7 +299,7 @@ class _Run:
         self.model.vqvae.load_state_dict(looks.with_blocks(given, self.config).state_dict())
         prior = copy.deepcopy(given.prior)
         prior.thaw()
-        self.model.prior.load_state_dict(prior.state_dict())
+        self.model.prior.take_over(prior)
         self.rate_start = 1.0
         rounding = self.model.rounding
         self.model.rounding = self.average.rounding = None
@@ -519,9 +527,7 @@ class _Run:
                 mean.copy_(value)
         bpp = float(losses.bpp.mean())
         ratio = float((10 * torch.log10(255**2 / losses.mse.clamp(min=1e-3))).mean())
-        keep = 0.98 if math.isfinite(self.bpp) else 0.0
-        self.bpp = bpp + (keep * (self.bpp - bpp) if keep else 0.0)
-        self.psnr = ratio + (keep * (self.psnr - ratio) if keep else 0.0)
+        self.bpp, self.psnr = _follow(self.bpp, bpp), _follow(self.psnr, ratio)
         self.loss = float(losses.total.detach())
 
     # Validation and the sheet

@@ -33,6 +33,7 @@ class SliceConfig:
         dim: code length D; the slice covers P * D latent channels.
         codes: codebook size K of every plane.
         layer: progressive layer of the file that carries the slice (0 is the coarsest).
+        scales: widths that the rate model gives a symbol's distribution: 1 for all dimensions alike, or one for each, D.
 
     Raises:
         ValueError: a number is out of range.
@@ -42,16 +43,24 @@ class SliceConfig:
     dim: int
     codes: int
     layer: int
+    scales: int = 1
 
     def __post_init__(self) -> None:
         _check_range(self, 1, "planes", "dim")
         _check_range(self, 0, "layer")
         # The range coder takes no alphabet of one value beside the flag of code 0; codes are kept as int16.
         _check_range(self, 3, "codes", high=1 << 15)
+        if self.scales not in (1, self.dim):
+            raise ValueError(f"scales must be 1 or dim, {self.dim}, got {self.scales!r}")
 
     @property
     def channels(self) -> int:
         return self.planes * self.dim
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that the prior gives for each symbol: means, two for each scale, and odds of code 0."""
+        return self.dim + 2 * self.scales + 1
 
     @property
     def structured(self) -> bool:
@@ -194,6 +203,20 @@ class Config:
         """Pictures are padded to a multiple of this many pixels."""
         return self.stages[-1].stride
 
+    def with_scales(self, other: "Config") -> "Config":
+        """With the scales of another configuration's slices where those are more."""
+        more = {(stage.stride, i): p.scales for stage in other.stages for i, p in enumerate(stage.slices)}
+
+        def rescaled(piece: SliceConfig, stride: int, index: int) -> SliceConfig:
+            scales = more.get((stride, index), 1)
+            return replace(piece, scales=scales) if piece.scales < scales == piece.dim else piece
+
+        stages = (
+            replace(stage, slices=tuple(rescaled(p, stage.stride, i) for i, p in enumerate(stage.slices)))
+            for stage in self.stages
+        )
+        return replace(self, stages=tuple(stages))
+
     def lambda_of(self, t: float) -> float:
         """Distortion weight at t = (quality - 1) / 99; see `lambda_range`."""
         low, high = self.lambda_range
@@ -236,8 +259,8 @@ PHOTO = Config(
             slices=(
                 SliceConfig(planes=16, dim=1, codes=256, layer=1),
                 SliceConfig(planes=40, dim=1, codes=96, layer=1),
-                SliceConfig(planes=28, dim=2, codes=320, layer=2),
-                SliceConfig(planes=88, dim=2, codes=160, layer=3),
+                SliceConfig(planes=28, dim=2, codes=320, layer=2, scales=2),
+                SliceConfig(planes=88, dim=2, codes=160, layer=3, scales=2),
             ),
             lapped=True,
         ),
@@ -311,7 +334,10 @@ TINY = Config(
             16,
             1,
             1,
-            (SliceConfig(planes=8, dim=1, codes=64, layer=1), SliceConfig(planes=4, dim=4, codes=32, layer=2)),
+            (
+                SliceConfig(planes=8, dim=1, codes=64, layer=1),
+                SliceConfig(planes=4, dim=4, codes=32, layer=2, scales=4),
+            ),
             lapped=True,
         ),
         StageConfig(32, 12, 16, 1, 1, (SliceConfig(planes=12, dim=1, codes=512, layer=0),)),

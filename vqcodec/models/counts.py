@@ -7,7 +7,8 @@ A symbol k of a plane is coded in two parts, with tables of integers that the we
             logit_k = mean * root * X_k - 2 * square * Q_k - 2 * linear * A_k + bias_k * 2^19
             root = floor(2^(12 + s/32)), square = floor(2^(12 + s/16)), linear = floor(2^(13 + l/16))
 
-X, Q and A are the code vector, its squared and its absolute length. All products and sums are integers below 2^53, held
+X, Q and A are the code vector, its squared and its absolute length; or with a scale for each dimension, s and l of its own, the
+squares and absolute values of all, whose products are added up. All products and sums are integers below 2^53, held
 in float64; the only division is between such integers. Both sides of the coder call these functions and no others.
 """
 
@@ -65,7 +66,7 @@ FLAGS = _flags()
 class CodeTables(nn.Module):
     """The integer tables of one slice of code planes.
 
-    Buffers, integers held in floats: inputs (P, K, 2 D), see `Codebook.inputs`; values (P, D + 2, K - 1): X * 2^10,
+    Buffers, integers held in floats: inputs (P, K, 2 D), see `Codebook.inputs`; values (P, D + 2 S, K - 1): X * 2^10,
     -2 Q * 2^10, -2 A * 2^10; bias (P, K - 1), in 1/256 of a bit.
     """
 
@@ -76,14 +77,16 @@ class CodeTables(nn.Module):
     def __init__(self, piece: SliceConfig) -> None:
         super().__init__()
         self.register_buffer("inputs", torch.zeros(piece.planes, piece.codes, 2 * piece.dim))
-        self.register_buffer("values", torch.zeros(piece.planes, piece.dim + 2, piece.codes - 1, dtype=torch.float64))
+        self.piece = piece
+        rows = piece.parameters - 1
+        self.register_buffer("values", torch.zeros(piece.planes, rows, piece.codes - 1, dtype=torch.float64))
         self.register_buffer("bias", torch.zeros(piece.planes, piece.codes - 1, dtype=torch.float64))
 
     def fill(self, book: Codebook) -> None:
         """Round a trained codebook and its rate model to integers."""
         self.inputs.copy_(book.inputs())
         features = book.features()[:, 1:].transpose(1, 2).double()
-        features[:, -2:] *= -2
+        features[:, self.piece.dim :] *= -2
         self.values.copy_((features * 1024).round())
         self.bias.copy_((book.bias.detach()[:, 1:].double() * 256).round())
 
@@ -93,29 +96,33 @@ class CodeTables(nn.Module):
         Raises:
             ValueError: one can, or an input of the prior is outside -127..127.
         """
-        x, lengths = self.values[:, :-2].abs().sum(1), self.values[:, -2:].abs()
-        largest = 127 * ROOT.max() * x + SQUARE.max() * lengths[:, 0] + LINEAR.max() * lengths[:, 1]
+        x, squares, lengths = (part.abs().sum(1) for part in torch.split(self.values, self._groups(), 1))
+        largest = 127 * ROOT.max() * x + SQUARE.max() * squares + LINEAR.max() * lengths
         largest += 2.0**19 * self.bias.abs()
         if largest.max() >= 2.0**53:
             raise ValueError("the tables of a code plane are too large for exact sums")
         if self.inputs.abs().max() > 127:
             raise ValueError("an input of the prior is outside -127..127")
 
+    def _groups(self) -> list[int]:
+        """How many of `values` belong to means, squares and absolute values."""
+        return [self.piece.dim, self.piece.scales, self.piece.scales]
+
     def value_counts(self, parameters: Tensor, other: Tensor) -> NDArray[np.float32]:
         """Counts of the values 1..K-1 of those symbols of one pass whose flag says that they have one.
 
         Args:
-            parameters: integers (N, P, D + 3) from the prior, any float dtype. other: bool (N, P).
+            parameters: integers (N, P, D + 2 S + 1) from the prior, any float dtype. other: bool (N, P).
 
         Returns:
             float32, C-contiguous (n, K - 1), plane by plane and within a plane in the order of N: integers that sum
             to 2^24 - (K - 1) in each row.
         """
         o = parameters.transpose(0, 1)[other.T].double()
-        dim = o.shape[1] - 3
         root, square, linear, weights = (t.to(o.device) for t in (ROOT, SQUARE, LINEAR, WEIGHTS))
-        s, a = (o[:, dim] + 127).long(), (o[:, dim + 1] + 127).long()
-        coefficients = torch.cat([o[:, :dim] * root[s][:, None], square[s][:, None], linear[a][:, None]], 1)
+        mean, s, a = torch.split(o[:, :-1], self._groups(), 1)
+        s, a = (s + 127).long(), (a + 127).long()
+        coefficients = torch.cat([mean * root[s], square[s], linear[a]], 1)
         members = other.sum(0).tolist()
         counts = torch.empty(len(o), self.bias.shape[1], dtype=torch.float32, device=o.device)
         for block in plane_blocks(members, CHUNK // self.bias.shape[1]):
@@ -142,7 +149,7 @@ def _counts(logits: Tensor, weights: Tensor, counts: Tensor) -> None:
 
 
 def flag_counts(parameters: Tensor) -> NDArray[np.float32]:
-    """Counts of the flags of one pass: parameters (N, P, D + 3) -> float32 (N P, 2), code 0 first, sum 2^24 - 2."""
+    """Counts of the flags of one pass: parameters (N, P, F) -> float32 (N P, 2), code 0 first, sum 2^24 - 2."""
     return np.take(FLAGS, parameters[..., -1].flatten().cpu().numpy().astype(np.intp) + 127, axis=0)
 
 

@@ -30,7 +30,8 @@ ADDED_WEIGHT = 0.02
 
 @dataclass
 class Losses:
-    """What one forward pass yields; tensors (B,) are detached.
+    """What one forward pass yields; tensors (B,) are detached. Where only the prior learns there is no picture, and what
+    depends on it is nan.
 
     Attributes:
         total: scalar to minimise.
@@ -107,6 +108,10 @@ class RateDistortion(nn.Module):
                     v, state = self._quantise(run, target, state)
                 decoded = estimate[:, part] + v * scale
                 estimate = torch.cat([estimate[:, : piece.start], decoded, estimate[:, piece.stop :]], 1)
+        bpp = bits.sum(1) / (height * width)
+        if run.only_prior and self.training:
+            unknown = torch.full_like(bpp, math.nan)
+            return Losses(run.rate, bits, bpp, unknown, unknown, unknown, torch.full_like(pixels, math.nan))
         assert estimate is not None
         reconstruction = self.vqvae.descend(len(latents) - 1, estimate, quality).float()
         mse = (reconstruction - pixels).square().mean((1, 2, 3))
@@ -120,12 +125,15 @@ class RateDistortion(nn.Module):
             # keeps all of them from growing without end.
             loss = loss + ADDED_WEIGHT * (balance * weight * self.vqvae.added_error()).mean()
         total = run.rate if run.only_prior else run.rate + loss
-        bpp = bits.sum(1) / (height * width)
         mse, distance = mse.detach(), distance.detach()
         return Losses(total, bits, bpp, mse, bpp + weight * mse, distance, reconstruction)
 
     def _only_prior(self, rate_weight: float) -> bool:
-        return self.config.rate == "after" and rate_weight > 0
+        """Whether nothing but the prior and its rate model learns: codes are all that it needs of pictures."""
+        if self.config.rate == "after":
+            return rate_weight > 0
+        renderer = self.vqvae.renderer().values()
+        return self.training and not any(p.requires_grad for part in renderer for p in part.parameters())
 
     def _round(self, run: "_Pass", target: "_Target", log_scale: Tensor) -> Tensor:
         """What the decoder gets of one slice, in steps, by `Rounding`: integers, with a gradient passed straight through."""
@@ -159,9 +167,9 @@ class RateDistortion(nn.Module):
             sought = rows(here, piece.planes)
             if self.config.rate == "after" and not run.only_prior:
                 shape = sought.shape[:2]
-                model = Rates(sought.new_zeros(*shape, piece.dim + 2), sought.new_zeros(shape))
+                model = Rates(sought.new_zeros(*shape, part.piece.parameters - 1), sought.new_zeros(shape))
             else:
-                model = rates(part.parameters_at(number, context, known))
+                model = rates(part.parameters_at(number, context, known), piece.dim)
             count = here.shape[2] * here.shape[3]
             share = (run.balance * run.rate_weight / (batch * run.area)).repeat_interleave(count)
             importances = importance.repeat_interleave(count, 0)

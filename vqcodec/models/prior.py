@@ -56,13 +56,13 @@ class SlicePrior(nn.Module):
     def __init__(self, config: Config, piece: SliceConfig, last: bool) -> None:
         super().__init__()
         width = config.prior.channels
-        self.planes, self.dim = piece.planes, piece.dim
+        self.piece = piece
         inputs = 2 * piece.channels
         self.blocks = nn.ModuleList([GatedBlock(width) for _ in range(config.prior.blocks)])
         self.context = IntegerConv(width, 2 * width)
         self.quality = QualityBias(2 * width)
         self._see_neighbours(config, inputs)
-        self.head = IntegerConv(width, piece.planes * (piece.dim + 3), scale=0.1)
+        self.head = IntegerConv(width, piece.planes * piece.parameters, scale=0.1)
         # Nothing is coded after the last slice.
         self.absorb = None if last else IntegerConv(inputs, width, bits=STATE_BITS, scale=0.5)
 
@@ -94,7 +94,7 @@ class SlicePrior(nn.Module):
             known: inputs of this slice's codes (B, 2 P D, h, w), zero at the positions not coded yet if not `at_once`.
 
         Returns:
-            integers in [-127, 127], float32 (N, P, D + 3), N = B h' w' in raster order: mean (D), square, linear, zero.
+            integers in [-127, 127], float32 (N, P, D + 2 S + 1), N = B h' w' in raster order: mean (D), square (S), linear (S), zero.
         """
         row, column = PHASES[number]
         hidden = context[:, :, row::2, column::2]
@@ -116,9 +116,9 @@ class SlicePrior(nn.Module):
             yield places, self.parameters_at(number, context, known)
 
     def finish(self, hidden: Tensor) -> Tensor:
-        """(B, 2 C, h, w) -> the parameters of its positions (B h w, P, D + 3)."""
+        """(B, 2 C, h, w) -> the parameters of its positions (B h w, P, D + 2 S + 1)."""
         out = clamp8(self.head.run(gate(hidden)))
-        return out.permute(0, 2, 3, 1).reshape(-1, self.planes, self.dim + 3)
+        return out.permute(0, 2, 3, 1).reshape(-1, self.piece.planes, self.piece.parameters)
 
     def update(self, state: Tensor, inputs: Tensor) -> Tensor:
         """Absorb the slice's codes, as inputs (B, 2 P D, h, w), into the state."""
@@ -266,6 +266,23 @@ class Prior(nn.Module):
         super().__init__()
         self.levels = nn.ModuleList([LevelPrior(config, level) for level in range(len(config.levels))])
 
+    @torch.no_grad()
+    def take_over(self, given: "Prior") -> None:
+        """Become a trained prior, thawed, as far as it goes: where its symbols have one scale and ours have one for each
+        dimension, all of them are that one."""
+        state = given.state_dict()
+        for level, stage in enumerate(given.levels):
+            assert isinstance(stage, LevelPrior)
+            for index in range(len(stage.slices)):
+                old, new = stage.slice(index).piece, self.level(level).slice(index).piece
+                if old.scales < new.scales:
+                    square, linear, zero = range(old.dim, old.dim + 3)
+                    rows = [*range(old.dim), *[square] * old.dim, *[linear] * old.dim, zero]
+                    for name in ("weight", "bias", "exponent"):
+                        key = f"levels.{level}.slices.{index}.head.{name}"
+                        state[key] = state[key].unflatten(0, (old.planes, -1))[:, rows].flatten(0, 1)
+        self.load_state_dict(state)
+
     def check(self) -> None:
         """Make sure that frozen weights are what exact sums need.
 
@@ -311,15 +328,15 @@ class Prior(nn.Module):
         return total
 
 
-def rates(parameters: Tensor) -> Rates:
+def rates(parameters: Tensor, dim: int) -> Rates:
     """The rate model, in floats, that integer parameters stand for: what training and the encoder's choice use.
 
     Args:
-        parameters: (N, P, D + 3) from `SlicePrior.parameters_at`.
+        parameters: (N, P, D + 2 S + 1) from `SlicePrior.parameters_at`. dim: D.
     """
-    dim = parameters.shape[-1] - 3
-    square = parameters[..., dim] / SCALE_UNIT + SQUARE_OFFSET
-    drift = parameters[..., :dim] * (2 / MEAN_UNIT) * torch.exp2(square / 2)[..., None]
-    linear = torch.exp2(parameters[..., dim + 1] / SCALE_UNIT + LINEAR_OFFSET)
-    theta = torch.cat([drift, -torch.exp2(square)[..., None], -linear[..., None]], -1)
-    return Rates(theta, parameters[..., dim + 2] / ZERO_UNIT)
+    scales = (parameters.shape[-1] - 1 - dim) // 2
+    mean, square, linear, zero = torch.split(parameters, [dim, scales, scales, 1], -1)
+    square = square / SCALE_UNIT + SQUARE_OFFSET
+    drift = mean * (2 / MEAN_UNIT) * torch.exp2(square / 2)
+    theta = torch.cat([drift, -torch.exp2(square), -torch.exp2(linear / SCALE_UNIT + LINEAR_OFFSET)], -1)
+    return Rates(theta, zero[..., 0] / ZERO_UNIT)

@@ -10,6 +10,8 @@ Index 0 of every plane is the code nearest to zero. The rate model of a symbol (
 
     logit_k = drift . x_k - square * |x_k|^2 - linear * |x_k|_1 + bias_k        x_k = e_k / spread
 
+or, with a scale for each dimension, with squares and absolute values weighted one by one.
+
 Everything here is float32 whatever autocast says: bf16 breaks the arg-min.
 """
 
@@ -104,7 +106,7 @@ class Rates:
     """The rate model of N rows of P planes; see the module's equation.
 
     Attributes:
-        theta: float (N, P, D + 2), log2 units: drift (D), -square, -linear.
+        theta: float (N, P, D + 2 S), log2 units: drift (D), -square (S), -linear (S), for S scales.
         zero: float (N, P): log2 odds of code 0 against all others.
     """
 
@@ -153,9 +155,12 @@ class Codebook(nn.Module):
             return _distances(v.float(), self.vectors.detach()).argmax(-1).T
 
     def features(self) -> Tensor:
-        """x_k, |x_k|^2 and |x_k|_1 of every code: float32 (P, K, D + 2)."""
+        """x_k, and its squares and absolute values, or their sums: float32 (P, K, D + 2 S)."""
         x = self.vectors.detach() / self.spread[:, None, None]
-        return torch.cat([x, x.square().sum(-1, keepdim=True), x.abs().sum(-1, keepdim=True)], -1)
+        sizes = [x.square(), x.abs()]
+        if self.config.scales == 1:
+            sizes = [size.sum(-1, keepdim=True) for size in sizes]
+        return torch.cat([x, *sizes], -1)
 
     def inputs(self) -> Tensor:
         """What the prior sees of each code: integers in [-127, 127], float32 (P, K, 2 D): value and magnitude."""
@@ -316,7 +321,7 @@ def log_probabilities(features: Tensor, bias: Tensor, theta: Tensor, zero: Tenso
     """What a rate model says of the codes of p planes.
 
     Args:
-        features: (p, K, D + 2), and bias: (p, K), of the codebook. theta: (N, p, D + 2), and zero: (N, p), as of `Rates`.
+        features: (p, K, F), and bias: (p, K), of the codebook. theta: (N, p, F), and zero: (N, p), as of `Rates`.
 
     Returns:
         log2 p of all codes (p, N, K), and the distribution over the codes but 0, with next to nothing in its place (p, N, K).
@@ -384,9 +389,11 @@ class _Quantise(torch.autograd.Function):
         bits = (softplus - zero).clamp_(max=MOST_BITS)
         indices = torch.zeros(zero.shape, dtype=torch.int64, device=v.device)
         grad_theta, grad_bias = torch.zeros_like(theta), torch.zeros_like(bias)
-        # Symbols that have code 0 for certain are pulled to it as far as the codes next to it say.
-        grad_v = _soft_gradient(features[:, :NEAR], vectors[:, :NEAR], v, theta, zero, bias[:, :NEAR])
-        grad_v *= share[:, None, None]
+        grad_v: Tensor | None = None
+        if ctx.needs_input_grad[0]:
+            # Symbols that have code 0 for certain are pulled to it as far as the codes next to it say.
+            grad_v = _soft_gradient(features[:, :NEAR], vectors[:, :NEAR], v, theta, zero, bias[:, :NEAR])
+            grad_v *= share[:, None, None]
         # One row for each open symbol, plane after plane; the others have code 0.
         mask = book.open_symbols(v, zero, weight, rate_bias).T
         target, drift, odds = (x.transpose(0, 1)[mask] for x in (v, theta, zero))
@@ -409,22 +416,24 @@ class _Quantise(torch.autograd.Function):
             k = torch.add(logp * rate_bias, distances * importance[rows]).max(-1)[1]
             chosen[rows] = k
             spent[rows] = -logp.gather(-1, k[:, None])[:, 0]
-            # The soft assignment w = softmax(-|v - e|^2 / T) gives d E_w[bits] / dv = -2/T Cov_w(log2 p, e).
-            w = torch.softmax(distances.mul_(1 / TEMPERATURE), -1)
-            logp -= torch.linalg.vecdot(w, logp)[:, None]
-            w *= logp
+            if grad_v is not None:
+                # The soft assignment w = softmax(-|v - e|^2 / T) gives d E_w[bits] / dv = -2/T Cov_w(log2 p, e).
+                w = torch.softmax(distances.mul_(1 / TEMPERATURE), -1)
+                logp -= torch.linalg.vecdot(w, logp)[:, None]
+                w *= logp
+                for plane, part in parts:
+                    torch.mm(w[part], vectors[plane], out=soft[part.start + rows.start : part.stop + rows.start])
             # The rate model learns from the chosen code: d bits / d theta = E_p[f] - f_k, for k other than 0
             # whose bits are not at their limit.
             other = ((k > 0) & (spent[rows] < MOST_BITS)).float() * portion[rows]
             values *= other[:, None]
             for plane, part in parts:
                 here = slice(part.start + rows.start, part.stop + rows.start)
-                torch.mm(w[part], vectors[plane], out=soft[here])
                 torch.mm(values[part], features[plane], out=expected[here])
                 expected[here].addcmul_(features[plane][k[part]], other[part][:, None], value=-1)
                 grad_bias[plane] += values[part].sum(0).scatter_add_(0, k[part], -other[part])
-        soft *= (-2 / TEMPERATURE) * portion[:, None]
-        grad_v.transpose(0, 1)[mask] = soft
+        if grad_v is not None:
+            grad_v.transpose(0, 1)[mask] = soft.mul_((-2 / TEMPERATURE) * portion[:, None])
         grad_theta.transpose(0, 1)[mask] = expected
         indices.T[mask] = chosen
         bits.T[mask] = spent
@@ -438,7 +447,16 @@ class _Quantise(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         g = grads[0]
         grad_v, grad_theta, grad_zero, grad_bias = ctx.saved_tensors
-        return g * grad_v, g * grad_theta, g * grad_zero, g * grad_bias, None, None, None, None
+        return (
+            None if grad_v is None else g * grad_v,
+            g * grad_theta,
+            g * grad_zero,
+            g * grad_bias,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def rows(x: Tensor, planes: int) -> Tensor:
