@@ -55,7 +55,7 @@ def test_what_is_evaluated_is_what_files_cost() -> None:
     point = search._evaluate(model, padded, codes, QUALITY)
     assert point.total / (96 * 128) == pytest.approx(cost(pixels, data), rel=0.02)
     assert torch.equal(torch.cat([s.indices for s in point.symbols[1:]], 1), codes[1].flatten(0, 1))
-    for slopes in search._slopes(point, torch.Generator().manual_seed(0)):
+    for slopes in search._slopes(point):
         assert bool(slopes.by_prior.any()) and bool(slopes.by_decoder.any())
 
 
@@ -74,35 +74,12 @@ def test_the_choice_is_the_entropy_constrained_one(monkeypatch: pytest.MonkeyPat
     weight = torch.rand(planes, generator=generator) + 0.5
     move = torch.randn(count, planes, 1, generator=generator)
     s = search._Symbols(piece, indices, rates, weight, torch.zeros(0), torch.zeros(0))
-    curvature = ((1 - search.ADDED) * weight).expand(count, -1)
-    slopes = search._Slopes(torch.zeros(count, planes, 2), -2 * weight[:, None] * move, curvature, 1)
+    slopes = search._Slopes(torch.zeros(count, planes, 2), -2 * weight[:, None] * move)
     monkeypatch.setattr(search, "NEARBY", math.inf)
     best, gains = search._best(s, slopes, 1.0)
     expected = book.choose(book.lookup(indices) + move, rates, weight.expand(count, -1), 1.0)
     assert float((best == expected).float().mean()) > 0.999
     assert float(gains.min()) > -1e-4 and float((best != indices).float().mean()) > 0.3
-
-
-def test_curvature_is_that_of_the_decoder() -> None:
-    """Against small changes of single symbols; a mean over positions and planes, as each is a noisy estimate."""
-    pixels = picture(64, 64, seed=8)
-    model = models.tiny_model()
-    codes = [c.long() for c in codec.decode_codes(bitstream.read(compress(pixels)), model)]
-    padded = synthesis.cut(model, pixels, (slice(0, 2), slice(0, 2)))
-    point = search._evaluate(model, padded, codes, QUALITY)
-    chance = torch.Generator().manual_seed(0)
-    s = point.symbols[1]
-    answers = torch.zeros_like(s.vectors)
-    places = [(c, y, x) for c in range(3) for y in range(3, 64, 8) for x in range(3, 64, 8)]
-    for c, y, x in places:  # exactly, for some of the pixels
-        restored = point.restored[0, c, y, x]
-        answers += torch.autograd.grad(restored, s.vectors, retain_graph=True)[0].square()
-    expected = 64 * point.distortion / 3 * float(answers.mean())
-    found = None
-    for _ in range(search.MEMORY):
-        found = search._slopes(search._evaluate(model, padded, codes, QUALITY), chance, found)
-    assert found is not None
-    assert float(found[1].curvature.mean()) == pytest.approx(expected, rel=0.3)
 
 
 def test_bits_and_their_gradients() -> None:

@@ -5,13 +5,12 @@ codes, and what the decoder makes of it, it does not see. Here both are asked of
 for all symbols at once, the slopes of the picture's cost by what the prior sees of a code and by what the decoder gets of it. Every
 symbol is chosen again, among codes nearby, by
 
-    bits_k + prior's slope . (inputs_k - inputs) + decoder's slope . (e_k - e) + caution * curvature * |e_k - e|^2
+    bits_k + prior's slope . (inputs_k - inputs) + decoder's slope . (e_k - e) + caution * weight * |e_k - e|^2
 
-and of those that would gain, a random part changes, because neighbours that move together undo what each was promised. The
-curvature, what the error grows by when one symbol moves, is the mean square of what comes back through the decoder from noise on
-the pixels (Bekas, Kokiopoulou & Saad 2007, "An estimator for the diagonal of a matrix"). Caution rises from step to
-step, and a step may make the picture a little worse, ever less so (Dueck & Scheuer 1990, "Threshold accepting"); the best codes
-of all are kept. That an encoder which is trained once leaves so much to each picture: Yang, Bamler & Mandt 2020, "Improving
+where the weight is what a squared step costs behind an orthonormal decoder; a trained one takes part of every error back. Of the
+symbols that would gain, a random part changes, because neighbours that move together undo what each was promised. Caution rises
+from step to step, and a step may make the picture a little worse, ever less so (Dueck & Scheuer 1990, "Threshold accepting"); the
+best codes of all are kept. That an encoder which is trained once leaves so much to each picture: Yang, Bamler & Mandt 2020, "Improving
 inference for neural image compression".
 """
 
@@ -24,7 +23,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from vqcodec import synthesis
 from vqcodec.bitstream import Header
@@ -42,13 +40,10 @@ LEAST_GAIN = 0.25  # in bits, below which no symbol changes
 NEARBY = 1.5  # how far a symbol moves in one step, in quantiser steps
 NEAR_INPUT = 32
 # Of the last step; of the first, which is the bolder the more steps there are: BOLDER for every doubling; and what a failure adds.
-CAUTION, FIRST_CAUTION, BOLDER, FAILED = 1.2, 1.2, 0.09, 0.05
+CAUTION, FIRST_CAUTION, BOLDER, FAILED = 0.84, 0.84, 0.063, 0.035
 # Of the symbols that would gain, change in one step: the more, the fewer steps there are.
 SHARE, LARGEST_SHARE = 0.6, 0.8
 TOLERANCE = 0.003  # of the cost, by which the first step may raise it
-# Noise is sent back once a step; its squares are averaged over BOX x BOX positions and about MEMORY steps. Added: so much
-# of the curvature of an orthonormal decoder, because the estimate is one of small changes.
-BOX, MEMORY, ADDED = 5, 6, 0.2
 
 
 @dataclass
@@ -71,15 +66,10 @@ class _Symbols:
 
 @dataclass
 class _Point:
-    """Codes, evaluated: their cost, a scalar with a graph, the picture they give, (1, 3, H, W), and all slices in coding order.
-
-    `distortion` is lambda: bits per unit of squared error of a pixel.
-    """
+    """Codes, evaluated: their cost, a scalar with a graph, and all slices in coding order."""
 
     cost: Tensor
-    restored: Tensor
     symbols: list[_Symbols]
-    distortion: float
 
     @property
     def total(self) -> float:
@@ -88,17 +78,10 @@ class _Point:
 
 @dataclass
 class _Slopes:
-    """Of one slice at one point.
-
-    Attributes:
-        by_prior, by_decoder: derivatives of the cost by `seen` and `vectors`, (N, P, 2 D) and (N, P, D).
-        curvature: (N, P), bits per squared step. probes: how many it is the mean of.
-    """
+    """Of one slice at one point: derivatives of the cost by `seen` and `vectors`, (N, P, 2 D) and (N, P, D)."""
 
     by_prior: Tensor
     by_decoder: Tensor
-    curvature: Tensor
-    probes: int
 
 
 def improve(
@@ -149,7 +132,7 @@ def _improve(
     moving = max(SHARE, LARGEST_SHARE - 0.02 * rounds)
     point = _evaluate(model, pixels, codes, quality)
     best, least = codes, point.total
-    slopes = _slopes(point, chance)
+    slopes = _slopes(point)
     for step in range(rounds):
         share = step / max(1, rounds - 1)
         caution = first + (CAUTION - first) * share + FAILED * failures
@@ -158,7 +141,7 @@ def _improve(
         if found.total < least * (1 + TOLERANCE * (1 - share)):
             codes, point = other, found
             if step + 1 < rounds:
-                slopes = _slopes(point, chance, slopes)
+                slopes = _slopes(point)
         else:
             failures += 1
         if found.total < least:
@@ -210,7 +193,7 @@ def _evaluate(model: Model, pixels: Tensor, codes: list[Tensor], quality: int) -
         assert estimate is not None
         restored = model.vqvae.descend(len(codes) - 1, estimate, at).float()
     error = (restored - pixels).square().sum() / 3
-    return _Point(bits + distortion * error, restored, found, distortion)
+    return _Point(bits + distortion * error, found)
 
 
 def _rate_model(part: SlicePrior, context: Tensor, seen: Tensor) -> Rates:
@@ -229,27 +212,14 @@ def _rate_model(part: SlicePrior, context: Tensor, seen: Tensor) -> Rates:
     return rates(everywhere.flatten(0, 1), part.piece.dim)
 
 
-def _slopes(point: _Point, chance: torch.Generator, before: list[_Slopes] | None = None) -> list[_Slopes]:
-    """Of all slices; the point's graph is gone afterwards. `before`: those of the last point, whose curvature is still worth something."""
-    noise = torch.randn(point.restored.shape, generator=chance).to(point.restored.device)
-    vectors = [s.vectors for s in point.symbols]
-    answers = torch.autograd.grad((noise * point.restored).sum(), vectors, retain_graph=True)
+def _slopes(point: _Point) -> list[_Slopes]:
+    """Of all slices; the point's graph is gone afterwards."""
     leaves = [leaf for s in point.symbols for leaf in (s.seen, s.vectors)]
     found = torch.autograd.grad(point.cost, leaves, allow_unused=True)  # nothing sees the last codes
-    slopes = []
-    for index, (s, answer) in enumerate(zip(point.symbols, answers, strict=True)):
-        planes = s.indices.shape[1]
-        by_prior, by_decoder = (
-            rows(torch.zeros_like(leaf) if slope is None else slope, planes)
-            for slope, leaf in ((found[2 * index], s.seen), (found[2 * index + 1], s.vectors))
-        )
-        square = functional.avg_pool2d(answer.square(), BOX, 1, BOX // 2, count_include_pad=False)
-        curvature, probes = point.distortion / 3 * rows(square, planes).mean(2), 1
-        if before is not None:
-            probes = min(before[index].probes + 1, MEMORY)
-            curvature = torch.lerp(before[index].curvature, curvature, 1 / probes)
-        slopes.append(_Slopes(by_prior, by_decoder, curvature, probes))
-    return slopes
+    pairs = iter(
+        [torch.zeros_like(leaf) if slope is None else slope for leaf, slope in zip(leaves, found, strict=True)]
+    )
+    return [_Slopes(*(rows(next(pairs), s.indices.shape[1]) for _ in range(2))) for s in point.symbols]
 
 
 @torch.no_grad()
@@ -281,7 +251,7 @@ def _best(s: _Symbols, slopes: _Slopes, caution: float) -> tuple[Tensor, Tensor]
     book: Codebook = s.piece.codebook
     inputs, features = book.inputs(), book.features()
     by_prior, by_decoder = slopes.by_prior, slopes.by_decoder
-    damping = caution * (slopes.curvature + ADDED * s.weight)
+    damping = (caution * s.weight).expand(s.indices.shape)
     best, gains = s.indices.clone(), torch.zeros(s.indices.shape, device=s.indices.device)
     # Code 0 stays where leaving it costs more than the slopes promise at most (near codes have inputs of about NEAR_INPUT).
     hope = by_decoder.square().sum(2) / (4 * damping) + NEAR_INPUT * by_prior.abs().sum(2)
