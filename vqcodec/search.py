@@ -26,7 +26,6 @@ from torch import Tensor
 
 from vqcodec import synthesis
 from vqcodec.bitstream import Header
-from vqcodec.models.config import StageConfig
 from vqcodec.models.prior import SlicePrior, rates
 from vqcodec.models.quantizer import MOST_BITS, Codebook, Rates, grid, log_probabilities, look_up, rows, softplus2
 from vqcodec.models.vqvae import PIXEL_SCALE, Slice
@@ -136,7 +135,8 @@ def _improve(
     for step in range(rounds):
         share = step / max(1, rounds - 1)
         caution = first + (CAUTION - first) * share + FAILED * failures
-        other = _change(point, slopes, caution, moving, chance, codes, model.config.levels)
+        changed = iter(_change(point, slopes, caution, moving, chance))
+        other = [torch.cat([next(changed) for _ in stage.slices], 2) for stage in model.config.levels]
         found = _evaluate(model, pixels, other, quality)
         if found.total < least * (1 + TOLERANCE * (1 - share)):
             codes, point = other, found
@@ -224,26 +224,15 @@ def _slopes(point: _Point) -> list[_Slopes]:
 
 @torch.no_grad()
 def _change(
-    point: _Point,
-    slopes: list[_Slopes],
-    caution: float,
-    moving: float,
-    chance: torch.Generator,
-    codes: list[Tensor],
-    stages: tuple[StageConfig, ...],
+    point: _Point, slopes: list[_Slopes], caution: float, moving: float, chance: torch.Generator
 ) -> list[Tensor]:
-    """New codes, where a random part `moving` of the symbols that would gain has changed; shapes as `codes`, of these stages."""
+    """New codes of all slices, (h, w, P), where a random part `moving` of the symbols that would gain has changed."""
     changed = []
     for s, slope in zip(point.symbols, slopes, strict=True):
         best, gains = _best(s, slope, caution)
         moves = (gains > LEAST_GAIN) & (torch.rand(gains.shape, generator=chance).to(gains.device) < moving)
-        changed.append(torch.where(moves, best, s.indices))
-    slices = iter(changed)
-    found = []
-    for level, stage in zip(codes, stages, strict=True):
-        parts = [next(slices).reshape(*level.shape[:2], -1) for _ in stage.slices]
-        found.append(torch.cat(parts, 2))
-    return found
+        changed.append(torch.where(moves, best, s.indices).reshape(*s.seen.shape[2:], -1))
+    return changed
 
 
 def _best(s: _Symbols, slopes: _Slopes, caution: float) -> tuple[Tensor, Tensor]:
