@@ -468,7 +468,7 @@ def test_info_of_weights(monkeypatch):
         raise WeightsError("there are none")
 
     monkeypatch.setattr(packaged, "find", find)
-    fails(run("info", "--weights"), 1, "vqcodec: built-in weights: there are none")
+    fails(run("info", "--weights"), 1, "vqcodec: weights: there are none")
 
 
 # compare

@@ -367,7 +367,7 @@ def info(paths: tuple[str, ...], weights: str | None, as_json: bool) -> int:
         raise click.UsageError("Give either files or --weights.")
     outcome = _Outcome()
     if weights is not None:
-        with outcome.of(weights or "built-in weights"):
+        with outcome.of("weights"):
             from vqcodec import weights as weights_module
 
             described = weights_module.describe(packaged.find(weights or None))
