@@ -240,7 +240,7 @@ def _best(s: _Symbols, slopes: _Slopes, caution: float) -> tuple[Tensor, Tensor]
     book: Codebook = s.piece.codebook
     inputs, features = book.inputs(), book.features()
     by_prior, by_decoder = slopes.by_prior, slopes.by_decoder
-    damping = (caution * s.weight).expand(s.indices.shape)
+    damping = caution * s.weight
     best, gains = s.indices.clone(), torch.zeros(s.indices.shape, device=s.indices.device)
     # Code 0 stays where leaving it costs more than the slopes promise at most (near codes have inputs of about NEAR_INPUT).
     hope = by_decoder.square().sum(2) / (4 * damping) + NEAR_INPUT * by_prior.abs().sum(2)
@@ -255,7 +255,7 @@ def _best(s: _Symbols, slopes: _Slopes, caution: float) -> tuple[Tensor, Tensor]
         cost = -log_probabilities(features[this], book.bias[this], theta, zero)[0][0].clamp_(min=-MOST_BITS)
         distance = own.square().sum(1, keepdim=True) - 2 * own @ vectors.T + vectors.square().sum(1)
         cost.masked_fill_(distance > NEARBY**2, math.inf)
-        cost += damping[at, plane, None] * distance
+        cost += damping[plane] * distance
         cost += by_decoder[at, plane] @ vectors.T + by_prior[at, plane] @ inputs[plane].T
         least, best[at, plane] = cost.min(1)
         gains[at, plane] = cost.gather(1, k)[:, 0] - least
