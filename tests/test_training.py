@@ -403,8 +403,10 @@ def test_weights_go_on_by_their_own_schedule(
     monkeypatch.setattr(Schedule, "onward", lambda plan: asked.append(plan) or SMALL)
     run(pictures, tmp_path / "second.safetensors", 0.3, start_from=first, schedule=None)
     assert asked == [Schedule()]
+    run(pictures, tmp_path / "second.safetensors", 0.3, resume=True, schedule=None)
+    assert asked == [Schedule()] * 2, "after an interruption too, whether or not they are given again"
     run(pictures, tmp_path / "third.safetensors", 0.3, start_from=first, schedule=SMALL)
-    assert len(asked) == 1, "unless another is asked for"
+    assert len(asked) == 2, "unless another is asked for"
 
 
 # Errors

@@ -14,7 +14,16 @@ from torch.nn import functional
 
 from vqcodec.models.config import NAMED, PHOTO, TINY, VQVAE2, Config
 from vqcodec.models.prior import Prior
-from vqcodec.models.vqvae import KNOTS, VQVAE, Linear1x1, Stage, lapped_filter, principal_components, usual_step
+from vqcodec.models.vqvae import (
+    KNOTS,
+    VQVAE,
+    Linear1x1,
+    Stage,
+    _Moments,
+    lapped_filter,
+    principal_components,
+    usual_step,
+)
 
 QUALITY = torch.tensor([50])
 
@@ -97,6 +106,17 @@ def test_lapped_filter_gains(size: int, gain: float) -> None:
     synthesis = torch.linalg.inv(whole)[:, size : 2 * size] @ dct.T
     spread = (analysis @ process @ analysis.T).diag() * synthesis.square().sum(0)
     assert float(-10 * spread.log10().mean()) > gain - 0.05
+
+
+def test_what_a_block_adds_has_the_gradient_of_its_definition() -> None:
+    y = torch.randn(2, 5, 3, 4).to(memory_format=torch.channels_last).requires_grad_()
+    found = _Moments.apply(y)
+    expected = y.square().mean((2, 3)).sum(1), y.mean((2, 3))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+        by_hand, automatic = (torch.autograd.grad(sums.cos().sum(), y, retain_graph=True)[0] for sums in (one, other))
+        torch.testing.assert_close(by_hand, automatic)
+        assert by_hand.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_leading_channels_are_the_strongest() -> None:

@@ -55,7 +55,7 @@ SHEET_PICTURES, SHEET_QUALITY = 6, 30
 # Where codebooks come from data: dead codes are moved every so many steps, in this share of the time before the prior's turn.
 REVIVE_STEPS, REVIVE_SHARE = 50, 0.5
 # What a checkpoint holds besides tensors.
-FACTS = ("step", "spent", "bpp", "psnr", "rate_start", "phase", "averaged")
+FACTS = ("step", "spent", "bpp", "psnr", "rate_start", "phase", "averaged", "onward")
 VALIDATION_QUALITIES = (10, 30, 50, 70, 90)
 MALLOC_TRIM_THRESHOLD, MALLOC_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
@@ -136,14 +136,15 @@ def train(
             plan = dataclasses.replace(plan.without_rounding(), joint_rate=1.0, polish_from=1.0)
         elif not settings.structured:
             plan = dataclasses.replace(plan.without_rounding(), joint_rate=1.0)
-        elif given and not schedule and not features:
-            plan = plan.onward()
         run = _Run(settings, plan, output, target, rank, world, minutes * 60, seed, on_progress, on_warning)
+        run.onward = given is not None and plan.prior_at > 0 and not schedule
         if given and features:
             run.only_look(given, features)
         paths = data.find_pictures(pictures)
         if resume:
             run.load()
+        if run.onward:
+            run.schedule = plan.onward()
         run.open_data(paths)
         if given and not resume:
             run.start_from(given)
@@ -263,6 +264,7 @@ class _Run:
         self.step, self.spent = 0, 0.0
         self.phase = schedule.phase(0.0)
         self.averaged = 0  # the step from which on weights are averaged
+        self.onward = False  # whether the run began with weights that were good already
         self.rate_start = schedule.rate_start
         self.bpp = self.psnr = self.loss = math.nan
         self.board = _tensorboard(output) if rank == 0 else None
