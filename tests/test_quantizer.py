@@ -208,12 +208,24 @@ def test_result_does_not_depend_on_how_planes_are_chunked(monkeypatch: pytest.Mo
 def test_planes_in_blocks(limit: int) -> None:
     members = [3, 0, 4, 9, 0, 0, 1, 1, 2]
     blocks = list(plane_blocks(members, limit))
-    flat = [item for block in blocks for item in block]
-    assert [(plane, rows.stop - rows.start) for plane, rows in flat] == [(0, 3), (2, 4), (3, 9), (6, 1), (7, 1), (8, 2)]
-    assert [rows.start for _, rows in flat] == [0, 3, 7, 16, 17, 18]
-    for block, following in itertools.pairwise([*blocks, []]):
-        size = block[-1][1].stop - block[0][1].start
-        assert size <= limit or len(block) == 1
+    flat = [item for _, parts in blocks for item in parts]
+    assert [(plane, part.stop - part.start) for plane, part, _ in flat] == [
+        (0, 3),
+        (2, 4),
+        (3, 9),
+        (6, 1),
+        (7, 1),
+        (8, 2),
+    ]
+    assert [part.start for _, part, _ in flat] == [0, 3, 7, 16, 17, 18]
+    for block, parts in blocks:
+        assert block.start == parts[0][1].start and block.stop == parts[-1][1].stop
+        assert all(
+            here.start == part.start - block.start and here.stop == part.stop - block.start for _, part, here in parts
+        )
+    for (block, parts), (_, following) in itertools.pairwise([*blocks, (slice(0, 0), [])]):
+        size = block.stop - block.start
+        assert size <= limit or len(parts) == 1
         if following:
             assert size + following[0][1].stop - following[0][1].start > limit, "the next plane would have fitted"
     assert list(plane_blocks([0, 0], limit)) == []

@@ -27,7 +27,18 @@ from torch import Tensor
 from vqcodec import synthesis
 from vqcodec.bitstream import Header
 from vqcodec.models.prior import SlicePrior, rates
-from vqcodec.models.quantizer import MOST_BITS, Codebook, Rates, grid, log_probabilities, look_up, rows, softplus2
+from vqcodec.models.quantizer import (
+    CHUNK,
+    MOST_BITS,
+    Codebook,
+    Rates,
+    grid,
+    look_up,
+    normalise,
+    plane_blocks,
+    rows,
+    softplus2,
+)
 from vqcodec.models.vqvae import PIXEL_SCALE, Slice
 from vqcodec.weights import Model
 
@@ -238,27 +249,30 @@ def _change(
 def _best(s: _Symbols, slopes: _Slopes, caution: float) -> tuple[Tensor, Tensor]:
     """The best code of every symbol by the equation of the module, int64 (N, P), and what it gains on the present one, in bits."""
     book: Codebook = s.piece.codebook
-    inputs, features = book.inputs(), book.features()
-    by_prior, by_decoder = slopes.by_prior, slopes.by_decoder
+    vectors, inputs, features = book.vectors.detach(), book.inputs(), book.features()
+    lengths = vectors.square().sum(-1)
     damping = caution * s.weight
-    best, gains = s.indices.clone(), torch.zeros(s.indices.shape, device=s.indices.device)
     # Code 0 stays where leaving it costs more than the slopes promise at most (near codes have inputs of about NEAR_INPUT).
-    hope = by_decoder.square().sum(2) / (4 * damping) + NEAR_INPUT * by_prior.abs().sum(2)
-    free = (s.indices > 0) | (s.model.zero < hope)
-    for plane in range(s.indices.shape[1]):
-        at = free[:, plane].nonzero()[:, 0]
-        k = s.indices[at, plane, None]
-        vectors = book.vectors[plane]
-        own = vectors[k[:, 0]]
-        this = slice(plane, plane + 1)
-        theta, zero = s.model.theta[at, this].float(), s.model.zero[at, this].float()
-        cost = -log_probabilities(features[this], book.bias[this], theta, zero)[0][0].clamp_(min=-MOST_BITS)
-        distance = own.square().sum(1, keepdim=True) - 2 * own @ vectors.T + vectors.square().sum(1)
-        cost.masked_fill_(distance > NEARBY**2, math.inf)
-        cost += damping[plane] * distance
-        cost += by_decoder[at, plane] @ vectors.T + by_prior[at, plane] @ inputs[plane].T
-        least, best[at, plane] = cost.min(1)
-        gains[at, plane] = cost.gather(1, k)[:, 0] - least
+    hope = slopes.by_decoder.square().sum(2) / (4 * damping) + NEAR_INPUT * slopes.by_prior.abs().sum(2)
+    free = ((s.indices > 0) | (s.model.zero < hope)).T
+    given = (s.indices, s.model.theta.float(), s.model.zero.float(), slopes.by_prior, slopes.by_decoder)
+    k, theta, zero, by_prior, by_decoder = (x.transpose(0, 1)[free] for x in given)
+    found, gained = torch.empty_like(k), torch.empty_like(zero)
+    for block, parts in plane_blocks(free.sum(1).tolist(), CHUNK // vectors.shape[1]):
+        logits, distances, costs = torch.empty(3, block.stop - block.start, vectors.shape[1], device=k.device)
+        for plane, part, here in parts:
+            own = k[part]
+            torch.addmm(book.bias[plane], theta[part], features[plane].T, out=logits[here])
+            torch.addmm(lengths[plane], vectors[plane][own], vectors[plane].T, alpha=-2, out=distances[here])
+            distances[here] += lengths[plane][own, None]
+            torch.mm(by_decoder[part], vectors[plane].T, out=costs[here]).addmm_(by_prior[part], inputs[plane].T)
+            costs[here].addcmul_(distances[here], damping[plane])
+        costs -= normalise(logits, zero[block, None])[0].clamp_(min=-MOST_BITS)
+        costs.masked_fill_(distances > NEARBY**2, math.inf)
+        least, found[block] = costs.min(1)
+        gained[block] = costs.gather(1, k[block, None])[:, 0] - least
+    best, gains = s.indices.clone(), torch.zeros(s.indices.shape, device=s.indices.device)
+    best.T[free], gains.T[free] = found, gained
     return best, gains
 
 
@@ -268,16 +282,22 @@ class _Spent(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, theta: Tensor, zero: Tensor, book: Codebook, indices: Tensor) -> Tensor:
         features = book.features()
-        grad_theta = torch.zeros_like(theta)
         bits = torch.where(indices > 0, 0, softplus2(-zero)).sum()
-        for plane in range(indices.shape[1]):
-            at = indices[:, plane].nonzero()[:, 0]
-            k = indices[at, plane]
-            this = slice(plane, plane + 1)
-            logp, others = log_probabilities(features[this], book.bias[this], theta[at, this], zero[at, this])
-            spent = -logp[0].gather(1, k[:, None])
+        other = (indices > 0).T
+        k, drift, odds = (x.transpose(0, 1)[other] for x in (indices, theta, zero))
+        expected = torch.empty_like(drift)
+        for block, parts in plane_blocks(other.sum(1).tolist(), CHUNK // features.shape[1]):
+            logits = torch.empty(block.stop - block.start, features.shape[1], device=k.device)
+            for plane, part, here in parts:
+                torch.addmm(book.bias[plane], drift[part], features[plane].T, out=logits[here])
+            logp, values = normalise(logits, odds[block, None])
+            spent = -logp.gather(1, k[block, None])
             bits += spent.clamp(max=MOST_BITS).sum()
-            grad_theta[at, plane] = (others[0] @ features[plane] - features[plane][k]) * (spent < MOST_BITS)
+            for plane, part, here in parts:
+                torch.mm(values[here], features[plane], out=expected[part]).sub_(features[plane][k[part]])
+            expected[block] *= spent < MOST_BITS
+        grad_theta = torch.zeros_like(theta)
+        grad_theta.transpose(0, 1)[other] = expected
         ctx.save_for_backward(grad_theta, torch.sigmoid(zero * math.log(2)) - (indices == 0).float())
         return bits
 

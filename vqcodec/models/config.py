@@ -196,7 +196,7 @@ class Config:
     @property
     def choice_bias(self) -> float:
         """How much of its bits counts in the choice of a code: 1 would ignore that codes are context for later ones."""
-        return 0.75 if self.rate == "joint" else 0.0
+        return 0.82 if self.rate == "joint" else 0.0
 
     @property
     def multiple(self) -> int:

@@ -125,12 +125,10 @@ class CodeTables(nn.Module):
         coefficients = torch.cat([mean * root[s], square[s], linear[a]], 1)
         members = other.sum(0).tolist()
         counts = torch.empty(len(o), self.bias.shape[1], dtype=torch.float32, device=o.device)
-        for block in plane_blocks(members, CHUNK // self.bias.shape[1]):
-            rows = slice(block[0][1].start, block[-1][1].stop)
+        for rows, parts in plane_blocks(members, CHUNK // self.bias.shape[1]):
             logits = torch.empty(rows.stop - rows.start, self.bias.shape[1], dtype=torch.float64, device=o.device)
-            for plane, part in block:
-                here = logits[part.start - rows.start : part.stop - rows.start]
-                torch.addmm(self.bias[plane] * 2.0**19, coefficients[part], self.values[plane], out=here)
+            for plane, part, here in parts:
+                torch.addmm(self.bias[plane] * 2.0**19, coefficients[part], self.values[plane], out=logits[here])
             _counts(logits, weights, counts[rows])
         return counts.cpu().numpy()
 

@@ -205,15 +205,13 @@ class Codebook(nn.Module):
         target, theta, zero = (x.transpose(0, 1)[mask] for x in (v, rates.theta, rates.zero))
         importance = weight.T[mask][:, None]
         chosen = torch.empty(len(target), dtype=torch.int64, device=v.device)
-        for block in plane_blocks(mask.sum(1).tolist(), CHUNK // vectors.shape[1]):
-            rows = slice(block[0][1].start, block[-1][1].stop)
+        for rows, parts in plane_blocks(mask.sum(1).tolist(), CHUNK // vectors.shape[1]):
             scores = torch.empty(rows.stop - rows.start, vectors.shape[1], dtype=torch.float32, device=v.device)
             distances = torch.empty_like(scores)
-            for plane, part in block:
-                here = slice(part.start - rows.start, part.stop - rows.start)
+            for plane, part, here in parts:
                 torch.addmm(self.bias.detach()[plane], theta[part], features[plane].T, out=scores[here])
                 torch.addmm(-lengths[plane], target[part], vectors[plane].T, alpha=2, out=distances[here])
-            scores = _normalise(scores, zero[rows, None])[0].clamp_(min=-MOST_BITS)
+            scores = normalise(scores, zero[rows, None])[0].clamp_(min=-MOST_BITS)
             chosen[rows] = scores.mul_(bias).add_(distances.mul_(importance[rows])).max(-1)[1]
         indices = torch.zeros(v.shape[:2], dtype=torch.int64, device=v.device)
         indices.T[mask] = chosen
@@ -295,26 +293,28 @@ class Codebook(nn.Module):
         self.vectors.copy_(self.vectors.gather(1, order[..., None].expand_as(self.vectors)))
 
 
-def plane_blocks(members: list[int], limit: int) -> Iterator[list[tuple[int, slice]]]:
+def plane_blocks(members: list[int], limit: int) -> Iterator[tuple[slice, list[tuple[int, slice, slice]]]]:
     """Cut rows that lie plane after plane into blocks of at least one plane and, if possible, at most `limit` rows.
 
     Args:
         members: rows of each plane. limit: see above.
 
     Yields:
-        (plane, its rows) of the planes of a block; planes without rows are left out.
+        the rows of a block, and of each of its planes (plane, its rows, its rows within the block); planes without rows are left out.
     """
-    block: list[tuple[int, slice]] = []
-    start = 0
+    parts: list[tuple[int, slice, slice]] = []
+    first = start = 0
     for plane, count in enumerate(members):
         if not count:
             continue
-        if block and start + count - block[0][1].start > limit:
-            yield block
-            block = []
-        block.append((plane, slice(start, start := start + count)))
-    if block:
-        yield block
+        stop = start + count
+        if parts and stop - first > limit:
+            yield slice(first, start), parts
+            parts, first = [], start
+        parts.append((plane, slice(start, stop), slice(start - first, stop - first)))
+        start = stop
+    if parts:
+        yield slice(first, start), parts
 
 
 def log_probabilities(features: Tensor, bias: Tensor, theta: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
@@ -327,10 +327,10 @@ def log_probabilities(features: Tensor, bias: Tensor, theta: Tensor, zero: Tenso
         log2 p of all codes (p, N, K), and the distribution over the codes but 0, with next to nothing in its place (p, N, K).
     """
     logits = torch.baddbmm(bias[:, None], theta.transpose(0, 1), features.transpose(1, 2))
-    return _normalise(logits, zero.T[..., None])
+    return normalise(logits, zero.T[..., None])
 
 
-def _normalise(logits: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+def normalise(logits: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
     """The same from logits (..., K), overwritten, and log2 odds of code 0 (..., 1)."""
     logits[..., 0] = -math.inf
     logits -= logits.amax(-1, keepdim=True)
@@ -402,16 +402,13 @@ class _Quantise(torch.autograd.Function):
         count, codes = len(target), vectors.shape[1]
         chosen, spent = torch.empty(count, dtype=torch.int64, device=v.device), torch.empty(count, device=v.device)
         soft, expected = torch.empty_like(target), torch.empty_like(drift)
-        for block in plane_blocks(mask.sum(1).tolist(), CHUNK // codes):
-            rows = slice(block[0][1].start, block[-1][1].stop)
-            parts = [(plane, slice(p.start - rows.start, p.stop - rows.start)) for plane, p in block]
+        for rows, parts in plane_blocks(mask.sum(1).tolist(), CHUNK // codes):
             logp = torch.empty(rows.stop - rows.start, codes, device=v.device)
             distances = torch.empty_like(logp)
-            for plane, part in parts:
-                here = slice(part.start + rows.start, part.stop + rows.start)
-                torch.addmm(bias[plane], drift[here], features[plane].T, out=logp[part])
-                torch.addmm(-lengths[plane], target[here], vectors[plane].T, alpha=2, out=distances[part])
-            logp, values = _normalise(logp, odds[rows, None])
+            for plane, part, here in parts:
+                torch.addmm(bias[plane], drift[part], features[plane].T, out=logp[here])
+                torch.addmm(-lengths[plane], target[part], vectors[plane].T, alpha=2, out=distances[here])
+            logp, values = normalise(logp, odds[rows, None])
             logp.clamp_(min=-MOST_BITS)
             k = torch.add(logp * rate_bias, distances * importance[rows]).max(-1)[1]
             chosen[rows] = k
@@ -421,17 +418,16 @@ class _Quantise(torch.autograd.Function):
                 w = torch.softmax(distances.mul_(1 / TEMPERATURE), -1)
                 logp -= torch.linalg.vecdot(w, logp)[:, None]
                 w *= logp
-                for plane, part in parts:
-                    torch.mm(w[part], vectors[plane], out=soft[part.start + rows.start : part.stop + rows.start])
+                for plane, part, here in parts:
+                    torch.mm(w[here], vectors[plane], out=soft[part])
             # The rate model learns from the chosen code: d bits / d theta = E_p[f] - f_k, for k other than 0
             # whose bits are not at their limit.
             other = ((k > 0) & (spent[rows] < MOST_BITS)).float() * portion[rows]
             values *= other[:, None]
-            for plane, part in parts:
-                here = slice(part.start + rows.start, part.stop + rows.start)
-                torch.mm(values[part], features[plane], out=expected[here])
-                expected[here].addcmul_(features[plane][k[part]], other[part][:, None], value=-1)
-                grad_bias[plane] += values[part].sum(0).scatter_add_(0, k[part], -other[part])
+            for plane, part, here in parts:
+                torch.mm(values[here], features[plane], out=expected[part])
+                expected[part].addcmul_(features[plane][k[here]], other[here][:, None], value=-1)
+                grad_bias[plane] += values[here].sum(0).scatter_add_(0, k[here], -other[here])
         if grad_v is not None:
             grad_v.transpose(0, 1)[mask] = soft.mul_((-2 / TEMPERATURE) * portion[:, None])
         grad_theta.transpose(0, 1)[mask] = expected
