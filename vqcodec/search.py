@@ -43,9 +43,9 @@ from vqcodec.models.vqvae import PIXEL_SCALE, Slice
 from vqcodec.weights import Model
 
 # Steps of each effort from 1.
-ROUNDS = (0, 1, 2, 4, 6, 9, 14, 21, 32)
+ROUNDS = (0, 1, 2, 4, 6, 9, 16, 28, 48)
 # Sides of the parts of a picture that are searched on their own, in pixels, and what is seen around them.
-WINDOW, MARGIN = 512, 64
+WINDOW, MARGIN = 768, 64
 LEAST_GAIN = 0.25  # in bits, below which no symbol changes
 NEARBY = 1.5  # how far a symbol moves in one step, in quantiser steps
 NEAR_INPUT = 32
