@@ -195,7 +195,7 @@ def _optimisers(model: RateDistortion, schedule: Schedule) -> dict[str, torch.op
         {"params": prior, "peak": schedule.prior_rate},
     ]
     optimisers: dict[str, torch.optim.Optimizer] = {
-        "adam": torch.optim.Adam([g for g in groups if g["params"]], schedule.rate, betas=(0.9, 0.99), foreach=True)
+        "adam": torch.optim.Adam([g for g in groups if g["params"]], schedule.rate, betas=(0.9, 0.99), fused=True)
     }
     if schedule.kernel_rate:
         optimisers["muon"] = Muon([{"params": muon, "peak": schedule.kernel_rate}], schedule.kernel_rate)
