@@ -32,14 +32,19 @@ def test_the_layout_of_the_paper() -> None:
     assert VQVAE2.codebook == "ema"
 
 
-def test_scales_of_another_configuration() -> None:
-    stages = [replace(s, slices=tuple(replace(piece, scales=1) for piece in s.slices)) for s in PHOTO.stages]
+def test_scales_and_codes_of_another_configuration() -> None:
+    def smaller(piece: SliceConfig) -> SliceConfig:
+        return replace(piece, scales=1, codes=160 if piece.dim == 2 else piece.codes, outposts="far")
+
+    stages = [replace(s, slices=tuple(smaller(piece) for piece in s.slices)) for s in PHOTO.stages]
     single = replace(PHOTO, stages=tuple(stages))
     assert single != PHOTO
-    assert single.with_scales(PHOTO) == PHOTO
-    assert PHOTO.with_scales(single) == PHOTO, "never fewer"
-    assert single.with_scales(TINY) == single, "of other slices"
-    assert single.with_scales(single) == single
+    assert single.grown(PHOTO) == PHOTO
+    assert PHOTO.grown(single) == PHOTO, "never fewer"
+    assert single.grown(TINY) == single, "of other slices"
+    assert single.grown(single) == single
+    learned = replace(VQVAE2, stages=(replace(VQVAE2.stages[0], slices=(SliceConfig(1, 64, 9, 1),)), VQVAE2.stages[1]))
+    assert learned.grown(VQVAE2) == learned, "codes that come from data are as many as there are"
 
 
 def test_scales_are_one_or_one_for_each_dimension() -> None:
@@ -48,6 +53,8 @@ def test_scales_are_one_or_one_for_each_dimension() -> None:
     for scales in (0, 2, 5):
         with pytest.raises(ValueError, match="scales must be 1 or dim, 4"):
             SliceConfig(1, 4, 8, 0, scales=scales)
+    with pytest.raises(ValueError, match="outposts must be far or near, got 'none'"):
+        SliceConfig(1, 4, 8, 0, outposts="none")
 
 
 def test_lambdas_are_evenly_spaced_in_the_logarithm() -> None:

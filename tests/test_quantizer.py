@@ -15,7 +15,16 @@ from torch.nn import functional
 
 from vqcodec.models import quantizer
 from vqcodec.models.config import SliceConfig
-from vqcodec.models.quantizer import Codebook, Rates, grid, look_up, plane_blocks, rows, structured_start
+from vqcodec.models.quantizer import (
+    OUTPOSTS,
+    Codebook,
+    Rates,
+    grid,
+    look_up,
+    plane_blocks,
+    rows,
+    structured_start,
+)
 
 Floats = NDArray[np.float64]
 SHAPES = [(1, 1, 16, 1), (5, 1, 64, 1), (3, 2, 40, 1), (2, 4, 33, 1), (3, 2, 40, 2)]  # planes, dim, codes, scales
@@ -89,17 +98,40 @@ def test_look_up() -> None:
 # The start
 
 
-@pytest.mark.parametrize(("codes", "dim"), [(9, 2), (96, 2), (160, 2), (256, 4), (500, 8)])
-def test_structured_start(codes: int, dim: int) -> None:
-    points = structured_start(codes, dim)
+def test_a_larger_codebook_says_of_its_codes_what_a_smaller_one_said() -> None:
+    old, new = (
+        Codebook(SliceConfig(3, 2, codes, 0, outposts=outposts), "gradient")
+        for codes, outposts in ((40, "far"), (90, "near"))
+    )
+    with torch.no_grad():
+        old.bias.copy_(torch.randn(3, 40))
+        old.spread.copy_(torch.tensor([1.0, 2.0, 4.0]))
+    new.take_over(old)
+    assert torch.equal(new.spread, old.spread)
+    assert torch.equal(new.vectors, Codebook(new.config, "gradient").vectors)
+    lattice = {tuple(point): k for k, point in enumerate(old.vectors[0].tolist()) if all(x == round(x) for x in point)}
+    shared = [(lattice[tuple(point)], k) for k, point in enumerate(new.vectors[0].tolist()) if tuple(point) in lattice]
+    assert len(shared) == len(lattice)
+    for before, after in shared:
+        assert torch.equal(new.bias[:, after], old.bias[:, before])
+    same = Codebook(old.config, "gradient")
+    same.take_over(old)
+    assert all(torch.equal(x, y) for x, y in zip(same.state_dict().values(), old.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("outposts", ["far", "near"])
+@pytest.mark.parametrize(("codes", "dim"), [(9, 2), (96, 2), (160, 2), (400, 2), (256, 4), (500, 8)])
+def test_structured_start(codes: int, dim: int, outposts: str) -> None:
+    points = structured_start(codes, dim, outposts)
+    share, growth, spheres = OUTPOSTS[outposts]
     assert points.shape == (codes, dim)
     assert not points[0].any()
     norms = points.norm(dim=1)
     assert bool((norms[1:] > norms[:-1] - 1e-4).all())
     assert len(torch.unique(points, dim=0)) == codes
-    # First a lattice of at least three fifths of the codes, which leaves no shorter integer vector out ...
-    lattice = int((points == points.round()).all(1).sum())
-    assert lattice >= 0.6 * codes
+    # First a lattice of most of the codes, which leaves no shorter integer vector out ...
+    lattice = int((points == points.round()).all(1).cumprod(0).sum())
+    assert lattice >= share * codes
     inner = points[:lattice].square().sum(1)
     if dim <= 4:
         reach = torch.arange(-int(inner[-1] ** 0.5), int(inner[-1] ** 0.5) + 1)
@@ -108,8 +140,8 @@ def test_structured_start(codes: int, dim: int) -> None:
     # ... then spheres that grow, spread over all directions.
     outer = points[lattice:]
     if len(outer):
-        assert float(outer.norm(dim=1).min()) > 1.3 * float(norms[lattice - 1])
-        assert float(norms[-1]) > 2 * float(norms[lattice - 1])
+        assert float(outer.norm(dim=1).min() / norms[lattice - 1]) == pytest.approx(growth)
+        assert float(norms[-1] / norms[lattice - 1]) == pytest.approx(growth ** min(spheres, len(outer)), rel=0.4)
         assert float(outer.mean(0).norm()) < 0.5 * float(norms[-1])
 
 

@@ -395,6 +395,17 @@ def test_start_from_weights(pictures: Path, tmp_path: Path, small: None, plan: S
     assert weights.load(tmp_path / "third.safetensors").config == expected, "all of the configuration unless asked"
 
 
+def test_codebooks_grow(pictures: Path, tmp_path: Path, small: None) -> None:
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    run(pictures, first, 1)
+    fine = TINY.stages[1]
+    more = dataclasses.replace(fine, slices=(fine.slices[0], dataclasses.replace(fine.slices[1], codes=60)))
+    larger = dataclasses.replace(TINY, stages=(TINY.stages[0], more, TINY.stages[2]))
+    run(pictures, second, 0.3, start_from=first, config=larger)
+    assert weights.load(second).config == larger
+    assert log_of(second)[0]["cost"] == pytest.approx(log_of(first)[-1]["cost"], rel=0.03), "and say what they said"
+
+
 def test_weights_go_on_by_their_own_schedule(
     pictures: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,7 +21,7 @@ def look_config(config: Config) -> Config:
 
 
 def with_blocks(given: Model, config: Config) -> VQVAE:
-    """Given networks with the blocks that a configuration has more, which change nothing yet."""
+    """Given networks with the blocks that a configuration has more, which change nothing yet, and its codebooks."""
     vqvae = VQVAE(config).requires_grad_(False)
     state = given.vqvae.state_dict()
     for name, part in vqvae.named_modules():
@@ -29,5 +29,8 @@ def with_blocks(given: Model, config: Config) -> VQVAE:
             before = re.sub(r"\d+$", lambda number: str(int(number[0]) - 1), name)  # knows the scale of the same input
             own = {**part.state_dict(), "deviation": state[f"{before}.deviation"]}
             state |= {f"{name}.{key}": value for key, value in own.items()}
-    vqvae.load_state_dict(state)
+    for level in range(len(config.levels)):
+        for index, piece in enumerate(vqvae.level_slices(level)):
+            piece.codebook.take_over(given.vqvae.slice(level, index).codebook)
+    vqvae.load_state_dict(state | {k: v for k, v in vqvae.state_dict().items() if ".codebook." in k})
     return vqvae

@@ -106,8 +106,8 @@ def train(
         config: a configuration, the name of one, or a JSON file; None for "photo", or that of `start_from`. minutes: budget
             of the whole run, earlier parts included.
         resume: go on from the checkpoint. device: "auto", "cpu" or "cuda". seed: of crops and initial weights.
-        start_from: a weights file to train on from, instead of from scratch; of `config` only the commitment and more scales of
-            the rate model count then.
+        start_from: a weights file to train on from, instead of from scratch; of `config` only the commitment, more codes, and more
+            scales of the rate model count then.
             Where training begins with rounding, codebooks begin again as integers.
         features: of the network of LPIPS that says how alike pictures look, SqueezeNet 1.1 as safetensors: train the natural look
             of the weights `start_from`, in a file of its own. Needs the packages lpips and torchvision.
@@ -123,7 +123,7 @@ def train(
     settings = config if isinstance(config, Config) else load_config(str(config or "photo"))
     if given:  # what shapes a model comes with its weights, how it learns need not
         kept = given.config if config is None else settings
-        settings = dataclasses.replace(given.config, commitment=kept.commitment).with_scales(kept)
+        settings = dataclasses.replace(given.config, commitment=kept.commitment).grown(kept)
     if features is not None:
         if given is None:
             raise TrainingError("a look needs the weights that it is for")

@@ -34,6 +34,7 @@ class SliceConfig:
         codes: codebook size K of every plane.
         layer: progressive layer of the file that carries the slice (0 is the coarsest).
         scales: widths that the rate model gives a symbol's distribution: 1 for all dimensions alike, or one for each, D.
+        outposts: of a lattice of two or more dimensions, how codes start that lie beyond it: "far" or "near" (`quantizer.OUTPOSTS`).
 
     Raises:
         ValueError: a number is out of range.
@@ -44,6 +45,7 @@ class SliceConfig:
     codes: int
     layer: int
     scales: int = 1
+    outposts: str = "far"
 
     def __post_init__(self) -> None:
         _check_range(self, 1, "planes", "dim")
@@ -52,6 +54,8 @@ class SliceConfig:
         _check_range(self, 3, "codes", high=1 << 15)
         if self.scales not in (1, self.dim):
             raise ValueError(f"scales must be 1 or dim, {self.dim}, got {self.scales!r}")
+        if self.outposts not in ("far", "near"):
+            raise ValueError(f"outposts must be far or near, got {self.outposts!r}")
 
     @property
     def channels(self) -> int:
@@ -203,17 +207,20 @@ class Config:
         """Pictures are padded to a multiple of this many pixels."""
         return self.stages[-1].stride
 
-    def with_scales(self, other: "Config") -> "Config":
-        """With the scales of another configuration's slices where those are more."""
-        more = {(stage.stride, i): p.scales for stage in other.stages for i, p in enumerate(stage.slices)}
+    def grown(self, other: "Config") -> "Config":
+        """With the codes and scales of another configuration's slices where those are more."""
+        pieces = {(stage.stride, i): p for stage in other.stages for i, p in enumerate(stage.slices)}
 
-        def rescaled(piece: SliceConfig, stride: int, index: int) -> SliceConfig:
-            scales = more.get((stride, index), 1)
-            return replace(piece, scales=scales) if piece.scales < scales == piece.dim else piece
+        def grow(piece: SliceConfig, like: SliceConfig | None) -> SliceConfig:
+            if like is None or (piece.planes, piece.dim) != (like.planes, like.dim):
+                return piece
+            if piece.codes < like.codes and piece.structured:
+                piece = replace(piece, codes=like.codes, outposts=like.outposts)
+            return replace(piece, scales=max(piece.scales, like.scales))
 
         stages = (
-            replace(stage, slices=tuple(rescaled(p, stage.stride, i) for i, p in enumerate(stage.slices)))
-            for stage in self.stages
+            replace(s, slices=tuple(grow(p, pieces.get((s.stride, i))) for i, p in enumerate(s.slices)))
+            for s in self.stages
         )
         return replace(self, stages=tuple(stages))
 
@@ -259,8 +266,8 @@ PHOTO = Config(
             slices=(
                 SliceConfig(planes=16, dim=1, codes=256, layer=1),
                 SliceConfig(planes=40, dim=1, codes=96, layer=1),
-                SliceConfig(planes=28, dim=2, codes=320, layer=2, scales=2),
-                SliceConfig(planes=88, dim=2, codes=160, layer=3, scales=2),
+                SliceConfig(planes=28, dim=2, codes=512, layer=2, scales=2, outposts="near"),
+                SliceConfig(planes=88, dim=2, codes=256, layer=3, scales=2, outposts="near"),
             ),
             lapped=True,
         ),
@@ -336,7 +343,7 @@ TINY = Config(
             1,
             (
                 SliceConfig(planes=8, dim=1, codes=64, layer=1),
-                SliceConfig(planes=4, dim=4, codes=32, layer=2, scales=4),
+                SliceConfig(planes=4, dim=4, codes=32, layer=2, scales=4, outposts="near"),
             ),
             lapped=True,
         ),

@@ -30,7 +30,7 @@ from vqcodec.models.integers import (
     clamp8,
     gate,
 )
-from vqcodec.models.quantizer import Rates
+from vqcodec.models.quantizer import Rates, companding
 
 # Order of the interleaved passes: each phase is a (row, column) offset on the 2 x 2 pattern.
 PHASES = ((0, 0), (1, 1), (0, 1), (1, 0))
@@ -269,12 +269,17 @@ class Prior(nn.Module):
     @torch.no_grad()
     def take_over(self, given: "Prior") -> None:
         """Become a trained prior, thawed, as far as it goes: where its symbols have one scale and ours have one for each
-        dimension, all of them are that one."""
+        dimension, all of them are that one; where ours are of a larger codebook, whose inputs have another unit, they count as before."""
         state = given.state_dict()
         for level, stage in enumerate(given.levels):
             assert isinstance(stage, LevelPrior)
             for index in range(len(stage.slices)):
                 old, new = stage.slice(index).piece, self.level(level).slice(index).piece
+                unit = companding(old) / companding(new)
+                for name in ("near", "absorb"):
+                    key = f"levels.{level}.slices.{index}.{name}.weight"
+                    if key in state:
+                        state[key] = state[key] * unit
                 if old.scales < new.scales:
                     square, linear, zero = range(old.dim, old.dim + 3)
                     rows = [*range(old.dim), *[square] * old.dim, *[linear] * old.dim, zero]

@@ -29,9 +29,9 @@ from vqcodec.models.config import LARGEST_LATTICE, SliceConfig
 # Temperature, in squared steps, of the soft assignment that carries the rate's gradient to the encoder: at 0.5 a code
 # one step away from the nearest has 13 % of its weight.
 TEMPERATURE = 0.5
-# The outer codes of the structured start lie on this many spheres, each larger than the last by this factor.
-OUTER_SPHERES = 6
-OUTER_GROWTH = 1.4
+# Of the structured start: the share of the codes that are a lattice, how much larger each sphere of outer codes is than the last, and how
+# many there are. Far ones catch what is out of all range, near ones what is often just beyond the lattice.
+OUTPOSTS = {"far": (0.6, 1.4, 6), "near": (0.75, 1.25, 4)}
 # In one dimension, where the last code lies relative to the last integer.
 OUTER_REACH = 3.0
 # No value costs more bits: the range coder gives every one a count of at least 1 in 2^24.
@@ -42,16 +42,16 @@ CHUNK = 1 << 17
 NEAR = 13
 
 
-def structured_start(codes: int, dim: int) -> Tensor:
+def structured_start(codes: int, dim: int, outposts: str = "far") -> Tensor:
     """The codebook before training, sorted by norm, the zero vector first: a lattice with outposts.
 
-    For D = 1 integers, 0, 1, -1, 2, -2, ..., the last fifth growing by a constant factor instead. Otherwise three fifths of the codes are the shortest integer vectors and the
-    rest lie around them on spheres whose radii grow by a constant factor, because latents have heavy tails: a plane
+    For D = 1 integers, 0, 1, -1, 2, -2, ..., the last fifth growing by a constant factor instead. Otherwise most of the codes are the shortest integer vectors and the
+    rest lie around them on spheres whose radii grow by a constant factor (`OUTPOSTS`), because latents have heavy tails: a plane
     without far codes saturates on high contrast. For D > 8, where even the first shells of the lattice are larger than
     most codebooks, all codes but zero are random directions of unit norm.
 
     Args:
-        codes: K. dim: D.
+        codes: K. dim: D. outposts: as of `SliceConfig`.
 
     Returns:
         float32 (K, D).
@@ -69,23 +69,30 @@ def structured_start(codes: int, dim: int) -> Tensor:
         points[0] = 0
         return points
     shells: list[Tensor] = []
+    share, growth, spheres = OUTPOSTS[outposts]
     count, norm = 0, 0
-    while count < 0.6 * codes:
+    while count < share * codes:
         shell = torch.tensor(list(_shell(norm, dim)), dtype=torch.float32).reshape(-1, dim)
         shells.append(shell[torch.randperm(len(shell), generator=generator)])
         count += len(shell)
         norm += 1
     inner = torch.cat(shells)[:codes]
     outer = codes - len(inner)
-    sphere = max(1, -(-outer // OUTER_SPHERES))
+    sphere = max(1, -(-outer // spheres))
     numbers = torch.arange(outer)
-    radii = inner.norm(dim=1).max() * OUTER_GROWTH ** (1 + numbers // sphere)
+    radii = inner.norm(dim=1).max() * growth ** (1 + numbers // sphere)
     if dim == 2:
         angles = 2 * math.pi * (numbers % sphere + 0.5 * (numbers // sphere)) / sphere
         directions = torch.stack([angles.cos(), angles.sin()], 1)
     else:
         directions = functional.normalize(torch.randn(outer, dim, generator=generator), dim=1)
     return torch.cat([inner, radii[:, None] * directions])
+
+
+def companding(config: SliceConfig) -> float:
+    """Of the prior's inputs, in units for every doubling: fine near zero, the farthest code of the start at the bound of int8."""
+    start = structured_start(config.codes, config.dim, config.outposts)
+    return min(24.0, 127 / math.log2(1 + start.abs().max().item()))
 
 
 def _shell(norm: int, dim: int) -> Iterator[tuple[int, ...]]:
@@ -128,7 +135,7 @@ class Codebook(nn.Module):
 
     def __init__(self, config: SliceConfig, learn: str = "gradient", decay: float = 0.99) -> None:
         super().__init__()
-        start = structured_start(config.codes, config.dim).expand(config.planes, -1, -1)
+        start = structured_start(config.codes, config.dim, config.outposts).expand(config.planes, -1, -1)
         self.config, self.learn, self.decay = config, learn, decay
         self.vectors = nn.Parameter(start.clone(), requires_grad=learn == "gradient")  # (P, K, D)
         self.bias = nn.Parameter(torch.zeros(config.planes, config.codes))  # log2 units, part of the rate model
@@ -138,12 +145,24 @@ class Codebook(nn.Module):
         self.register_buffer("steps", torch.zeros(()))
         # Without a structured start the codes come from data: k-means first, and dead ones are moved now and then.
         self.structured = config.structured
-        # Logarithmic companding to the prior's int8 range: fine near zero, the farthest code at the bound.
-        self.compand = min(24.0, 127 / math.log2(1 + start.abs().max().item()))
+        self.compand = companding(config)
 
     def restart(self) -> None:
         """Code vectors as before training; the rate model stays."""
-        self.vectors.data.copy_(structured_start(self.config.codes, self.config.dim))
+        self.vectors.data.copy_(structured_start(self.config.codes, self.config.dim, self.config.outposts))
+
+    @torch.no_grad()
+    def take_over(self, given: "Codebook") -> None:
+        """Become another codebook of these planes; or, with more codes, keep the start, and say of each code what the other one says
+        of that next to it on its lattice."""
+        old = given.config
+        if (old.codes, old.outposts) == (self.config.codes, self.config.outposts):
+            self.load_state_dict(given.state_dict())
+            return
+        start = structured_start(old.codes, old.dim, old.outposts)
+        lattice = start[(start == start.round()).all(1).cumprod(0).bool()]
+        self.bias.copy_(given.bias[:, torch.cdist(self.vectors[0], lattice).argmin(1)])
+        self.spread.copy_(given.spread)
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Code vectors: int64 (N, P) -> float32 (N, P, D)."""
@@ -331,7 +350,7 @@ def log_probabilities(features: Tensor, bias: Tensor, theta: Tensor, zero: Tenso
 
 
 def normalise(logits: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-    """The same from logits (..., K), overwritten, and log2 odds of code 0 (..., 1)."""
+    """What `log_probabilities` returns, from logits (..., K), which are overwritten, and log2 odds of code 0 (..., 1)."""
     logits[..., 0] = -math.inf
     logits -= logits.amax(-1, keepdim=True)
     logits.clamp_(min=-2 * MOST_BITS)  # powers below would be subnormal numbers, which are slow
