@@ -698,8 +698,9 @@ def test_torch_is_not_loaded_without_need(arguments):
 
 def test_ctrl_c_in_a_process():
     code = """
-import sys, time, types
+import signal, sys, time, types
 import vqcodec
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background start without it
 codec = sys.modules["vqcodec.codec"] = vqcodec.codec = types.ModuleType("vqcodec.codec")
 def compress(*_, **__):
     print("begun", flush=True)
