@@ -30,7 +30,7 @@ from vqcodec.models.integers import (
     clamp8,
     gate,
 )
-from vqcodec.models.quantizer import Rates, companding
+from vqcodec.models.quantizer import Rates, companding, start_of
 
 # Order of the interleaved passes: each phase is a (row, column) offset on the 2 x 2 pattern.
 PHASES = ((0, 0), (1, 1), (0, 1), (1, 0))
@@ -275,7 +275,7 @@ class Prior(nn.Module):
             assert isinstance(stage, LevelPrior)
             for index in range(len(stage.slices)):
                 old, new = stage.slice(index).piece, self.level(level).slice(index).piece
-                unit = companding(old) / companding(new)
+                unit = companding(start_of(old)) / companding(start_of(new))
                 for name in ("near", "absorb"):
                     key = f"levels.{level}.slices.{index}.{name}.weight"
                     if key in state:

@@ -89,9 +89,13 @@ def structured_start(codes: int, dim: int, outposts: str = "far") -> Tensor:
     return torch.cat([inner, radii[:, None] * directions])
 
 
-def companding(config: SliceConfig) -> float:
+def start_of(config: SliceConfig) -> Tensor:
+    """The start of every codebook of a slice, float32 (K, D)."""
+    return structured_start(config.codes, config.dim, config.outposts)
+
+
+def companding(start: Tensor) -> float:
     """Of the prior's inputs, in units for every doubling: fine near zero, the farthest code of the start at the bound of int8."""
-    start = structured_start(config.codes, config.dim, config.outposts)
     return min(24.0, 127 / math.log2(1 + start.abs().max().item()))
 
 
@@ -135,9 +139,9 @@ class Codebook(nn.Module):
 
     def __init__(self, config: SliceConfig, learn: str = "gradient", decay: float = 0.99) -> None:
         super().__init__()
-        start = structured_start(config.codes, config.dim, config.outposts).expand(config.planes, -1, -1)
+        start = start_of(config)
         self.config, self.learn, self.decay = config, learn, decay
-        self.vectors = nn.Parameter(start.clone(), requires_grad=learn == "gradient")  # (P, K, D)
+        self.vectors = nn.Parameter(start.repeat(config.planes, 1, 1), requires_grad=learn == "gradient")  # (P, K, D)
         self.bias = nn.Parameter(torch.zeros(config.planes, config.codes))  # log2 units, part of the rate model
         self.register_buffer("spread", torch.ones(config.planes))
         self.register_buffer("usage", torch.zeros(config.planes, config.codes))
@@ -145,11 +149,11 @@ class Codebook(nn.Module):
         self.register_buffer("steps", torch.zeros(()))
         # Without a structured start the codes come from data: k-means first, and dead ones are moved now and then.
         self.structured = config.structured
-        self.compand = companding(config)
+        self.compand = companding(start)
 
     def restart(self) -> None:
         """Code vectors as before training; the rate model stays."""
-        self.vectors.data.copy_(structured_start(self.config.codes, self.config.dim, self.config.outposts))
+        self.vectors.data.copy_(start_of(self.config))
 
     @torch.no_grad()
     def take_over(self, given: "Codebook") -> None:
@@ -159,7 +163,7 @@ class Codebook(nn.Module):
         if (old.codes, old.outposts) == (self.config.codes, self.config.outposts):
             self.load_state_dict(given.state_dict())
             return
-        start = structured_start(old.codes, old.dim, old.outposts)
+        start = start_of(old)
         lattice = start[(start == start.round()).all(1).cumprod(0).bool()]
         self.bias.copy_(given.bias[:, torch.cdist(self.vectors[0], lattice).argmin(1)])
         self.spread.copy_(given.spread)
