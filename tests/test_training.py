@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from vqcodec import codec, training, weights
 from vqcodec.errors import TrainingError, WeightsError
@@ -404,6 +404,35 @@ def test_codebooks_grow(pictures: Path, tmp_path: Path, small: None) -> None:
     run(pictures, second, 0.3, start_from=first, config=larger)
     assert weights.load(second).config == larger
     assert log_of(second)[0]["cost"] == pytest.approx(log_of(first)[-1]["cost"], rel=0.03), "and say what they said"
+
+
+def test_what_stood_in_for_the_prior_goes_on(
+    pictures: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the checkpoint beside weights to the first of those trained on from them, unless it does not fit."""
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    plan = dataclasses.replace(SMALL, prior_at=0.5, joint_at=1.0, polish_from=1.0)
+    run(pictures, first, 2, schedule=plan)
+    run(pictures, first, 2.5, schedule=plan, resume=True)
+    checkpoint = first.with_suffix(".ckpt")
+    name = "levels.1.0.usual"
+    learned = checkpoint_of(first)[f"average.rounding.{name}"]
+
+    def start() -> torch.Tensor:
+        """What a run from the first weights begins with."""
+        seen: list[torch.Tensor] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(training._Run, "loop", lambda r: seen.append(r.model.rounding.state_dict()[name].clone()))
+            run(pictures, second, 1, start_from=first, schedule=plan)
+        return seen[0]
+
+    assert torch.equal(start(), learned)
+    tensors = load_file(checkpoint)
+    save_file({k: v[:1] if k == "average.rounding.levels.0.0.out.bias" else v for k, v in tensors.items()}, checkpoint)
+    measured = start()
+    assert not torch.equal(measured, learned)
+    checkpoint.unlink()
+    assert torch.equal(start(), measured)
 
 
 def test_weights_go_on_by_their_own_schedule(

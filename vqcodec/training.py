@@ -58,6 +58,7 @@ REVIVE_STEPS, REVIVE_SHARE = 50, 0.5
 FACTS = ("step", "spent", "bpp", "psnr", "rate_start", "phase", "averaged", "onward")
 VALIDATION_QUALITIES = (10, 30, 50, 70, 90)
 MALLOC_TRIM_THRESHOLD, MALLOC_MMAP_THRESHOLD = -1, -3  # of malloc.h
+ROUNDING = "average.rounding."  # in checkpoints, and kept there when rounding has ended
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ def train(
         resume: go on from the checkpoint. device: "auto", "cpu" or "cuda". seed: of crops and initial weights.
         start_from: a weights file to train on from, instead of from scratch; of `config` only the commitment, more codes, and more
             scales of the rate model count then.
-            Where training begins with rounding, codebooks begin again as integers.
+            Where training begins with rounding, codebooks begin again as integers; what stood in for the prior when these weights were
+            trained goes on if their checkpoint still lies beside them.
         features: of the network of LPIPS that says how alike pictures look, SqueezeNet 1.1 as safetensors: train the natural look
             of the weights `start_from`, in a file of its own. Needs the packages lpips and torchvision.
         schedule: learning rates, batches and crops; None for the usual one of the configuration.
@@ -146,8 +148,8 @@ def train(
         if run.onward:
             run.schedule = plan.onward()
         run.open_data(paths)
-        if given and not resume:
-            run.start_from(given)
+        if given and start_from and not resume:
+            run.start_from(given, start_from)
         elif not resume:
             run.start_fresh()
         run.loop()
@@ -200,6 +202,16 @@ def _optimisers(model: RateDistortion, schedule: Schedule) -> dict[str, torch.op
     if schedule.kernel_rate:
         optimisers["muon"] = Muon([{"params": muon, "peak": schedule.kernel_rate}], schedule.kernel_rate)
     return optimisers
+
+
+def _stood_in(checkpoint: Path) -> dict[str, Tensor]:
+    """What stood in for the prior in the run of a checkpoint; nothing if there is none."""
+    try:
+        with safe_open(checkpoint, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(ROUNDING)]  # noqa: SIM118 (not a dict)
+            return {name.removeprefix(ROUNDING): file.get_tensor(name) for name in names}
+    except (OSError, SafetensorError):
+        return {}
 
 
 def _follow(average: float, value: float) -> float:
@@ -265,6 +277,7 @@ class _Run:
         self.phase = schedule.phase(0.0)
         self.averaged = 0  # the step from which on weights are averaged
         self.onward = False  # whether the run began with weights that were good already
+        self.stood_in: dict[str, Tensor] = {}  # what rounding had learned at its end
         self.rate_start = schedule.rate_start
         self.bpp = self.psnr = self.loss = math.nan
         self.board = _tensorboard(output) if rank == 0 else None
@@ -296,8 +309,8 @@ class _Run:
         if not self.validation:
             raise TrainingError("none of the pictures set aside for validation could be read")
 
-    def start_from(self, given: weights.Model) -> None:
-        """Continue from exported weights; the rate counts in full from the first step."""
+    def start_from(self, given: weights.Model, path: Path) -> None:
+        """Continue from exported weights, read from `path`; the rate counts in full from the first step."""
         self.model.vqvae.load_state_dict(looks.with_blocks(given, self.config).state_dict())
         prior = copy.deepcopy(given.prior)
         prior.thaw()
@@ -310,6 +323,9 @@ class _Run:
             for book in self._books():
                 book.restart()
             rounding.start_from_pictures(self.model.vqvae, self._start_crops())
+            stood_in = _stood_in(path.with_suffix(".ckpt"))
+            if {k: v.shape for k, v in stood_in.items()} == {k: v.shape for k, v in rounding.state_dict().items()}:
+                rounding.load_state_dict(stood_in)
             self.model.rounding = rounding
             self.average.rounding = copy.deepcopy(rounding).requires_grad_(False).eval()
             self._take()
@@ -461,6 +477,8 @@ class _Run:
 
     def _end_rounding(self) -> None:
         """Codebooks and prior take over, from the averaged weights of the rest."""
+        assert self.average.rounding is not None
+        self.stood_in = {f"{ROUNDING}{k}": v for k, v in self.average.rounding.state_dict().items()}
         self.model.rounding = self.average.rounding = None
         self.model.vqvae.load_state_dict(self.average.vqvae.state_dict())
         self.average.load_state_dict(self.model.state_dict())
@@ -624,6 +642,7 @@ class _Run:
             for index, state in optimiser.state_dict()["state"].items():
                 tensors |= {f"{name}.{index}.{k}": v for k, v in state.items()}
         tensors |= {f"before.{index}": torch.from_numpy(pixels) for index, pixels in enumerate(self.before)}
+        tensors |= self.stood_in
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
         facts = {name: getattr(self, name) for name in FACTS}
         metadata = {"config": self.config.to_json(), "facts": json.dumps(facts), "look_of": self.look_of}
@@ -650,6 +669,7 @@ class _Run:
             raise TrainingError(f"{path} is of {what}")
         if facts["phase"]:
             self.model.rounding = self.average.rounding = None
+            self.stood_in = {k: tensors.pop(k) for k in list(tensors) if k.startswith(ROUNDING)}
         for prefix, module in (("model.", self.model), ("average.", self.average)):
             module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         for name, optimiser in self.optimisers.items():
