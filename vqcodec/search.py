@@ -27,18 +27,7 @@ from torch import Tensor
 from vqcodec import synthesis
 from vqcodec.bitstream import Header
 from vqcodec.models.prior import SlicePrior, rates
-from vqcodec.models.quantizer import (
-    CHUNK,
-    MOST_BITS,
-    Codebook,
-    Rates,
-    grid,
-    look_up,
-    normalise,
-    plane_blocks,
-    rows,
-    softplus2,
-)
+from vqcodec.models.quantizer import MOST_BITS, Codebook, Rates, grid, look_up, rate_blocks, rows, softplus2
 from vqcodec.models.vqvae import PIXEL_SCALE, Slice
 from vqcodec.weights import Model
 
@@ -258,16 +247,15 @@ def _best(s: _Symbols, slopes: _Slopes, caution: float) -> tuple[Tensor, Tensor]
     given = (s.indices, s.model.theta.float(), s.model.zero.float(), slopes.by_prior, slopes.by_decoder)
     k, theta, zero, by_prior, by_decoder = (x.transpose(0, 1)[free] for x in given)
     found, gained = torch.empty_like(k), torch.empty_like(zero)
-    for block, parts in plane_blocks(free.sum(1).tolist(), CHUNK // vectors.shape[1]):
-        logits, distances, costs = torch.empty(3, block.stop - block.start, vectors.shape[1], device=k.device)
+    for block, parts, logp, _ in rate_blocks(features, book.bias, theta, zero, free.sum(1).tolist()):
+        distances, costs = torch.empty_like(logp), torch.empty_like(logp)
         for plane, part, here in parts:
             own = k[part]
-            torch.addmm(book.bias[plane], theta[part], features[plane].T, out=logits[here])
             torch.addmm(lengths[plane], vectors[plane][own], vectors[plane].T, alpha=-2, out=distances[here])
             distances[here] += lengths[plane][own, None]
             torch.mm(by_decoder[part], vectors[plane].T, out=costs[here]).addmm_(by_prior[part], inputs[plane].T)
             costs[here].addcmul_(distances[here], damping[plane])
-        costs -= normalise(logits, zero[block, None])[0].clamp_(min=-MOST_BITS)
+        costs -= logp.clamp_(min=-MOST_BITS)
         costs.masked_fill_(distances > NEARBY**2, math.inf)
         least, found[block] = costs.min(1)
         gained[block] = costs.gather(1, k[block, None])[:, 0] - least
@@ -286,11 +274,7 @@ class _Spent(torch.autograd.Function):
         other = (indices > 0).T
         k, drift, odds = (x.transpose(0, 1)[other] for x in (indices, theta, zero))
         expected = torch.empty_like(drift)
-        for block, parts in plane_blocks(other.sum(1).tolist(), CHUNK // features.shape[1]):
-            logits = torch.empty(block.stop - block.start, features.shape[1], device=k.device)
-            for plane, part, here in parts:
-                torch.addmm(book.bias[plane], drift[part], features[plane].T, out=logits[here])
-            logp, values = normalise(logits, odds[block, None])
+        for block, parts, logp, values in rate_blocks(features, book.bias, drift, odds, other.sum(1).tolist()):
             spent = -logp.gather(1, k[block, None])
             bits += spent.clamp(max=MOST_BITS).sum()
             for plane, part, here in parts:

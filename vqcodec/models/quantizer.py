@@ -228,14 +228,12 @@ class Codebook(nn.Module):
         target, theta, zero = (x.transpose(0, 1)[mask] for x in (v, rates.theta, rates.zero))
         importance = weight.T[mask][:, None]
         chosen = torch.empty(len(target), dtype=torch.int64, device=v.device)
-        for rows, parts in plane_blocks(mask.sum(1).tolist(), CHUNK // vectors.shape[1]):
-            scores = torch.empty(rows.stop - rows.start, vectors.shape[1], dtype=torch.float32, device=v.device)
-            distances = torch.empty_like(scores)
+        for rows, parts, logp, _ in rate_blocks(features, self.bias.detach(), theta, zero, mask.sum(1).tolist()):
+            distances = torch.empty_like(logp)
             for plane, part, here in parts:
-                torch.addmm(self.bias.detach()[plane], theta[part], features[plane].T, out=scores[here])
                 torch.addmm(-lengths[plane], target[part], vectors[plane].T, alpha=2, out=distances[here])
-            scores = normalise(scores, zero[rows, None])[0].clamp_(min=-MOST_BITS)
-            chosen[rows] = scores.mul_(bias).add_(distances.mul_(importance[rows])).max(-1)[1]
+            scores = logp.clamp_(min=-MOST_BITS).mul_(bias).add_(distances.mul_(importance[rows]))
+            chosen[rows] = scores.max(-1)[1]
         indices = torch.zeros(v.shape[:2], dtype=torch.int64, device=v.device)
         indices.T[mask] = chosen
         return indices
@@ -350,10 +348,29 @@ def log_probabilities(features: Tensor, bias: Tensor, theta: Tensor, zero: Tenso
         log2 p of all codes (p, N, K), and the distribution over the codes but 0, with next to nothing in its place (p, N, K).
     """
     logits = torch.baddbmm(bias[:, None], theta.transpose(0, 1), features.transpose(1, 2))
-    return normalise(logits, zero.T[..., None])
+    return _normalise(logits, zero.T[..., None])
 
 
-def normalise(logits: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+def rate_blocks(
+    features: Tensor, bias: Tensor, theta: Tensor, zero: Tensor, members: list[int]
+) -> Iterator[tuple[slice, list[tuple[int, slice, slice]], Tensor, Tensor]]:
+    """`log_probabilities` for symbols that lie plane after plane, in blocks that fit the cache.
+
+    Args:
+        features, bias: as there. theta: (M, F), zero: (M,). members: how many symbols of each plane there are.
+
+    Yields:
+        a block and its planes, as `plane_blocks`, and both of what `log_probabilities` returns, (rows of the block, K).
+    """
+    codes = features.shape[1]
+    for block, parts in plane_blocks(members, CHUNK // codes):
+        logits = torch.empty(block.stop - block.start, codes, device=theta.device)
+        for plane, part, here in parts:
+            torch.addmm(bias[plane], theta[part], features[plane].T, out=logits[here])
+        yield block, parts, *_normalise(logits, zero[block, None])
+
+
+def _normalise(logits: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
     """What `log_probabilities` returns, from logits (..., K), which are overwritten, and log2 odds of code 0 (..., 1)."""
     logits[..., 0] = -math.inf
     logits -= logits.amax(-1, keepdim=True)
@@ -422,16 +439,13 @@ class _Quantise(torch.autograd.Function):
         target, drift, odds = (x.transpose(0, 1)[mask] for x in (v, theta, zero))
         importance = weight.T[mask][:, None]
         portion = share.expand(mask.shape)[mask]
-        count, codes = len(target), vectors.shape[1]
+        count = len(target)
         chosen, spent = torch.empty(count, dtype=torch.int64, device=v.device), torch.empty(count, device=v.device)
         soft, expected = torch.empty_like(target), torch.empty_like(drift)
-        for rows, parts in plane_blocks(mask.sum(1).tolist(), CHUNK // codes):
-            logp = torch.empty(rows.stop - rows.start, codes, device=v.device)
+        for rows, parts, logp, values in rate_blocks(features, bias, drift, odds, mask.sum(1).tolist()):
             distances = torch.empty_like(logp)
             for plane, part, here in parts:
-                torch.addmm(bias[plane], drift[part], features[plane].T, out=logp[here])
                 torch.addmm(-lengths[plane], target[part], vectors[plane].T, alpha=2, out=distances[here])
-            logp, values = normalise(logp, odds[rows, None])
             logp.clamp_(min=-MOST_BITS)
             k = torch.add(logp * rate_bias, distances * importance[rows]).max(-1)[1]
             chosen[rows] = k
