@@ -11,7 +11,7 @@ from torch import Tensor
 from vqcodec import codec, synthesis
 from vqcodec.bitstream import Header
 from vqcodec.models.config import TINY, Config
-from vqcodec.models.joint import RateDistortion
+from vqcodec.models.joint import RateDistortion, pattern
 from vqcodec.models.quantizer import Codebook
 
 EMA = dataclasses.replace(TINY, codebook="ema", commitment=0.25)
@@ -69,6 +69,22 @@ def test_loss_and_what_the_codebook_learns_from(monkeypatch: pytest.MonkeyPatch)
             torch.testing.assert_close(piece.codebook.vectors.grad, gradient, rtol=1e-3, atol=1e-7)
     expected = expected + (0.02 * balance * weight * trained.vqvae.added_error()).mean()
     torch.testing.assert_close(losses.total.detach(), expected.detach(), rtol=1e-4, atol=0)
+
+
+def test_patterns() -> None:
+    """What repeats counts in full, whatever its phase; noise, ramps and shifts of colour hardly or not."""
+    torch.manual_seed(0)
+    tile = torch.randn(2, 3, 4, 4)
+    tile -= tile.mean((2, 3), keepdim=True)
+    repeated = tile.repeat(1, 1, 16, 24)
+    found = pattern(repeated, 4)
+    torch.testing.assert_close(found, repeated.square().mean((1, 2, 3)))
+    torch.testing.assert_close(pattern(repeated.roll((1, 2), (2, 3)) + 5, 4), found)
+    assert bool((pattern(tile, 4) <= 1.001 * tile.square().mean((1, 2, 3))).all()), "smaller than a neighbourhood"
+    noise = torch.randn(2, 3, 64, 96)
+    assert bool((pattern(noise, 4) < 0.03).all())
+    waves = torch.sin(torch.arange(96) * 2 * torch.pi / 48).expand(1, 3, 64, 96)
+    assert float(pattern(waves, 4)) < 0.03
 
 
 def test_the_encoder_does_not_learn_from_the_codebook_loss() -> None:

@@ -2,7 +2,7 @@
 
 loss = bits per pixel + lambda(quality) * squared error        (per picture, squared error on the 0..255 scale)
 
-A second look of the same codes learns on squared error and a perceptual distance.
+A second look of the same codes learns on squared error and a perceptual distance, and is kept from wallpaper (`pattern`).
 """
 
 import math
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from vqcodec.models.config import Config
 from vqcodec.models.prior import Prior, rates
@@ -22,8 +23,10 @@ from vqcodec.models.vqvae import PIXEL_SCALE, VQVAE, Slice
 BALANCE = 0.4
 # Weight of the estimate's squared error, in units of the distortion that it would be without any code.
 ESTIMATE_WEIGHT = 0.1
-# Weight of the perceptual distance beside them.
-PERCEPTUAL_WEIGHT = 2.0
+# Weights beside them in another look: of the perceptual distance, and of `pattern`, as distortion.
+PERCEPTUAL_WEIGHT, PATTERN_WEIGHT = 8.0, 64.0
+# Over how many periods each way a pattern is sought.
+PATTERN_PERIODS = 8
 # Weight of all that residual blocks add, as if it were distortion: what is useful gains fifty times as much.
 ADDED_WEIGHT = 0.02
 
@@ -120,6 +123,8 @@ class RateDistortion(nn.Module):
         if self.perceptual is not None:
             distance = self.perceptual(reconstruction, pixels)
             loss = loss + PERCEPTUAL_WEIGHT * distance.mean()
+            repeated = pattern(reconstruction - pixels, self.config.stages[0].stride)
+            loss = loss + PATTERN_WEIGHT * (balance * weight * repeated).mean()
         elif self.training:
             # What the encoder adds and the estimate predicts costs no bits, and the decoder can take it back: nothing else
             # keeps all of them from growing without end.
@@ -200,6 +205,21 @@ class RateDistortion(nn.Module):
         # Straight-through: the decoder sees the code, the encoder gets the decoder's gradient.
         straight = grid(flat + (chosen - flat).detach(), batch, h, w)
         return straight, part.update(state, known)
+
+
+def pattern(error: Tensor, period: int) -> Tensor:
+    """How much of an error is a texture that repeats: the only one that a decoder can make where codes say nothing, and a perceptual distance
+    likes any better than none.
+
+    Args:
+        error: (B, 3, H, W), restored less original. period: in pixels, a divisor of H and W.
+
+    Returns:
+        (B,): mean square of what is alike, up to its mean, in all periods of a neighbourhood; of white noise 1/64.
+    """
+    periods = functional.pixel_unshuffle(error, period)
+    alike = functional.avg_pool2d(periods, PATTERN_PERIODS, ceil_mode=True).reshape(len(error), 3, period**2, -1)
+    return (alike - alike.mean(2, keepdim=True)).square().mean((1, 2, 3))
 
 
 @dataclass
