@@ -428,6 +428,7 @@ class _Quantise(torch.autograd.Function):
         softplus = softplus2(zero)
         bits = (softplus - zero).clamp_(max=MOST_BITS)
         indices = torch.zeros(zero.shape, dtype=torch.int64, device=v.device)
+        learns = any(ctx.needs_input_grad[1:4])  # the rate model
         grad_theta, grad_bias = torch.zeros_like(theta), torch.zeros_like(bias)
         grad_v: Tensor | None = None
         if ctx.needs_input_grad[0]:
@@ -457,6 +458,8 @@ class _Quantise(torch.autograd.Function):
                 w *= logp
                 for plane, part, here in parts:
                     torch.mm(w[here], vectors[plane], out=soft[part])
+            if not learns:
+                continue
             # The rate model learns from the chosen code: d bits / d theta = E_p[f] - f_k, for k other than 0
             # whose bits are not at their limit.
             other = ((k > 0) & (spent[rows] < MOST_BITS)).float() * portion[rows]
@@ -467,7 +470,8 @@ class _Quantise(torch.autograd.Function):
                 grad_bias[plane] += values[here].sum(0).scatter_add_(0, k[here], -other[here])
         if grad_v is not None:
             grad_v.transpose(0, 1)[mask] = soft.mul_((-2 / TEMPERATURE) * portion[:, None])
-        grad_theta.transpose(0, 1)[mask] = expected
+        if learns:
+            grad_theta.transpose(0, 1)[mask] = expected
         indices.T[mask] = chosen
         bits.T[mask] = spent
         bits = bits.sum(1)
