@@ -39,7 +39,7 @@ LEAST_GAIN = 0.25  # in bits, below which no symbol changes
 NEARBY = 1.5  # how far a symbol moves in one step, in quantiser steps
 NEAR_INPUT = 32
 # Of the last step; of the first, which is the bolder the more steps there are: BOLDER for every doubling; and what a failure adds.
-CAUTION, FIRST_CAUTION, BOLDER, FAILED = 0.84, 0.84, 0.063, 0.035
+CAUTION, FIRST_CAUTION, BOLDER, FAILED = 0.86, 0.94, 0.08, 0.035
 # Of the symbols that would gain, change in one step: the more, the fewer steps there are.
 SHARE, LARGEST_SHARE = 0.6, 0.9
 TOLERANCE = 0.003  # of the cost, by which the first step may raise it
