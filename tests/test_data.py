@@ -175,7 +175,7 @@ def test_small_pictures_are_padded_by_their_edges(shape: tuple[int, int]) -> Non
 
 
 def first(pictures: Pictures, count: int, seed: int, **options: int) -> list[np.ndarray]:
-    return list(itertools.islice(batches(pictures, batch=4, size=16, seed=seed, **options), count))
+    return [b.numpy() for b in itertools.islice(batches(pictures, batch=4, size=16, seed=seed, **options), count)]
 
 
 def test_a_seed_says_everything(tmp_path: Path) -> None:

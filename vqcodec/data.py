@@ -13,7 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from vqcodec import files, image
 from vqcodec.errors import ImageError, TrainingError
@@ -120,8 +122,8 @@ def crop(pixels: Pixels, size: int, rng: np.random.Generator, mirror: bool = Tru
 
 
 def batches(
-    pictures: Pictures, *, batch: int, size: int, seed: int, threads: int = 1, mirror: bool = True
-) -> Iterator[Pixels]:
+    pictures: Pictures, *, batch: int, size: int, seed: int, threads: int = 1, mirror: bool = True, pinned: bool = False
+) -> Iterator[Tensor]:
     """Endless batches, uint8 (B, size, size, 3); every picture once before any comes again.
 
     Args:
@@ -129,11 +131,17 @@ def batches(
         batch: crops a batch.
         size: crop side in pixels.
         seed: order, places and mirroring; give each process of a distributed run its own.
-        threads: decoding threads.
+        threads: that decode and crop.
         mirror: see `crop`.
+        pinned: whether batches lie in memory that a GPU can copy from while it works.
     """
-    ready: queue.Queue[Pixels | Exception] = queue.Queue(maxsize=4)
+    ready: queue.Queue[Tensor | Exception] = queue.Queue(maxsize=4)
     stopped = threading.Event()
+
+    def cut(index: int, seed: int) -> Pixels | None:
+        pixels = pictures.get(index)
+        # A copy, so that it is made by this thread.
+        return None if pixels is None else crop(pixels, size, np.random.default_rng(seed), mirror).copy()
 
     def fill() -> None:
         rng = np.random.default_rng(seed)
@@ -144,12 +152,14 @@ def batches(
                     order = rng.permutation(len(pictures))
                     readable = False
                     for start in range(0, len(order), batch):
-                        for pixels in pool.map(pictures.get, (int(i) for i in order[start : start + batch])):
+                        here = order[start : start + batch].tolist()
+                        for pixels in pool.map(cut, here, rng.integers(1 << 62, size=len(here)).tolist()):
                             if pixels is not None:
                                 readable = True
-                                crops.append(crop(pixels, size, rng, mirror))
+                                crops.append(pixels)
                         while len(crops) >= batch:
-                            item, crops = np.stack(crops[:batch]), crops[batch:]
+                            item, crops = torch.from_numpy(np.stack(crops[:batch])), crops[batch:]
+                            item = item.pin_memory() if pinned else item
                             while not stopped.is_set():
                                 try:
                                     ready.put(item, timeout=0.2)

@@ -1,4 +1,4 @@
-"""What another look of given weights starts as: the same networks, with more residual blocks on the way to the pixels."""
+"""The same networks with more residual blocks: what a larger model starts as, and another look, whose way to the pixels is longer."""
 
 import dataclasses
 import re
@@ -26,7 +26,10 @@ def with_blocks(given: Model, config: Config) -> VQVAE:
     state = given.vqvae.state_dict()
     for name, part in vqvae.named_modules():
         if isinstance(part, ResidualBlock) and f"{name}.deviation" not in state:
-            before = re.sub(r"\d+$", lambda number: str(int(number[0]) - 1), name)  # knows the scale of the same input
+            # The block before it knows the scale of the same input.
+            before = re.sub(r"further\.0$", "refine", name)
+            if before == name:
+                before = re.sub(r"\d+$", lambda number: str(int(number[0]) - 1), name)
             own = {**part.state_dict(), "deviation": state[f"{before}.deviation"]}
             state |= {f"{name}.{key}": value for key, value in own.items()}
     for level in range(len(config.levels)):

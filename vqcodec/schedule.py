@@ -59,7 +59,7 @@ class Schedule:
     def onward(self) -> "Schedule":
         """For weights that are good already: most of the time is for rounding, after which what makes the codes is done; the prior
         catches up, and polishes with the renderer."""
-        return replace(self, prior_at=0.75, joint_at=0.92, polish_from=0.92, joint_rate=0.02)
+        return replace(self, prior_at=0.7, joint_at=0.92, polish_from=0.92, joint_rate=0.02)
 
     def phase(self, share: float) -> int:
         """0: rounding; 1: the prior alone; 2: all; 3: for codes that stand still."""

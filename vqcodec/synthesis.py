@@ -73,11 +73,12 @@ def refine(model: Model, level: int, index: int, estimate: Tensor, quality: Tens
     strips = _strips(height, width, WINDOW // model.config.levels[level].stride)
     if len(strips) == 1:
         return model.vqvae.refine(level, index, estimate, quality)
-    above = estimate[:, :, :0]  # the row above a strip, as it was: a block sees one position around each
+    reach = max(1, len(model.vqvae.slice(level, index).blocks()))  # a block sees one position around each
+    above = estimate[:, :, :0]  # the rows above a strip, as they were
     for strip in strips:
-        cut = torch.cat([above, estimate[:, :, strip.start : strip.stop + 1]], 2)
+        cut = torch.cat([above, estimate[:, :, strip.start : strip.stop + reach]], 2)
         first = above.shape[2]
-        above = estimate[:, :, strip.stop - 1 : strip.stop].clone()
+        above = cut[:, :, : first + strip.stop - strip.start][:, :, -reach:]
         refined = model.vqvae.refine(level, index, cut, quality)
         estimate[:, :, strip] = refined[:, :, first : first + strip.stop - strip.start]
     return estimate

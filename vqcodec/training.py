@@ -42,8 +42,9 @@ from vqcodec.models.config import Config, load_config
 from vqcodec.models.joint import Losses, RateDistortion
 from vqcodec.models.quantizer import Codebook
 from vqcodec.models.rounding import Rounding
-from vqcodec.models.vqvae import Linear1x1, channels_last
+from vqcodec.models.vqvae import Linear1x1, ResidualBlock, channels_last
 from vqcodec.muon import Muon
+from vqcodec.recording import Recording
 from vqcodec.schedule import LOOK, SCHEDULES, Schedule
 
 CHECKPOINT_SECONDS = 180
@@ -55,9 +56,11 @@ SHEET_PICTURES, SHEET_QUALITY = 6, 30
 # Where codebooks come from data: dead codes are moved every so many steps, in this share of the time before the prior's turn.
 REVIVE_STEPS, REVIVE_SHARE = 50, 0.5
 # What a checkpoint holds besides tensors.
-FACTS = ("step", "spent", "bpp", "psnr", "rate_start", "phase", "averaged", "onward")
+FACTS = ("step", "spent", "rate_start", "phase", "averaged", "onward")
 VALIDATION_QUALITIES = (10, 30, 50, 70, 90)
 MALLOC_TRIM_THRESHOLD, MALLOC_MMAP_THRESHOLD = -1, -3  # of malloc.h
+# Crops a step of a GPU: with fewer, most of it would be idle.
+GPU_BATCH = 64
 ROUNDING = "average.rounding."  # in checkpoints, and kept there when rounding has ended
 
 
@@ -107,8 +110,8 @@ def train(
         config: a configuration, the name of one, or a JSON file; None for "photo", or that of `start_from`. minutes: budget
             of the whole run, earlier parts included.
         resume: go on from the checkpoint. device: "auto", "cpu" or "cuda". seed: of crops and initial weights.
-        start_from: a weights file to train on from, instead of from scratch; of `config` only the commitment, more codes, and more
-            scales of the rate model count then.
+        start_from: a weights file to train on from, instead of from scratch; of `config` only the commitment, and more codes, scales
+            of the rate model and residual blocks count then.
             Where training begins with rounding, codebooks begin again as integers; what stood in for the prior when these weights were
             trained goes on if their checkpoint still lies beside them.
         features: of the network of LPIPS that says how alike pictures look, SqueezeNet 1.1 as safetensors: train the natural look
@@ -134,6 +137,8 @@ def train(
         target = _device(device, rank)
         torch.manual_seed(seed)
         plan = schedule or (LOOK if features else SCHEDULES.get(settings.name, Schedule()))
+        if target.type == "cuda" and not schedule:
+            plan = dataclasses.replace(plan, batch=max(plan.batch, GPU_BATCH * world))
         if settings.rate == "after":  # the prior has its own part of the time already
             plan = dataclasses.replace(plan.without_rounding(), joint_rate=1.0, polish_from=1.0)
         elif not settings.structured:
@@ -214,11 +219,9 @@ def _stood_in(checkpoint: Path) -> dict[str, Tensor]:
         return {}
 
 
-def _follow(average: float, value: float) -> float:
-    """A moving average; what is nan does not count."""
-    if math.isnan(average) or math.isnan(value):
-        return average if math.isnan(value) else value
-    return value + 0.98 * (average - value)
+def _follow(averages: Tensor, values: Tensor) -> Tensor:
+    """Moving averages; what is nan does not count."""
+    return torch.where(averages.isnan(), values, torch.where(values.isnan(), averages, averages.lerp(values, 0.02)))
 
 
 def _tensorboard(output: Path) -> Any:
@@ -279,7 +282,10 @@ class _Run:
         self.onward = False  # whether the run began with weights that were good already
         self.stood_in: dict[str, Tensor] = {}  # what rounding had learned at its end
         self.rate_start = schedule.rate_start
-        self.bpp = self.psnr = self.loss = math.nan
+        # Kept where the model is, so that no step waits for numbers: moving averages of bits per pixel and PSNR; the last loss.
+        self.recent, self.loss = torch.full((2,), math.nan, device=device), torch.tensor(math.nan)
+        self.recording: Recording[tuple[Tensor, Tensor]] | None = None  # of `_gradients`, and for crops of this shape
+        self.recorded = torch.Size()
         self.board = _tensorboard(output) if rank == 0 else None
         self.before: list[data.Pixels] = []  # validation crops as the untrained model decodes them
         self.validation: list[data.Pixels] = []
@@ -350,7 +356,7 @@ class _Run:
         crops = next(stream)
         stream.close()  # type: ignore[attr-defined]
         self.model.cpu()
-        return torch.from_numpy(crops).permute(0, 3, 1, 2).float()
+        return crops.permute(0, 3, 1, 2).float()
 
     def _books(self) -> list[Codebook]:
         return [book for book in self.model.vqvae.modules() if isinstance(book, Codebook)]
@@ -372,6 +378,7 @@ class _Run:
         trained = self._enter(self.phase)
         # A 1x1 weight has the same layout under both names; DistributedDataParallel takes them for different.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+        torch.backends.cudnn.benchmark = True  # every step has the same shapes
         torch.set_flush_denormal(True)  # subnormal products slow CPUs down several times and mean nothing here
         _keep_memory()
         begun = time.monotonic() - self.spent
@@ -395,14 +402,13 @@ class _Run:
                 turn, share = self.schedule.part(share)
                 rate_weight = float(turn)
             self._set_rates(share)
-            crops = torch.from_numpy(next(stream)).to(self.device).permute(0, 3, 1, 2).float()
             revive = (
                 not self.config.structured
                 and self.step % REVIVE_STEPS == 0
                 and share < REVIVE_SHARE
                 and rate_weight < 1
             )
-            self._optimise(trained, crops, rate_weight, revive)
+            self._optimise(trained, next(stream), rate_weight, revive)
             now = time.monotonic()
             if self.rank == 0 and now - reported > REPORT_SECONDS:
                 reported = now
@@ -456,6 +462,7 @@ class _Run:
         if phase and self.model.rounding is not None:
             self._end_rounding()
         self.phase = phase
+        self.recording = None
         vqvae = self.model.vqvae
         books = self._books()
         biases = [book.bias for book in books]  # of the rate model
@@ -494,7 +501,12 @@ class _Run:
         batch = self.schedule.crops_a_step(side, self.world)
         # Every process, every resumption and every size of crops draws its own.
         seed = self.seed + 1000 * self.rank + self.step + (side << 20)
-        return data.batches(self.pictures, batch=batch, size=side, seed=seed, mirror=self.schedule.mirror)
+        gpu = self.device.type == "cuda"
+        threads = min(16, os.cpu_count() or 1) if gpu else 1
+        mirror = self.schedule.mirror
+        return data.batches(
+            self.pictures, batch=batch, size=side, seed=seed, threads=threads, mirror=mirror, pinned=gpu
+        )
 
     def _agree(self, share: float) -> float:
         """All processes must take the same number of steps: the first one's clock counts."""
@@ -520,35 +532,74 @@ class _Run:
         finally:
             self.model.maintain = None
 
-    def _optimise(self, trained: nn.Module, pixels: Tensor, rate_weight: float, revive: bool) -> None:
+    def _optimise(self, trained: nn.Module, crops: Tensor, rate_weight: float, revive: bool) -> None:
         trained.train()
-        pixels = pixels.contiguous(memory_format=torch.channels_last)
         # Stratified over all processes: every step sees low and high qualities.
-        count = len(pixels) * self.world
+        count = len(crops) * self.world
         generator = torch.Generator().manual_seed((self.seed << 32) + self.step)
         places = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
-        quality = (1 + 99 * places[self.rank :: self.world] ** self.schedule.low_qualities).to(self.device)
-        with self._maintenance(_revive if revive else None), torch.autocast(self.device.type, torch.bfloat16):
-            losses = trained(pixels, quality, rate_weight)
-        self.model.zero_grad(set_to_none=True)
-        losses.total.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.schedule.clip_norm)
-        if torch.isfinite(norm):
-            for optimiser in self.optimisers.values():
-                optimiser.step()
+        quality = 1 + 99 * places[self.rank :: self.world] ** self.schedule.low_qualities
+        if self.device.type == "cuda" and self.world == 1 and self.config.rate == "joint" and self.config.structured:
+            inputs = crops, quality, torch.tensor(rate_weight)
+            if self.recording is None or self.recorded != crops.shape:
+                self.recording, self.recorded = None, crops.shape  # frees the memory of the last one
+                self.recording = self._record(trained, [x.to(self.device) for x in inputs])
+            recent, self.loss = self.recording(*inputs)
+        else:
+            with self._maintenance(_revive if revive else None):
+                recent, self.loss = self._gradients(
+                    trained, crops.to(self.device), quality.to(self.device), rate_weight
+                )
+        for optimiser in self.optimisers.values():
+            optimiser.step()
         self.step += 1
+        self.recent = _follow(self.recent, recent)
         count = self.step - self.averaged
         decay = min(self.schedule.average_decay, (1 + count) / (10 + count))
         with torch.no_grad():
             means: list[Tensor] = list(self.average.parameters())
             values: list[Tensor] = list(self.model.parameters())
             torch._foreach_lerp_(means, values, 1 - decay)
-            for mean, value in zip(self.average.buffers(), self.model.buffers(), strict=True):
-                mean.copy_(value)
-        bpp = float(losses.bpp.mean())
-        ratio = float((10 * torch.log10(255**2 / losses.mse.clamp(min=1e-3))).mean())
-        self.bpp, self.psnr = _follow(self.bpp, bpp), _follow(self.psnr, ratio)
-        self.loss = float(losses.total.detach())
+            torch._foreach_copy_(list(self.average.buffers()), list(self.model.buffers()))
+
+    def _record(self, trained: nn.Module, inputs: Sequence[Tensor]) -> Recording[tuple[Tensor, Tensor]]:
+        """`_gradients` of such inputs. In the first and longest phase residual blocks are compiled, which takes half a minute and saves
+        half of a step's time; without a compiler it goes on as it is."""
+
+        def work(*x: Tensor) -> tuple[Tensor, Tensor]:
+            return self._gradients(trained, *x)
+
+        if self.model.rounding is not None:
+            blocks = [part for part in self.model.modules() if isinstance(part, ResidualBlock)]
+            for block in blocks:
+                block.compile(dynamic=False)
+            try:
+                return Recording(work, inputs)
+            except (RuntimeError, OSError) as error:
+                if self.on_warning:
+                    self.on_warning(f"residual blocks cannot be compiled: {str(error).strip().splitlines()[0]}")
+        with torch.compiler.set_stance("force_eager"):
+            return Recording(work, inputs)
+
+    def _gradients(
+        self, trained: nn.Module, crops: Tensor, quality: Tensor, rate_weight: float | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the loss of crops, uint8 (B, H, W, 3), of at most the schedule's length; none where that is not finite.
+
+        Returns:
+            bits per pixel and PSNR (2,), and the loss.
+        """
+        self.model.zero_grad(set_to_none=True)
+        pixels = crops.permute(0, 3, 1, 2).float().contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            losses = trained(pixels, quality, rate_weight)
+        losses.total.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.schedule.clip_norm)
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
+        ratio = (10 * torch.log10(255**2 / losses.mse.clamp(min=1e-3))).mean()
+        return torch.stack([losses.bpp.mean(), ratio]), losses.total.detach()
 
     # Validation and the sheet
 
@@ -644,7 +695,7 @@ class _Run:
         tensors |= {f"before.{index}": torch.from_numpy(pixels) for index, pixels in enumerate(self.before)}
         tensors |= self.stood_in
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-        facts = {name: getattr(self, name) for name in FACTS}
+        facts = {name: getattr(self, name) for name in FACTS} | {"recent": self.recent.tolist()}
         metadata = {"config": self.config.to_json(), "facts": json.dumps(facts), "look_of": self.look_of}
         temporary = self._checkpoint().with_suffix(".ckpt.tmp")
         save_file(tensors, temporary, metadata)
@@ -659,7 +710,7 @@ class _Run:
         except (OSError, SafetensorError) as error:
             raise TrainingError(f"cannot resume from {path}: {error}") from None
         facts = json.loads(metadata.get("facts", "{}"))
-        if not facts.keys() >= set(FACTS):
+        if not facts.keys() >= {*FACTS, "recent"}:
             raise TrainingError(f"cannot resume from {path}: not a checkpoint of a training run of this version")
         shape = dataclasses.replace(Config.from_json(metadata["config"]), commitment=self.config.commitment)
         if shape != self.config:
@@ -682,12 +733,13 @@ class _Run:
         self.before = [tensors[f"before.{i}"].numpy() for i in range(SHEET_PICTURES) if f"before.{i}" in tensors]
         for name in FACTS:
             setattr(self, name, facts[name])
+        self.recent = torch.tensor(facts["recent"], device=self.device)
         if self.rank == 0 and (rows := self._log(self.step + 1)):
             self._write_log(rows)  # without what came after the checkpoint and is lost
 
     def _report(self, stage: str) -> None:
         if self.on_progress:
             remaining = max(0.0, self.budget - self.spent)
-            self.on_progress(
-                Progress(stage, self.step, self.spent, remaining, self.bpp, self.psnr, self.loss, self._perplexity())
-            )
+            bpp, psnr = self.recent.tolist()
+            loss, perplexity = float(self.loss), self._perplexity()
+            self.on_progress(Progress(stage, self.step, self.spent, remaining, bpp, psnr, loss, perplexity))

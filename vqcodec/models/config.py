@@ -80,7 +80,7 @@ class StageConfig:
         stride: picture pixels per grid position, in each direction.
         channels: channels of the feature map at this resolution.
         hidden: channels inside a residual block.
-        encoder_blocks, decoder_blocks: residual blocks on each side.
+        encoder_blocks, decoder_blocks: residual blocks on each side. refine_blocks: before each slice.
         slices: the code planes quantised at this resolution; empty for a stage that is only passed through.
         lapped: whether the blocks of the transform from the next finer stage overlap (`vqvae.Lap`).
     """
@@ -92,9 +92,10 @@ class StageConfig:
     decoder_blocks: int
     slices: tuple[SliceConfig, ...] = ()
     lapped: bool = False
+    refine_blocks: int = 1
 
     def __post_init__(self) -> None:
-        _check_range(self, 1, "stride", "channels", "hidden")
+        _check_range(self, 1, "stride", "channels", "hidden", "refine_blocks")
         _check_range(self, 0, "encoder_blocks", "decoder_blocks")
 
     @property
@@ -208,7 +209,8 @@ class Config:
         return self.stages[-1].stride
 
     def grown(self, other: "Config") -> "Config":
-        """With the codes and scales of another configuration's slices where those are more."""
+        """With the codes and scales of another configuration's slices, and its residual blocks, where those are more."""
+        others = {(stage.stride, stage.channels, stage.hidden): stage for stage in other.stages}
         pieces = {(stage.stride, i): p for stage in other.stages for i, p in enumerate(stage.slices)}
 
         def grow(piece: SliceConfig, like: SliceConfig | None) -> SliceConfig:
@@ -218,11 +220,20 @@ class Config:
                 piece = replace(piece, codes=like.codes, outposts=like.outposts)
             return replace(piece, scales=max(piece.scales, like.scales))
 
-        stages = (
-            replace(s, slices=tuple(grow(p, pieces.get((s.stride, i))) for i, p in enumerate(s.slices)))
-            for s in self.stages
-        )
-        return replace(self, stages=tuple(stages))
+        def deepen(stage: StageConfig) -> StageConfig:
+            like = others.get((stage.stride, stage.channels, stage.hidden), stage)
+            return replace(
+                stage,
+                encoder_blocks=max(stage.encoder_blocks, like.encoder_blocks),
+                decoder_blocks=max(stage.decoder_blocks, like.decoder_blocks),
+                refine_blocks=max(stage.refine_blocks, like.refine_blocks),
+                slices=tuple(grow(p, pieces.get((stage.stride, i))) for i, p in enumerate(stage.slices)),
+            )
+
+        prior = self.prior
+        if replace(prior, blocks=other.prior.blocks) == other.prior:
+            prior = replace(prior, blocks=max(prior.blocks, other.prior.blocks))
+        return replace(self, stages=tuple(map(deepen, self.stages)), prior=prior)
 
     def lambda_of(self, t: float) -> float:
         """Distortion weight at t = (quality - 1) / 99; see `lambda_range`."""
@@ -255,14 +266,15 @@ class Config:
 PHOTO = Config(
     name="photo",
     stages=(
-        StageConfig(stride=4, channels=48, hidden=64, encoder_blocks=1, decoder_blocks=2),
-        StageConfig(stride=8, channels=192, hidden=96, encoder_blocks=2, decoder_blocks=3),
+        StageConfig(stride=4, channels=48, hidden=64, encoder_blocks=3, decoder_blocks=4),
+        StageConfig(stride=8, channels=192, hidden=96, encoder_blocks=4, decoder_blocks=6),
         StageConfig(
             stride=16,
             channels=288,
             hidden=160,
-            encoder_blocks=2,
-            decoder_blocks=3,
+            encoder_blocks=5,
+            decoder_blocks=5,
+            refine_blocks=2,
             slices=(
                 SliceConfig(planes=16, dim=1, codes=256, layer=1),
                 SliceConfig(planes=40, dim=1, codes=96, layer=1),
@@ -283,6 +295,7 @@ PHOTO = Config(
             ),
         ),
     ),
+    prior=PriorConfig(blocks=2),
 )
 
 # The classic systems: codes chosen for the distortion alone, one quality, and a prior that is learned after the rest.

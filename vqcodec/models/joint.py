@@ -69,7 +69,7 @@ class RateDistortion(nn.Module):
         # A distance of pictures (B, 3, H, W) in 0..255, restored and original, -> (B,): part of the loss of another look.
         self.perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
 
-    def forward(self, pixels: Tensor, quality: Tensor, rate_weight: float = 1.0) -> Losses:
+    def forward(self, pixels: Tensor, quality: Tensor, rate_weight: float | Tensor = 1.0) -> Losses:
         """One pass of encoder, quantisers, prior and decoder.
 
         Args:
@@ -133,10 +133,10 @@ class RateDistortion(nn.Module):
         mse, distance = mse.detach(), distance.detach()
         return Losses(total, bits, bpp, mse, bpp + weight * mse, distance, reconstruction)
 
-    def _only_prior(self, rate_weight: float) -> bool:
+    def _only_prior(self, rate_weight: float | Tensor) -> bool:
         """Whether nothing but the prior and its rate model learns: codes are all that it needs of pictures."""
         if self.config.rate == "after":
-            return rate_weight > 0
+            return bool(rate_weight > 0)
         renderer = self.vqvae.renderer().values()
         return self.training and not any(p.requires_grad for part in renderer for p in part.parameters())
 
@@ -234,7 +234,7 @@ class _Pass:
 
     quality: Tensor
     balance: Tensor
-    rate_weight: float
+    rate_weight: float | Tensor
     only_prior: bool
     area: int
     bits: Tensor

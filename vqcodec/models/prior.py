@@ -269,8 +269,13 @@ class Prior(nn.Module):
     @torch.no_grad()
     def take_over(self, given: "Prior") -> None:
         """Become a trained prior, thawed, as far as it goes: where its symbols have one scale and ours have one for each
-        dimension, all of them are that one; where ours are of a larger codebook, whose inputs have another unit, they count as before."""
+        dimension, all of them are that one; where ours are of a larger codebook, whose inputs have another unit, they count as before;
+        blocks that it has not add nothing yet."""
         state = given.state_dict()
+        for name, part in self.named_modules():
+            if isinstance(part, GatedBlock) and f"{name}.merge.weight" not in state:
+                nn.init.zeros_(part.merge.weight)
+                state |= {f"{name}.{key}": value for key, value in part.state_dict().items()}
         for level, stage in enumerate(given.levels):
             assert isinstance(stage, LevelPrior)
             for index in range(len(stage.slices)):

@@ -16,7 +16,7 @@ Everything here is float32 whatever autocast says: bf16 breaks the arg-min.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,8 @@ OUTER_REACH = 3.0
 MOST_BITS = 24.0
 # Entries of a K-wide tensor that are worked on at once: 2^17 floats, several such tensors fit the second-level cache.
 CHUNK = 1 << 17
+# The same on accelerators: half a gigabyte.
+LARGE_CHUNK = 1 << 27
 # Codes next to code 0.
 NEAR = 13
 
@@ -192,7 +194,7 @@ class Codebook(nn.Module):
         return torch.cat([magnitude * e.sign(), magnitude], -1)
 
     @torch.no_grad()
-    def choose(self, v: Tensor, rates: Rates, weight: Tensor, bias: float) -> Tensor:
+    def choose(self, v: Tensor, rates: Rates, weight: Tensor, bias: float | Tensor) -> Tensor:
         """The entropy-constrained choice.
 
         Args:
@@ -208,7 +210,7 @@ class Codebook(nn.Module):
         with torch.autocast(v.device.type, enabled=False):
             return self._choose(v.float(), rates, weight, bias)
 
-    def open_symbols(self, v: Tensor, zero: Tensor, weight: Tensor, bias: float) -> Tensor:
+    def open_symbols(self, v: Tensor, zero: Tensor, weight: Tensor, bias: float | Tensor) -> Tensor:
         """Where another code than 0 could be chosen; bool (N, P), arguments as of `choose`.
 
         Code 0 is certain where its cost is below that of a free code at the least distance any other can have.
@@ -219,7 +221,7 @@ class Codebook(nn.Module):
         cost = weight * (v - vectors[:, 0]).square().sum(-1) + bias * (softplus2(zero) - zero)
         return cost >= weight * (nearest - length).clamp(min=0).square()
 
-    def _choose(self, v: Tensor, rates: Rates, weight: Tensor, bias: float) -> Tensor:
+    def _choose(self, v: Tensor, rates: Rates, weight: Tensor, bias: float | Tensor) -> Tensor:
         open_rows = self.open_symbols(v, rates.zero, weight, bias)
         features, vectors = self.features(), self.vectors.detach()
         lengths = vectors.square().sum(-1)
@@ -239,7 +241,7 @@ class Codebook(nn.Module):
         return indices
 
     def quantise(
-        self, v: Tensor, rates: Rates, weight: Tensor, bias: float, share: Tensor
+        self, v: Tensor, rates: Rates, weight: Tensor, bias: float | Tensor, share: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Choice and rate in training.
 
@@ -262,7 +264,8 @@ class Codebook(nn.Module):
         """Count the members of each code and, with `ema`, move it to their bias-corrected moving average."""
         planes, codes, dim = self.vectors.shape
         flat = (indices + torch.arange(planes, device=v.device) * codes).reshape(-1)
-        counts = torch.bincount(flat, minlength=planes * codes).float().reshape(planes, codes)
+        counts = torch.zeros(planes * codes, device=v.device)
+        counts = counts.index_add_(0, flat, torch.ones_like(flat, dtype=torch.float32)).reshape(planes, codes)
         if self.learn == "ema":  # otherwise the counts are only for show
             _sum_over_processes(counts)
         self.steps += 1
@@ -420,9 +423,16 @@ class _Quantise(torch.autograd.Function):
         bias: Tensor,
         book: Codebook,
         weight: Tensor,
-        rate_bias: float,
+        rate_bias: float | Tensor,
         share: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if v.is_cuda:
+            loss, indices, bits, *gradients = _quantise_all(
+                v, theta, zero, bias, book, weight, rate_bias, share, ctx.needs_input_grad
+            )
+            ctx.save_for_backward(*gradients)
+            ctx.mark_non_differentiable(indices, bits)
+            return loss, indices, bits
         features, vectors = book.features(), book.vectors.detach()
         lengths = vectors.square().sum(-1)
         softplus = softplus2(zero)
@@ -494,6 +504,56 @@ class _Quantise(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _quantise_all(
+    v: Tensor,
+    theta: Tensor,
+    zero: Tensor,
+    bias: Tensor,
+    book: Codebook,
+    weight: Tensor,
+    rate_bias: float | Tensor,
+    share: Tensor,
+    needed: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+    """What `_Quantise` computes, for all symbols and codes alike: for devices where looking which symbols are open would take longer.
+
+    Args: as of `_Quantise.forward`; needed: whether each has a gradient.
+
+    Returns:
+        loss, indices, bits, and the gradients of v (None if not needed), theta, zero and bias.
+    """
+    features, vectors = book.features(), book.vectors.detach()
+    indices, spent = torch.empty_like(zero, dtype=torch.int64), torch.empty_like(zero)
+    grad_v = torch.empty_like(v) if needed[0] else None
+    grad_theta, grad_bias = torch.zeros_like(theta), torch.zeros_like(bias)
+    count, planes = zero.shape
+    some = max(1, LARGE_CHUNK // (count * vectors.shape[1]))
+    for start in range(0, planes, some):
+        part = slice(start, start + some)
+        logp, values = log_probabilities(features[part], bias[part], theta[:, part], zero[:, part])
+        logp.clamp_(min=-MOST_BITS)
+        distances = _distances(v[:, part], vectors[part])
+        k = torch.addcmul(logp * rate_bias, distances, weight.T[part, :, None]).argmax(-1)  # (p, N)
+        indices[:, part] = k.T
+        bits = -logp.gather(-1, k[..., None])[..., 0]
+        spent[:, part] = bits.T
+        if grad_v is not None:
+            w = torch.softmax(distances.mul_(1 / TEMPERATURE), -1)
+            logp -= torch.linalg.vecdot(w, logp)[..., None]
+            grad_v[:, part] = torch.bmm(w.mul_(logp), vectors[part]).transpose(0, 1)
+        if any(needed[1:4]):
+            other = ((k > 0) & (bits < MOST_BITS)).float() * share
+            values *= other[..., None]
+            values.scatter_add_(-1, k[..., None], -other[..., None])  # now d bits / d logits
+            grad_theta[:, part] = torch.bmm(values, features[part]).transpose(0, 1)
+            grad_bias[part] = values.sum(1)
+    if grad_v is not None:
+        grad_v *= (-2 / TEMPERATURE) * share[:, None, None]
+    bits = spent.sum(1)
+    grad_zero = (torch.sigmoid(zero * math.log(2)) - (indices == 0).float()) * share[:, None]
+    return (bits * share).sum(), indices, bits, grad_v, grad_theta, grad_zero, grad_bias
 
 
 def rows(x: Tensor, planes: int) -> Tensor:

@@ -80,7 +80,7 @@ class Rounding(nn.Module):
                 estimate = torch.cat([estimate[:, : piece.start], latents[:, here], estimate[:, piece.stop :]], 1)
 
 
-def round_off(v: Tensor, scale: Tensor, weight: Tensor, bias: float, noisy: bool) -> tuple[Tensor, Tensor]:
+def round_off(v: Tensor, scale: Tensor, weight: Tensor, bias: float | Tensor, noisy: bool) -> tuple[Tensor, Tensor]:
     """Integers for v, and the bits they cost.
 
     Of the nearest integer and the next one towards zero, the one of less weight * squared error + bias * bits: what

@@ -226,9 +226,15 @@ class Slice(nn.Module):
         # Nothing to refine an estimate of zero from: the first slice of the coarsest level has no block.
         first = stage is config.levels[0] and index == 0
         self.refine = None if first else ResidualBlock(stage.channels, stage.hidden)
+        more = 0 if first else stage.refine_blocks - 1
+        self.further = nn.ModuleList([ResidualBlock(stage.channels, stage.hidden) for _ in range(more)])
         self.codebook = Codebook(piece, config.codebook)
         steps = START_STEP * usual_step(config, torch.arange(KNOTS) / (KNOTS - 1))
         self.log_steps = nn.Parameter(steps.log()[:, None].repeat(1, piece.planes))
+
+    def blocks(self) -> list[ResidualBlock]:
+        """Those that refine the estimate before the slice is coded."""
+        return [block for block in (self.refine, *self.further) if isinstance(block, ResidualBlock)]
 
     def steps(self, quality: Tensor) -> Tensor:
         """Quantiser step of every plane: (B, P), in latent units."""
@@ -293,11 +299,10 @@ class VQVAE(nn.Module):
 
     def refine(self, level: int, index: int, estimate: Tensor, quality: Tensor) -> Tensor:
         """The estimate of a level's latents, (B, C, h, w), before slice `index` is coded."""
-        block = self.slice(level, index).refine
-        if block is None:
-            return estimate
-        refined: Tensor = block(estimate, self.condition(quality))
-        return refined
+        cond = self.condition(quality)
+        for block in self.slice(level, index).blocks():
+            estimate = block(estimate, cond)
+        return estimate
 
     def descend(self, level: int, estimate: Tensor, quality: Tensor) -> Tensor:
         """From a level's final estimate to the start of the next finer one, or to pixels 0..255 from the finest."""
@@ -325,7 +330,7 @@ class VQVAE(nn.Module):
         for stage, config in zip(self.stages, self.config.stages, strict=True):
             assert isinstance(stage, Stage)
             pieces = self.level_slices(self.config.levels.index(config)) if config.slices else []
-            blocks = [*stage.encoder, *stage.decoder, *(piece.refine for piece in pieces)]
+            blocks = [*stage.encoder, *stage.decoder, *(block for piece in pieces for block in piece.blocks())]
             energy = sum(block.energy for block in blocks if isinstance(block, ResidualBlock))
             total = total + energy * PIXEL_SCALE**2 / (3 * config.stride**2)
         return total
@@ -378,10 +383,10 @@ class VQVAE(nn.Module):
             stage.synthesis.weight.copy_(components.T)
             x = functional.conv2d(inputs, components[:, :, None, None])
             deviation = x.square().mean((0, 2, 3)).sqrt()
-            blocks: list[nn.Module | None] = [*stage.encoder, *stage.decoder]
+            blocks: list[nn.Module] = [*stage.encoder, *stage.decoder]
             if config.slices:
                 for piece in self.level_slices(self.config.levels.index(config)):
-                    blocks.append(piece.refine)
+                    blocks += piece.blocks()
                     energy = deviation[piece.start : piece.stop].reshape(piece.planes, piece.dim).mean(1)
                     middle = piece.steps(torch.tensor([50]))[0]
                     piece.codebook.spread.copy_(torch.exp2((energy / middle / 2).clamp(min=1).log2().round()))
