@@ -327,6 +327,8 @@ class Renderer:
                 name = f"slices.{level}.{index}"
                 if (level, index) != (0, 0):
                     x = self.block(f"{name}.refine", x)
+                    for block in range(stage.get("refine_blocks", 1) - 1):
+                        x = self.block(f"{name}.further.{block}", x)
                 self.add_codes(name, piece, indices[level][:, :, plane : plane + piece["planes"]], x[channel:])
                 plane += piece["planes"]
                 channel += piece["planes"] * piece["dim"]

@@ -1,9 +1,10 @@
 """Another look of the same codes: trained for given weights, kept beside them, and nothing but pixels differ."""
 
-import dataclasses
+import copy
 import importlib.util
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import models
@@ -18,9 +19,12 @@ from torch.nn import functional
 import vqcodec
 from vqcodec import codec, looks, packaged, perceptual, training, weights
 from vqcodec.errors import TrainingError, WeightsError
+from vqcodec.models.config import TINY
+from vqcodec.models.joint import RateDistortion
+from vqcodec.models.prior import Prior
 from vqcodec.schedule import LOOK
 
-PLAN = dataclasses.replace(LOOK, crop=64, batch=4, kernel_rate=1e-2, rate=1e-2, warm_up_steps=5)
+PLAN = replace(LOOK, crop=64, batch=4, kernel_rate=1e-2, rate=1e-2, warm_up_steps=5)
 
 
 def coarse(a: Tensor, b: Tensor) -> Tensor:
@@ -88,6 +92,31 @@ def test_new_blocks_change_nothing_at_first(own: Path) -> None:
     torch.testing.assert_close(after, before, rtol=0, atol=0.01)  # pixel levels
 
 
+def test_a_deeper_model_says_what_it_grew_from_said(tmp_path: Path) -> None:
+    shallow = replace(TINY, stages=tuple(replace(stage, refine_blocks=1) for stage in TINY.stages))
+    deep = replace(
+        TINY,
+        stages=tuple(replace(s, encoder_blocks=2, decoder_blocks=3, refine_blocks=3) for s in TINY.stages),
+        prior=replace(TINY.prior, blocks=2),
+    )
+    assert shallow.grown(deep) == deep
+    assert deep.grown(shallow) == deep
+    before = models.tiny(shallow, shake=30)
+    weights.save_model(tmp_path / "own.safetensors", shallow, before.vqvae, before.prior, {})
+    given = weights.load(tmp_path / "own.safetensors")
+    thawed, prior = copy.deepcopy(given.prior), Prior(deep)
+    thawed.thaw()
+    prior.take_over(thawed)
+    pair = (
+        RateDistortion(shallow, given.vqvae, thawed).eval(),
+        RateDistortion(deep, looks.with_blocks(given, deep), prior).eval(),
+    )
+    with torch.no_grad():
+        said, says = (model(models.batch(models.picture(96, 128)), torch.tensor([60])) for model in pair)
+    torch.testing.assert_close(says.level_bits, said.level_bits)
+    torch.testing.assert_close(says.mse, said.mse)
+
+
 def test_training(own: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the renderer learns, towards what the distance wants; a run can be gone on with."""
     monkeypatch.setattr(perceptual, "distance", lambda features, device: coarse)
@@ -139,7 +168,7 @@ def test_a_look_of_a_classic_model(tmp_path: Path, pictures: Path, monkeypatch: 
         features=Path("features"),
         minutes=1.5 / 60,
         device="cpu",
-        schedule=dataclasses.replace(PLAN, crop=32),
+        schedule=replace(PLAN, crop=32),
         on_progress=seen.append,
     )
     assert seen[-1].step > 3

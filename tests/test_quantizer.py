@@ -358,6 +358,31 @@ def plain_soft_gradient(
     return free.grad
 
 
+@pytest.mark.parametrize(("planes", "dim", "codes", "scales"), SHAPES)
+def test_all_symbols_alike(planes: int, dim: int, codes: int, scales: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs on accelerators: as the other, but that every symbol is pulled by all codes."""
+    book, v = book_and_rows(planes, dim, codes, scales)
+    rates, weight, share = rate_model(book), torch.rand(50, planes) + 0.1, torch.rand(50)
+    inputs = [x.requires_grad_() for x in (rates.theta, rates.zero, book.bias)]
+    loss, indices, bits = book.quantise(v, rates, weight, 0.5, share)
+    expected = torch.autograd.grad(loss, inputs)
+    pull = plain_soft_gradient(book, v, *(x.detach().double() for x in inputs), share, codes)
+    for limit in (quantizer.LARGE_CHUNK, 1):
+        monkeypatch.setattr(quantizer, "LARGE_CHUNK", limit)
+        with torch.no_grad():
+            found = quantizer._quantise_all(v, *inputs, book, weight, 0.5, share, (True,) * 4)
+            standing = quantizer._quantise_all(v, *inputs, book, weight, 0.5, share, (False,) * 4)
+        torch.testing.assert_close(found[0], loss.detach())
+        assert torch.equal(found[1], indices)
+        torch.testing.assert_close(found[2], bits)
+        assert found[3] is not None
+        torch.testing.assert_close(found[3].double(), pull, rtol=1e-3, atol=1e-3)
+        for ours, theirs in zip((found[4], found[5], found[6]), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        assert standing[3] is None
+        assert torch.equal(standing[1], indices)
+
+
 # Learning
 
 

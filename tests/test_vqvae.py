@@ -227,13 +227,14 @@ def test_decoder_reach(level: int, expected: int) -> None:
 
 
 @pytest.mark.parametrize(("level", "index"), [(1, 0), (1, 1)])
-def test_refinement_reaches_one_position(level: int, index: int) -> None:
+def test_refinement_reaches_one_position_with_every_block(level: int, index: int) -> None:
     estimate = shaken().analyse(probe_picture(), QUALITY)[level]
     moved = estimate.clone()
     moved[:, :, 6, 7] += 3
     changed = shaken().refine(level, index, estimate, QUALITY) != shaken().refine(level, index, moved, QUALITY)
     places = changed.any(1)[0].nonzero()
-    assert (places.amin(0).tolist(), places.amax(0).tolist()) == ([5, 6], [7, 8])
+    reach = TINY.levels[level].refine_blocks
+    assert (places.amin(0).tolist(), places.amax(0).tolist()) == ([6 - reach, 7 - reach], [6 + reach, 7 + reach])
 
 
 def test_nothing_to_refine_before_the_first_codes() -> None:

@@ -359,6 +359,7 @@ TINY = Config(
                 SliceConfig(planes=4, dim=4, codes=32, layer=2, scales=4, outposts="near"),
             ),
             lapped=True,
+            refine_blocks=2,
         ),
         StageConfig(32, 12, 16, 1, 1, (SliceConfig(planes=12, dim=1, codes=512, layer=0),)),
     ),
