@@ -8,9 +8,9 @@ symbol is chosen again, among codes nearby, by
     bits_k + prior's slope . (inputs_k - inputs) + decoder's slope . (e_k - e) + caution * weight * |e_k - e|^2
 
 where the weight is what a squared step costs behind an orthonormal decoder; a trained one takes part of every error back. Of the
-symbols that would gain, a random part changes, because neighbours that move together undo what each was promised. Caution rises
-from step to step, and a step may make the picture a little worse, ever less so (Dueck & Scheuer 1990, "Threshold accepting"); the
-best codes of all are kept. That an encoder which is trained once leaves so much to each picture: Yang, Bamler & Mandt 2020, "Improving
+symbols that would gain, a random part changes, because neighbours that move together undo what each was promised. Caution falls with
+every step that gains and rises with every other (Marquardt 1963, "An algorithm for least-squares estimation of nonlinear parameters").
+A step may make the picture a little worse, ever less so (Dueck & Scheuer 1990, "Threshold accepting"); the best codes of all are kept. That an encoder which is trained once leaves so much to each picture: Yang, Bamler & Mandt 2020, "Improving
 inference for neural image compression".
 """
 
@@ -38,10 +38,9 @@ WINDOW, MARGIN = 768, 64
 LEAST_GAIN = 0.25  # in bits, below which no symbol changes
 NEARBY = 1.5  # how far a symbol moves in one step, in quantiser steps
 NEAR_INPUT = 32
-# Of the last step; of the first, which is the bolder the more steps there are: BOLDER for every doubling; and what a failure adds.
-CAUTION, FIRST_CAUTION, BOLDER, FAILED = 0.86, 0.94, 0.08, 0.035
-# Of the symbols that would gain, change in one step: the more, the fewer steps there are.
-SHARE, LARGEST_SHARE = 0.6, 0.9
+# Of the first step; what it is multiplied by after a step that gained, and after one that did not.
+CAUTION, EASED, RAISED = 1.3, 0.9, 1.3
+SHARE = 0.5  # of the symbols that would gain, change in one step
 TOLERANCE = 0.003  # of the cost, by which the first step may raise it
 
 
@@ -127,23 +126,20 @@ def _improve(
 ) -> list[Tensor]:
     """The search in one window: float (1, 3, H, W) and int64 (h, w, P) a level."""
     chance = torch.Generator().manual_seed(0)
-    first, failures = FIRST_CAUTION - BOLDER * math.log2(rounds), 0
-    moving = max(SHARE, LARGEST_SHARE - 0.02 * rounds)
+    caution = CAUTION
     point = _evaluate(model, pixels, codes, quality)
     best, least = codes, point.total
     slopes = _slopes(point)
     for step in range(rounds):
         share = step / max(1, rounds - 1)
-        caution = first + (CAUTION - first) * share + FAILED * failures
-        changed = iter(_change(point, slopes, caution, moving, chance))
+        changed = iter(_change(point, slopes, caution, chance))
         other = [torch.cat([next(changed) for _ in stage.slices], 2) for stage in model.config.levels]
         found = _evaluate(model, pixels, other, quality)
         if found.total < least * (1 + TOLERANCE * (1 - share)):
             codes, point = other, found
             if step + 1 < rounds:
                 slopes = _slopes(point)
-        else:
-            failures += 1
+        caution *= EASED if found.total < least else RAISED
         if found.total < least:
             best, least = other, found.total
         on_round(step + 1)
@@ -223,14 +219,12 @@ def _slopes(point: _Point) -> list[_Slopes]:
 
 
 @torch.no_grad()
-def _change(
-    point: _Point, slopes: list[_Slopes], caution: float, moving: float, chance: torch.Generator
-) -> list[Tensor]:
-    """New codes of all slices, (h, w, P), where a random part `moving` of the symbols that would gain has changed."""
+def _change(point: _Point, slopes: list[_Slopes], caution: float, chance: torch.Generator) -> list[Tensor]:
+    """New codes of all slices, (h, w, P), where a random part of the symbols that would gain has changed."""
     changed = []
     for s, slope in zip(point.symbols, slopes, strict=True):
         best, gains = _best(s, slope, caution)
-        moves = (gains > LEAST_GAIN) & (torch.rand(gains.shape, generator=chance).to(gains.device) < moving)
+        moves = (gains > LEAST_GAIN) & (torch.rand(gains.shape, generator=chance).to(gains.device) < SHARE)
         changed.append(torch.where(moves, best, s.indices).reshape(*s.seen.shape[2:], -1))
     return changed
 
