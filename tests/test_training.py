@@ -327,6 +327,20 @@ def test_two_processes(pictures: Path, tmp_path: Path, script: Path) -> None:
     codec.compress(models.picture(40, 40), weights=output, verify=True)
 
 
+@pytest.mark.gpu
+def test_on_a_gpu(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All phases, each recorded; a CPU decodes what comes of it, and goes on with it."""
+    output = tmp_path / "mine.safetensors"
+    plan = dataclasses.replace(SMALL, kernel_rate=None, prior_at=0.6, joint_at=0.8, polish_from=0.9)
+    monkeypatch.setattr(training, "COMPILING_PAYS", 0.0)
+    run(pictures, output, 150, device="cuda", schedule=plan)  # about a minute of it compiles
+    rows = log_of(output)
+    assert rows[-1]["cost"] < rows[0]["cost"]
+    codec.compress(models.picture(40, 40), weights=output, verify=True, device="cpu")
+    run(pictures, output, 155, device="cpu", schedule=plan, resume=True)
+    assert log_of(output)[-1]["step"] > rows[-1]["step"]
+
+
 # Phases
 
 

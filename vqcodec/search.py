@@ -38,8 +38,11 @@ WINDOW, MARGIN = 768, 64
 LEAST_GAIN = 0.25  # in bits, below which no symbol changes
 NEARBY = 1.5  # how far a symbol moves in one step, in quantiser steps
 NEAR_INPUT = 32
-# Of the first step; what it is multiplied by after a step that gained, and after one that did not.
-CAUTION, EASED, RAISED = 1.3, 0.9, 1.3
+# Of the first step, at quality 0 and 100; and the most.
+CAUTION, MOST_CAUTION = (1.75, 1.0), 1.65
+# What it is multiplied by after a step that gained, one that was taken all the same, and one that was not, of nine: of fewer steps each
+# changes it more, of more less.
+GAINED, TAKEN, REFUSED = 0.9, 1.1, 1.4
 SHARE = 0.5  # of the symbols that would gain, change in one step
 TOLERANCE = 0.003  # of the cost, by which the first step may raise it
 
@@ -126,7 +129,8 @@ def _improve(
 ) -> list[Tensor]:
     """The search in one window: float (1, 3, H, W) and int64 (h, w, P) a level."""
     chance = torch.Generator().manual_seed(0)
-    caution = CAUTION
+    caution = CAUTION[0] + (CAUTION[1] - CAUTION[0]) * quality / 100
+    pace = (9 / rounds) ** 0.5
     point = _evaluate(model, pixels, codes, quality)
     best, least = codes, point.total
     slopes = _slopes(point)
@@ -135,13 +139,14 @@ def _improve(
         changed = iter(_change(point, slopes, caution, chance))
         other = [torch.cat([next(changed) for _ in stage.slices], 2) for stage in model.config.levels]
         found = _evaluate(model, pixels, other, quality)
+        change = REFUSED
         if found.total < least * (1 + TOLERANCE * (1 - share)):
-            codes, point = other, found
+            change, codes, point = TAKEN, other, found
             if step + 1 < rounds:
                 slopes = _slopes(point)
-        caution *= EASED if found.total < least else RAISED
         if found.total < least:
-            best, least = other, found.total
+            change, best, least = GAINED, other, found.total
+        caution = min(MOST_CAUTION, caution * change**pace)
         on_round(step + 1)
     return best
 

@@ -61,6 +61,7 @@ VALIDATION_QUALITIES = (10, 30, 50, 70, 90)
 MALLOC_TRIM_THRESHOLD, MALLOC_MMAP_THRESHOLD = -1, -3  # of malloc.h
 # Crops a step of a GPU: with fewer, most of it would be idle.
 GPU_BATCH = 64
+COMPILING_PAYS = 180.0  # seconds of rounding to come
 ROUNDING = "average.rounding."  # in checkpoints, and kept there when rounding has ended
 
 
@@ -563,13 +564,13 @@ class _Run:
             torch._foreach_copy_(list(self.average.buffers()), list(self.model.buffers()))
 
     def _record(self, trained: nn.Module, inputs: Sequence[Tensor]) -> Recording[tuple[Tensor, Tensor]]:
-        """`_gradients` of such inputs. In the first and longest phase residual blocks are compiled, which takes half a minute and saves
-        half of a step's time; without a compiler it goes on as it is."""
+        """`_gradients` of such inputs. While rounding for long, residual blocks are compiled, which takes a minute and saves a third of
+        a step's time; without a compiler it goes on as it is."""
 
         def work(*x: Tensor) -> tuple[Tensor, Tensor]:
             return self._gradients(trained, *x)
 
-        if self.model.rounding is not None:
+        if self.model.rounding is not None and self.schedule.prior_at * self.budget - self.spent > COMPILING_PAYS:
             blocks = [part for part in self.model.modules() if isinstance(part, ResidualBlock)]
             for block in blocks:
                 block.compile(dynamic=False)
