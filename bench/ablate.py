@@ -65,6 +65,16 @@ def _without_top() -> Config:
     return replace(PHOTO, stages=stages)
 
 
+def _shallow() -> Config:
+    stages = tuple(
+        replace(
+            s, encoder_blocks=(s.encoder_blocks + 1) // 2, decoder_blocks=(s.decoder_blocks + 1) // 2, refine_blocks=1
+        )
+        for s in PHOTO.stages
+    )
+    return replace(PHOTO, stages=stages)
+
+
 VARIANTS = {
     "photo": Variant("as shipped"),
     # The quantiser
@@ -93,8 +103,10 @@ VARIANTS = {
     "small-unit": Variant("residual blocks in a fifth of the unit", replace(PHOTO, residual_unit=0.3)),
     # Levels and prior
     "no-top": Variant("no top level", _without_top()),
-    "prior-64": Variant("context of 64 channels", replace(PHOTO, prior=PriorConfig(64, 64, 1))),
-    "prior-2-blocks": Variant("two gated blocks before each slice", replace(PHOTO, prior=PriorConfig(96, 64, 2))),
+    "prior-64": Variant("context of 64 channels", replace(PHOTO, prior=PriorConfig(64, 64, 2))),
+    "prior-1-block": Variant("one gated block before each slice", replace(PHOTO, prior=PriorConfig(96, 64, 1))),
+    # Depth
+    "shallow": Variant("half of the residual blocks", _shallow()),
     # The schedule
     "half-rate": Variant("half the learning rates", schedule=Schedule(rate=5e-4, prior_rate=1.5e-3)),
     "double-rate": Variant("twice the learning rates", schedule=Schedule(rate=2e-3, prior_rate=6e-3)),
