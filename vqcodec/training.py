@@ -285,8 +285,7 @@ class _Run:
         self.rate_start = schedule.rate_start
         # Kept where the model is, so that no step waits for numbers: moving averages of bits per pixel and PSNR; the last loss.
         self.recent, self.loss = torch.full((2,), math.nan, device=device), torch.tensor(math.nan)
-        self.recording: Recording[tuple[Tensor, Tensor]] | None = None  # of `_gradients`, and for crops of this shape
-        self.recorded = torch.Size()
+        self.recording: Recording[tuple[Tensor, Tensor]] | None = None  # of `_gradients`, for this phase and size of crops
         self.board = _tensorboard(output) if rank == 0 else None
         self.before: list[data.Pixels] = []  # validation crops as the untrained model decodes them
         self.validation: list[data.Pixels] = []
@@ -397,7 +396,7 @@ class _Run:
                 trained = self._enter(self.schedule.phase(share))
             if stream is None or side != self.schedule.crop_side(share, self.config.multiple):
                 side = self.schedule.crop_side(share, self.config.multiple)
-                stream = self._batches(side)
+                stream, self.recording = self._batches(side), None
             rate_weight = self.schedule.rate_weight(share, self.rate_start)
             if after:
                 turn, share = self.schedule.part(share)
@@ -542,8 +541,7 @@ class _Run:
         quality = 1 + 99 * places[self.rank :: self.world] ** self.schedule.low_qualities
         if self.device.type == "cuda" and self.world == 1 and self.config.rate == "joint" and self.config.structured:
             inputs = crops, quality, torch.tensor(rate_weight)
-            if self.recording is None or self.recorded != crops.shape:
-                self.recording, self.recorded = None, crops.shape  # frees the memory of the last one
+            if self.recording is None:
                 self.recording = self._record(trained, [x.to(self.device) for x in inputs])
             recent, self.loss = self.recording(*inputs)
         else:

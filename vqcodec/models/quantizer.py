@@ -16,7 +16,7 @@ Everything here is float32 whatever autocast says: bf16 breaks the arg-min.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -402,13 +402,34 @@ def softplus2(x: Tensor) -> Tensor:
     return functional.softplus(x * math.log(2)) / math.log(2)
 
 
-def _soft_gradient(features: Tensor, vectors: Tensor, v: Tensor, theta: Tensor, zero: Tensor, bias: Tensor) -> Tensor:
-    """Gradient of the expected bits of a soft assignment to some codes, float (N, P, D)."""
-    logp, _ = log_probabilities(features, bias, theta, zero)
-    logp.clamp_(min=-MOST_BITS)
-    w = torch.softmax(_distances(v, vectors).mul_(1 / TEMPERATURE), -1)
+def _pull(logp: Tensor, distances: Tensor, vectors: Tensor) -> Tensor:
+    """Gradient of the expected bits of a soft assignment to some codes, float (N, p, D).
+
+    The assignment w = softmax(-|v - e|^2 / T) gives d E_w[bits] / dv = -2/T Cov_w(log2 p, e).
+
+    Args:
+        logp: (p, N, K), and distances: of `_distances`; both are overwritten. vectors: (p, K, D).
+    """
+    w = torch.softmax(distances.mul_(1 / TEMPERATURE), -1)
     logp -= torch.linalg.vecdot(w, logp)[..., None]
     return torch.bmm(w.mul_(logp), vectors).transpose(0, 1) * (-2 / TEMPERATURE)
+
+
+@dataclass
+class _Task:
+    """What `Codebook.quantise` is asked for, and what of it has a gradient: `pulled`, the vectors; `learns`, the rate model."""
+
+    v: Tensor
+    rates: Rates
+    weight: Tensor
+    bias: float | Tensor
+    share: Tensor
+    pulled: bool
+    learns: bool
+
+
+# Indices and bits (N, P), and what share * bits have for gradients: of v (None unless pulled), theta and the codebook's bias.
+_Answer = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]
 
 
 class _Quantise(torch.autograd.Function):
@@ -426,65 +447,11 @@ class _Quantise(torch.autograd.Function):
         rate_bias: float | Tensor,
         share: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if v.is_cuda:
-            loss, indices, bits, *gradients = _quantise_all(
-                v, theta, zero, bias, book, weight, rate_bias, share, ctx.needs_input_grad
-            )
-            ctx.save_for_backward(*gradients)
-            ctx.mark_non_differentiable(indices, bits)
-            return loss, indices, bits
-        features, vectors = book.features(), book.vectors.detach()
-        lengths = vectors.square().sum(-1)
-        softplus = softplus2(zero)
-        bits = (softplus - zero).clamp_(max=MOST_BITS)
-        indices = torch.zeros(zero.shape, dtype=torch.int64, device=v.device)
-        learns = any(ctx.needs_input_grad[1:4])  # the rate model
-        grad_theta, grad_bias = torch.zeros_like(theta), torch.zeros_like(bias)
-        grad_v: Tensor | None = None
-        if ctx.needs_input_grad[0]:
-            # Symbols that have code 0 for certain are pulled to it as far as the codes next to it say.
-            grad_v = _soft_gradient(features[:, :NEAR], vectors[:, :NEAR], v, theta, zero, bias[:, :NEAR])
-            grad_v *= share[:, None, None]
-        # One row for each open symbol, plane after plane; the others have code 0.
-        mask = book.open_symbols(v, zero, weight, rate_bias).T
-        target, drift, odds = (x.transpose(0, 1)[mask] for x in (v, theta, zero))
-        importance = weight.T[mask][:, None]
-        portion = share.expand(mask.shape)[mask]
-        count = len(target)
-        chosen, spent = torch.empty(count, dtype=torch.int64, device=v.device), torch.empty(count, device=v.device)
-        soft, expected = torch.empty_like(target), torch.empty_like(drift)
-        for rows, parts, logp, values in rate_blocks(features, bias, drift, odds, mask.sum(1).tolist()):
-            distances = torch.empty_like(logp)
-            for plane, part, here in parts:
-                torch.addmm(-lengths[plane], target[part], vectors[plane].T, alpha=2, out=distances[here])
-            logp.clamp_(min=-MOST_BITS)
-            k = torch.add(logp * rate_bias, distances * importance[rows]).max(-1)[1]
-            chosen[rows] = k
-            spent[rows] = -logp.gather(-1, k[:, None])[:, 0]
-            if grad_v is not None:
-                # The soft assignment w = softmax(-|v - e|^2 / T) gives d E_w[bits] / dv = -2/T Cov_w(log2 p, e).
-                w = torch.softmax(distances.mul_(1 / TEMPERATURE), -1)
-                logp -= torch.linalg.vecdot(w, logp)[:, None]
-                w *= logp
-                for plane, part, here in parts:
-                    torch.mm(w[here], vectors[plane], out=soft[part])
-            if not learns:
-                continue
-            # The rate model learns from the chosen code: d bits / d theta = E_p[f] - f_k, for k other than 0
-            # whose bits are not at their limit.
-            other = ((k > 0) & (spent[rows] < MOST_BITS)).float() * portion[rows]
-            values *= other[:, None]
-            for plane, part, here in parts:
-                torch.mm(values[here], features[plane], out=expected[part])
-                expected[part].addcmul_(features[plane][k[here]], other[here][:, None], value=-1)
-                grad_bias[plane] += values[here].sum(0).scatter_add_(0, k[here], -other[here])
-        if grad_v is not None:
-            grad_v.transpose(0, 1)[mask] = soft.mul_((-2 / TEMPERATURE) * portion[:, None])
-        if learns:
-            grad_theta.transpose(0, 1)[mask] = expected
-        indices.T[mask] = chosen
-        bits.T[mask] = spent
-        bits = bits.sum(1)
+        pulled, *learns = ctx.needs_input_grad[:4]
+        task = _Task(v, Rates(theta, zero), weight, rate_bias, share, pulled, any(learns))
+        answer = _quantise_all(book, task) if v.is_cuda else _quantise_open(book, task)
+        indices, spent, grad_v, grad_theta, grad_bias = answer
+        bits = spent.sum(1)
         grad_zero = (torch.sigmoid(zero * math.log(2)) - (indices == 0).float()) * share[:, None]
         ctx.save_for_backward(grad_v, grad_theta, grad_zero, grad_bias)
         ctx.mark_non_differentiable(indices, bits)
@@ -506,27 +473,67 @@ class _Quantise(torch.autograd.Function):
         )
 
 
-def _quantise_all(
-    v: Tensor,
-    theta: Tensor,
-    zero: Tensor,
-    bias: Tensor,
-    book: Codebook,
-    weight: Tensor,
-    rate_bias: float | Tensor,
-    share: Tensor,
-    needed: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]:
-    """What `_Quantise` computes, for all symbols and codes alike: for devices where looking which symbols are open would take longer.
+def _quantise_open(book: Codebook, task: _Task) -> _Answer:
+    """Only for symbols for which another code than 0 could win, in blocks that fit the cache."""
+    v, theta, zero, bias = task.v, task.rates.theta, task.rates.zero, book.bias.detach()
+    features, vectors = book.features(), book.vectors.detach()
+    lengths = vectors.square().sum(-1)
+    bits = (softplus2(zero) - zero).clamp_(max=MOST_BITS)
+    indices = torch.zeros(zero.shape, dtype=torch.int64, device=v.device)
+    grad_theta, grad_bias = torch.zeros_like(theta), torch.zeros_like(bias)
+    grad_v: Tensor | None = None
+    if task.pulled:
+        # Symbols that have code 0 for certain are pulled to it as far as the codes next to it say.
+        near = vectors[:, :NEAR]
+        logp, _ = log_probabilities(features[:, :NEAR], bias[:, :NEAR], theta, zero)
+        grad_v = _pull(logp.clamp_(min=-MOST_BITS), _distances(v, near), near) * task.share[:, None, None]
+    # One row for each open symbol, plane after plane; the others have code 0.
+    mask = book.open_symbols(v, zero, task.weight, task.bias).T
+    target, drift, odds = (x.transpose(0, 1)[mask] for x in (v, theta, zero))
+    importance = task.weight.T[mask][:, None]
+    portion = task.share.expand(mask.shape)[mask]
+    count = len(target)
+    chosen, spent = torch.empty(count, dtype=torch.int64, device=v.device), torch.empty(count, device=v.device)
+    soft, expected = torch.empty_like(target), torch.empty_like(drift)
+    for rows, parts, logp, values in rate_blocks(features, bias, drift, odds, mask.sum(1).tolist()):
+        distances = torch.empty_like(logp)
+        for plane, part, here in parts:
+            torch.addmm(-lengths[plane], target[part], vectors[plane].T, alpha=2, out=distances[here])
+        logp.clamp_(min=-MOST_BITS)
+        k = torch.add(logp * task.bias, distances * importance[rows]).max(-1)[1]
+        chosen[rows] = k
+        spent[rows] = -logp.gather(-1, k[:, None])[:, 0]
+        if task.pulled:  # as `_pull`
+            w = torch.softmax(distances.mul_(1 / TEMPERATURE), -1)
+            logp -= torch.linalg.vecdot(w, logp)[:, None]
+            w *= logp
+            for plane, part, here in parts:
+                torch.mm(w[here], vectors[plane], out=soft[part])
+        if not task.learns:
+            continue
+        # The rate model learns from the chosen code: d bits / d theta = E_p[f] - f_k, for k other than 0
+        # whose bits are not at their limit.
+        other = ((k > 0) & (spent[rows] < MOST_BITS)).float() * portion[rows]
+        values *= other[:, None]
+        for plane, part, here in parts:
+            torch.mm(values[here], features[plane], out=expected[part])
+            expected[part].addcmul_(features[plane][k[here]], other[here][:, None], value=-1)
+            grad_bias[plane] += values[here].sum(0).scatter_add_(0, k[here], -other[here])
+    if grad_v is not None:
+        grad_v.transpose(0, 1)[mask] = soft.mul_((-2 / TEMPERATURE) * portion[:, None])
+    if task.learns:
+        grad_theta.transpose(0, 1)[mask] = expected
+    indices.T[mask] = chosen
+    bits.T[mask] = spent
+    return indices, bits, grad_v, grad_theta, grad_bias
 
-    Args: as of `_Quantise.forward`; needed: whether each has a gradient.
 
-    Returns:
-        loss, indices, bits, and the gradients of v (None if not needed), theta, zero and bias.
-    """
+def _quantise_all(book: Codebook, task: _Task) -> _Answer:
+    """For all symbols and codes alike: for devices where looking which symbols are open would take longer."""
+    v, theta, zero, bias = task.v, task.rates.theta, task.rates.zero, book.bias.detach()
     features, vectors = book.features(), book.vectors.detach()
     indices, spent = torch.empty_like(zero, dtype=torch.int64), torch.empty_like(zero)
-    grad_v = torch.empty_like(v) if needed[0] else None
+    grad_v = torch.empty_like(v) if task.pulled else None
     grad_theta, grad_bias = torch.zeros_like(theta), torch.zeros_like(bias)
     count, planes = zero.shape
     some = max(1, LARGE_CHUNK // (count * vectors.shape[1]))
@@ -535,25 +542,18 @@ def _quantise_all(
         logp, values = log_probabilities(features[part], bias[part], theta[:, part], zero[:, part])
         logp.clamp_(min=-MOST_BITS)
         distances = _distances(v[:, part], vectors[part])
-        k = torch.addcmul(logp * rate_bias, distances, weight.T[part, :, None]).argmax(-1)  # (p, N)
-        indices[:, part] = k.T
+        k = torch.addcmul(logp * task.bias, distances, task.weight.T[part, :, None]).argmax(-1)  # (p, N)
         bits = -logp.gather(-1, k[..., None])[..., 0]
-        spent[:, part] = bits.T
+        indices[:, part], spent[:, part] = k.T, bits.T
         if grad_v is not None:
-            w = torch.softmax(distances.mul_(1 / TEMPERATURE), -1)
-            logp -= torch.linalg.vecdot(w, logp)[..., None]
-            grad_v[:, part] = torch.bmm(w.mul_(logp), vectors[part]).transpose(0, 1)
-        if any(needed[1:4]):
-            other = ((k > 0) & (bits < MOST_BITS)).float() * share
+            grad_v[:, part] = _pull(logp, distances, vectors[part]) * task.share[:, None, None]
+        if task.learns:
+            other = ((k > 0) & (bits < MOST_BITS)).float() * task.share
             values *= other[..., None]
             values.scatter_add_(-1, k[..., None], -other[..., None])  # now d bits / d logits
             grad_theta[:, part] = torch.bmm(values, features[part]).transpose(0, 1)
             grad_bias[part] = values.sum(1)
-    if grad_v is not None:
-        grad_v *= (-2 / TEMPERATURE) * share[:, None, None]
-    bits = spent.sum(1)
-    grad_zero = (torch.sigmoid(zero * math.log(2)) - (indices == 0).float()) * share[:, None]
-    return (bits * share).sum(), indices, bits, grad_v, grad_theta, grad_zero, grad_bias
+    return indices, spent, grad_v, grad_theta, grad_bias
 
 
 def rows(x: Tensor, planes: int) -> Tensor:
