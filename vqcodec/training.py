@@ -285,7 +285,7 @@ class _Run:
         self.rate_start = schedule.rate_start
         # Kept where the model is, so that no step waits for numbers: moving averages of bits per pixel and PSNR; the last loss.
         self.recent, self.loss = torch.full((2,), math.nan, device=device), torch.tensor(math.nan)
-        self.recording: Recording[tuple[Tensor, Tensor]] | None = None  # of `_gradients`, for this phase and size of crops
+        self.recording: Recording[tuple[Tensor, Tensor]] | None = None  # for this phase and size of crops
         self.board = _tensorboard(output) if rank == 0 else None
         self.before: list[data.Pixels] = []  # validation crops as the untrained model decodes them
         self.validation: list[data.Pixels] = []
