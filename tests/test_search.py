@@ -76,10 +76,24 @@ def test_the_choice_is_the_entropy_constrained_one(monkeypatch: pytest.MonkeyPat
     s = search._Symbols(piece, indices, rates, weight, torch.zeros(0), torch.zeros(0))
     slopes = search._Slopes(torch.zeros(count, planes, 2), -2 * weight[:, None] * move)
     monkeypatch.setattr(search, "NEARBY", math.inf)
-    best, gains = search._best(s, slopes, 1.0)
+    best, gains = search._best(s, slopes, weight)
     expected = book.choose(book.lookup(indices) + move, rates, weight.expand(count, -1), 1.0)
     assert float((best == expected).float().mean()) > 0.999
     assert float(gains.min()) > -1e-4 and float((best != indices).float().mean()) > 0.3
+
+
+def test_curvature_is_learned_plane_by_plane() -> None:
+    """Of parabolas: with evidence the true one, without what is usual, never next to nothing."""
+    generator = torch.Generator().manual_seed(3)
+    weight, true = torch.tensor([1.0, 2.0, 2.0, 2.0]), torch.tensor([0.5, 3.0, 3.0, -9.0])
+    moving = torch.tensor([1.0, 1.0, 0.0, 1.0])[:, None]
+    curvature = search._Curvature(weight)
+    assert torch.equal(curvature.estimate, weight)
+    for _ in range(5):
+        change = torch.randn(2000, 4, 2, generator=generator) * moving
+        curvature.learn(change, 2 * true[:, None] * change)
+    expected = torch.tensor([0.5, 3.0, search.USUAL * 2.0, search.LEAST_CURVATURE * 2.0])
+    torch.testing.assert_close(curvature.estimate, expected, rtol=0.01, atol=0)
 
 
 def test_bits_and_their_gradients() -> None:

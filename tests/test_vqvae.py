@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vqcodec.models import vqvae
 from vqcodec.models.config import NAMED, PHOTO, TINY, VQVAE2, Config
 from vqcodec.models.prior import Prior
 from vqcodec.models.vqvae import (
@@ -117,6 +118,25 @@ def test_what_a_block_adds_has_the_gradient_of_its_definition() -> None:
         by_hand, automatic = (torch.autograd.grad(sums.cos().sum(), y, retain_graph=True)[0] for sums in (one, other))
         torch.testing.assert_close(by_hand, automatic)
         assert by_hand.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("strip", [1, 20, 1 << 20])
+def test_a_block_does_one_picture_as_it_does_many(strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In strips that end anywhere, and at once where gradients are asked for."""
+    monkeypatch.setattr(vqvae, "STRIP", strip)
+    model = copy.deepcopy(shaken()).eval()
+    block = model.stage(1).decoder[0]
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(2, TINY.stages[1].channels, 7, 9, generator=generator).to(memory_format=torch.channels_last)
+    both = block(x, model.condition(torch.tensor([20, 80])))
+    for index, quality in enumerate((20, 80)):
+        one, cond = x[index : index + 1], model.condition(torch.tensor([quality]))
+        assert float((both[index] - one[0]).std()) > 0, "the block adds something"
+        torch.testing.assert_close(block(one, cond)[0], both[index], rtol=1e-5, atol=1e-6)
+        with torch.no_grad():
+            kept = one.clone()
+            torch.testing.assert_close(block(one, cond)[0], both[index], rtol=1e-5, atol=1e-6)
+            assert torch.equal(one, kept)
 
 
 def test_leading_channels_are_the_strongest() -> None:

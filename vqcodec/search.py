@@ -7,9 +7,10 @@ symbol is chosen again, among codes nearby, by
 
     bits_k + prior's slope . (inputs_k - inputs) + decoder's slope . (e_k - e) + caution * weight * |e_k - e|^2
 
-where the weight is what a squared step costs behind an orthonormal decoder; a trained one takes part of every error back. Of the
-symbols that would gain, a random part changes, because neighbours that move together undo what each was promised. Caution falls with
-every step that gains and rises with every other (Marquardt 1963, "An algorithm for least-squares estimation of nonlinear parameters").
+where the weight is what a squared step costs: at first behind an orthonormal decoder, then, plane by plane, as slopes have changed
+where symbols had (Barzilai & Borwein 1988, "Two-point step size gradient methods"). Of the symbols that would gain, a random part
+changes, because neighbours that move together undo what each was promised. Caution falls with every step that gains and rises with
+every other (Marquardt 1963, "An algorithm for least-squares estimation of nonlinear parameters").
 A step may make the picture a little worse, ever less so (Dueck & Scheuer 1990, "Threshold accepting"); the best codes of all are kept. That an encoder which is trained once leaves so much to each picture: Yang, Bamler & Mandt 2020, "Improving
 inference for neural image compression".
 """
@@ -40,9 +41,13 @@ NEARBY = 1.5  # how far a symbol moves in one step, in quantiser steps
 NEAR_INPUT = 32
 # Of the first step, at quality 0 and 100; and the most.
 CAUTION, MOST_CAUTION = (1.75, 1.0), 1.65
-# What it is multiplied by after a step that gained, one that was taken all the same, and one that was not, of nine: of fewer steps each
-# changes it more, of more less.
-GAINED, TAKEN, REFUSED = 0.9, 1.1, 1.4
+# What it is multiplied by after a step that gained, one that was taken all the same, and one that was not.
+GAINED, TAKEN, REFUSED = 0.93, 1.07, 1.3
+# Of what is known of a plane's curvature, how much counts again at the next step; and what it is held for before anything is known,
+# as a share of an orthonormal decoder's, and with the evidence of how many squared steps.
+REMEMBERED = 0.7
+USUAL, EVIDENCE = 0.8, 5.0
+LEAST_CURVATURE = 0.1  # of an orthonormal decoder's
 SHARE = 0.5  # of the symbols that would gain, change in one step
 TOLERANCE = 0.003  # of the cost, by which the first step may raise it
 
@@ -83,6 +88,22 @@ class _Slopes:
 
     by_prior: Tensor
     by_decoder: Tensor
+
+
+class _Curvature:
+    """What a squared step costs in each plane of a slice: float (P,), bits."""
+
+    def __init__(self, weight: Tensor) -> None:
+        """weight: that of an orthonormal decoder, float (P,)."""
+        self.weight = self.estimate = weight
+        self.bent, self.moved = torch.zeros_like(weight), torch.zeros_like(weight)
+
+    def learn(self, change: Tensor, bend: Tensor) -> None:
+        """Symbols have moved by `change`, in steps, and slopes have changed by `bend` at that; both float (N, P, D)."""
+        self.bent = REMEMBERED * self.bent + (change * bend).sum((0, 2)) / 2
+        self.moved = REMEMBERED * self.moved + change.square().sum((0, 2))
+        measured = (self.bent + EVIDENCE * USUAL * self.weight) / (self.moved + EVIDENCE)
+        self.estimate = torch.maximum(measured, LEAST_CURVATURE * self.weight)
 
 
 def improve(
@@ -130,23 +151,28 @@ def _improve(
     """The search in one window: float (1, 3, H, W) and int64 (h, w, P) a level."""
     chance = torch.Generator().manual_seed(0)
     caution = CAUTION[0] + (CAUTION[1] - CAUTION[0]) * quality / 100
-    pace = (9 / rounds) ** 0.5
     point = _evaluate(model, pixels, codes, quality)
     best, least = codes, point.total
     slopes = _slopes(point)
+    curvatures = [_Curvature(s.weight) for s in point.symbols]
     for step in range(rounds):
         share = step / max(1, rounds - 1)
-        changed = iter(_change(point, slopes, caution, chance))
+        changed = iter(_change(point, slopes, [caution * c.estimate for c in curvatures], chance))
         other = [torch.cat([next(changed) for _ in stage.slices], 2) for stage in model.config.levels]
         found = _evaluate(model, pixels, other, quality)
         change = REFUSED
         if found.total < least * (1 + TOLERANCE * (1 - share)):
-            change, codes, point = TAKEN, other, found
+            change = TAKEN
             if step + 1 < rounds:
-                slopes = _slopes(point)
+                before, slopes = slopes, _slopes(found)
+                for index, curvature in enumerate(curvatures):
+                    moved = found.symbols[index].vectors.detach() - point.symbols[index].vectors.detach()
+                    bend = slopes[index].by_decoder - before[index].by_decoder
+                    curvature.learn(rows(moved, bend.shape[1]), bend)
+            point = found
         if found.total < least:
             change, best, least = GAINED, other, found.total
-        caution = min(MOST_CAUTION, caution * change**pace)
+        caution = min(MOST_CAUTION, caution * change)
         on_round(step + 1)
     return best
 
@@ -224,22 +250,24 @@ def _slopes(point: _Point) -> list[_Slopes]:
 
 
 @torch.no_grad()
-def _change(point: _Point, slopes: list[_Slopes], caution: float, chance: torch.Generator) -> list[Tensor]:
+def _change(point: _Point, slopes: list[_Slopes], dampings: list[Tensor], chance: torch.Generator) -> list[Tensor]:
     """New codes of all slices, (h, w, P), where a random part of the symbols that would gain has changed."""
     changed = []
-    for s, slope in zip(point.symbols, slopes, strict=True):
-        best, gains = _best(s, slope, caution)
+    for s, slope, damping in zip(point.symbols, slopes, dampings, strict=True):
+        best, gains = _best(s, slope, damping)
         moves = (gains > LEAST_GAIN) & (torch.rand(gains.shape, generator=chance).to(gains.device) < SHARE)
         changed.append(torch.where(moves, best, s.indices).reshape(*s.seen.shape[2:], -1))
     return changed
 
 
-def _best(s: _Symbols, slopes: _Slopes, caution: float) -> tuple[Tensor, Tensor]:
-    """The best code of every symbol by the equation of the module, int64 (N, P), and what it gains on the present one, in bits."""
+def _best(s: _Symbols, slopes: _Slopes, damping: Tensor) -> tuple[Tensor, Tensor]:
+    """The best code of every symbol by the equation of the module, int64 (N, P), and what it gains on the present one, in bits.
+
+    damping: what a squared step is held to cost in each plane, float (P,).
+    """
     book: Codebook = s.piece.codebook
     vectors, inputs, features = book.vectors.detach(), book.inputs(), book.features()
     lengths = vectors.square().sum(-1)
-    damping = caution * s.weight
     # Code 0 stays where leaving it costs more than the slopes promise at most (near codes have inputs of about NEAR_INPUT).
     hope = slopes.by_decoder.square().sum(2) / (4 * damping) + NEAR_INPUT * slopes.by_prior.abs().sum(2)
     free = ((s.indices > 0) | (s.model.zero < hope)).T

@@ -36,6 +36,8 @@ START_STEP = 1.5
 LAP_SCALE = 1.3
 # What blocks add everywhere alike says nothing of the picture, but noise of the training feeds it: it counts so many times.
 COMMON = 20.0
+# Positions that a residual block does at a time in one picture: what it keeps of them fits into a processor's caches.
+STRIP = 8192
 # Knots of the piecewise linear log step over t in [0, 1].
 KNOTS = 9
 
@@ -108,6 +110,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, cond: Condition) -> Tensor:
         """x: (B, C, h, w)."""
+        if len(x) == 1 and not self.training:
+            return self._of_one(x, cond)
         gain, shift = self.quality(cond.basis)[:, :, None, None].chunk(2, 1)
         size = torch.maximum(self.deviation, cond.unit[:, None])
         y = functional.leaky_relu(self.reduce(x * (1 / size)[:, :, None, None].to(x.dtype)), 0.1)
@@ -118,6 +122,32 @@ class ResidualBlock(nn.Module):
             common = (cond.unit[:, None] * mean).mean(0).square().sum()
             self.energy = cond.unit.square() * energy + (COMMON - 1) * common
         return x + (cond.unit[:, None, None, None] * y).to(x.dtype)
+
+    def _of_one(self, x: Tensor, cond: Condition) -> Tensor:
+        """The same for one picture: what depends on the quality is multiplied into the kernels and, where no gradient is asked for,
+        one strip of rows is done after the other. At stride 4 twice as fast: such maps are larger than caches."""
+        gain, shift = self.quality(cond.basis)[0].chunk(2)
+        reduce = self.reduce.weight / torch.maximum(self.deviation, cond.unit)[:, None, None]
+        spatial = self.spatial.weight * (1 + gain)[:, None, None, None]
+        expand = self.expand.weight * cond.unit
+        assert self.spatial.bias is not None and self.expand.bias is not None
+        spatial_bias, expand_bias = self.spatial.bias * (1 + gain) + shift, self.expand.bias * cond.unit
+
+        def added(start: int, stop: int) -> Tensor:
+            above = min(start, 1)
+            y = functional.conv2d(x[:, :, start - above : stop + 1], reduce, self.reduce.bias)
+            y = functional.conv2d(functional.leaky_relu_(y, 0.1), spatial, spatial_bias, padding=1)
+            y = functional.leaky_relu_(y[:, :, above : above + stop - start], 0.1)
+            return functional.conv2d(y, expand, expand_bias)
+
+        if torch.is_grad_enabled():
+            return x + added(0, x.shape[2])
+        out = torch.empty_like(x)
+        rows = max(1, STRIP // x.shape[3])
+        for start in range(0, x.shape[2], rows):
+            strip = slice(start, min(start + rows, x.shape[2]))
+            torch.add(x[:, :, strip], added(strip.start, strip.stop), out=out[:, :, strip])
+        return out
 
 
 class Linear1x1(nn.Linear):
