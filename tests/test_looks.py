@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.nn import functional
 
 import vqcodec
-from vqcodec import codec, looks, packaged, perceptual, training, weights
+from vqcodec import codec, packaged, perceptual, training, weights
 from vqcodec.errors import TrainingError, WeightsError
-from vqcodec.models.config import TINY
+from vqcodec.models.config import TINY, Config
 from vqcodec.models.joint import RateDistortion
 from vqcodec.models.prior import Prior
+from vqcodec.models.vqvae import VQVAE
 from vqcodec.schedule import LOOK
 
 PLAN = replace(LOOK, crop=64, batch=4, kernel_rate=1e-2, rate=1e-2, warm_up_steps=5)
@@ -50,8 +51,8 @@ def own(tmp_path: Path) -> Path:
 def look(own: Path) -> Path:
     """A natural look of these weights: paler."""
     model = weights.load(own)
-    config = looks.look_config(model.config)
-    vqvae = looks.with_blocks(model, config)
+    config = model.config.look()
+    vqvae = taken_over(model, config)
     for part in vqvae.renderer().values():
         for name, parameter in part.named_parameters():
             if name == "weight":
@@ -59,6 +60,12 @@ def look(own: Path) -> Path:
     path = own.with_suffix(".natural.safetensors")
     weights.save_look(path, config, vqvae, model.id.hex(), {})
     return path
+
+
+def taken_over(given: weights.Model, config: Config) -> VQVAE:
+    vqvae = VQVAE(config).requires_grad_(False).eval()
+    vqvae.take_over(given.vqvae)
+    return vqvae
 
 
 def psnr_of(a: object, b: object) -> float:
@@ -83,8 +90,8 @@ def test_only_pixels_differ(own: Path, look: Path) -> None:
 
 def test_new_blocks_change_nothing_at_first(own: Path) -> None:
     model = weights.load(own)
-    config = looks.look_config(model.config)
-    vqvae = looks.with_blocks(model, config)
+    config = model.config.look()
+    vqvae = taken_over(model, config)
     assert config.stages[0].decoder_blocks > model.config.stages[0].decoder_blocks
     estimate, quality = torch.randn(1, model.config.stages[1].channels, 8, 8), torch.tensor([30])
     level = len(config.levels) - 1
@@ -109,7 +116,7 @@ def test_a_deeper_model_says_what_it_grew_from_said(tmp_path: Path) -> None:
     prior.take_over(thawed)
     pair = (
         RateDistortion(shallow, given.vqvae, thawed).eval(),
-        RateDistortion(deep, looks.with_blocks(given, deep), prior).eval(),
+        RateDistortion(deep, taken_over(given, deep), prior).eval(),
     )
     with torch.no_grad():
         said, says = (model(models.batch(models.picture(96, 128)), torch.tensor([60])) for model in pair)
@@ -192,7 +199,7 @@ def test_refused(own: Path, look: Path, tmp_path: Path) -> None:
         weights.load(own, look=own)
     tensors = load_file(look)
     metadata = {"format": weights.LOOK_FORMAT, "weights": weights.load(own).id.hex()}
-    metadata["config"] = looks.look_config(weights.load(own).config).to_json()
+    metadata["config"] = weights.load(own).config.look().to_json()
     save_file(dict(list(tensors.items())[1:]), look, metadata)
     with pytest.raises(WeightsError, match=r"natural\.safetensors lack"):
         vqcodec.decompress(data, weights=own, look="natural")

@@ -36,7 +36,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 
-from vqcodec import data, looks, perceptual, weights
+from vqcodec import data, perceptual, weights
 from vqcodec.errors import TrainingError
 from vqcodec.models.config import Config, load_config
 from vqcodec.models.joint import Losses, RateDistortion
@@ -133,7 +133,7 @@ def train(
     if features is not None:
         if given is None:
             raise TrainingError("a look needs the weights that it is for")
-        settings = looks.look_config(given.config)
+        settings = given.config.look()
     with _process_group() as (rank, world):
         target = _device(device, rank)
         torch.manual_seed(seed)
@@ -317,7 +317,7 @@ class _Run:
 
     def start_from(self, given: weights.Model, path: Path) -> None:
         """Continue from exported weights, read from `path`; the rate counts in full from the first step."""
-        self.model.vqvae.load_state_dict(looks.with_blocks(given, self.config).state_dict())
+        self.model.vqvae.take_over(given.vqvae)
         prior = copy.deepcopy(given.prior)
         prior.thaw()
         self.model.prior.take_over(prior)

@@ -15,6 +15,8 @@ QUALITIES = 100
 MAX_INPUTS = (1 << 24) // (127 * 127)  # 1040
 # Codebooks of more dimensions have no structured start: even the first shells of the lattice are larger than most of them.
 LARGEST_LATTICE = 8
+# Residual blocks that another look has more in every stage below the codes.
+LOOK_BLOCKS = 2
 
 
 def _check_range(config: object, low: int, *names: str, high: int = 1 << 20) -> None:
@@ -207,6 +209,12 @@ class Config:
     def multiple(self) -> int:
         """Pictures are padded to a multiple of this many pixels."""
         return self.stages[-1].stride
+
+    def look(self) -> "Config":
+        """For another look: more residual blocks in the decoder's stages below the finest codes."""
+        finest = self.levels[-1].stride
+        stages = (replace(s, decoder_blocks=s.decoder_blocks + LOOK_BLOCKS * (s.stride < finest)) for s in self.stages)
+        return replace(self, stages=tuple(stages))
 
     def grown(self, other: "Config") -> "Config":
         """With the codes and scales of another configuration's slices, and its residual blocks, where those are more."""
