@@ -37,7 +37,7 @@ START_STEP = 1.5
 LAP_SCALE = 1.3
 # What blocks add everywhere alike says nothing of the picture, but noise of the training feeds it: it counts so many times.
 COMMON = 20.0
-# Positions that a residual block does at a time in one picture: what it keeps of them fits into a processor's caches.
+# Positions of one picture that a residual block does at a time on a CPU: what it keeps of them fits into caches.
 STRIP = 8192
 # Knots of the piecewise linear log step over t in [0, 1].
 KNOTS = 9
@@ -125,8 +125,8 @@ class ResidualBlock(nn.Module):
         return x + (cond.unit[:, None, None, None] * y).to(x.dtype)
 
     def _of_one(self, x: Tensor, cond: Condition) -> Tensor:
-        """The same for one picture: what depends on the quality is multiplied into the kernels and, where no gradient is asked for,
-        one strip of rows is done after the other. At stride 4 twice as fast: such maps are larger than caches."""
+        """The same for one picture: what depends on the quality is multiplied into the kernels, and a CPU does one strip of rows after
+        the other where no gradient is asked for. At stride 4 twice as fast: such maps are larger than caches."""
         gain, shift = self.quality(cond.basis)[0].chunk(2)
         reduce = self.reduce.weight / torch.maximum(self.deviation, cond.unit)[:, None, None]
         spatial = self.spatial.weight * (1 + gain)[:, None, None, None]
@@ -141,7 +141,7 @@ class ResidualBlock(nn.Module):
             y = functional.leaky_relu_(y[:, :, above : above + stop - start], 0.1)
             return functional.conv2d(y, expand, expand_bias)
 
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or x.is_cuda:
             return x + added(0, x.shape[2])
         out = torch.empty_like(x)
         rows = max(1, STRIP // x.shape[3])
