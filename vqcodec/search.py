@@ -57,7 +57,8 @@ class _Symbols:
     """One slice's symbols at one point of the search: N positions, P planes.
 
     Attributes:
-        piece: steps and codebook. indices: int64 (N, P). model: their rate model. weight: float (P,), bits per squared step.
+        piece: steps and codebook. indices: int64 (N, P). model: their rate model. weight: float (P,), bits per squared step
+            behind an orthonormal decoder.
         seen: what the prior sees, float (1, P * 2 D, h, w), and vectors: what the decoder gets, (1, P D, h, w), in steps; the
             leaves of the slopes.
     """
