@@ -34,6 +34,12 @@ def test_going_on_from_weights_rounds_to_the_end_and_learns_nothing_together() -
     assert rates == pytest.approx([1, 0.52, 0.02], rel=1e-2)
 
 
+def test_large_batches_learn_faster() -> None:
+    plan = Schedule(batch=8, rate=1e-3)
+    rates = [(plan.with_batch(batch).batch, plan.with_batch(batch).rate) for batch in (4, 8, 18, 64)]
+    assert rates == [(8, 1e-3), (8, 1e-3), (18, pytest.approx(1.5e-3)), (64, pytest.approx(2e-3))]
+
+
 def test_rate_weight_reaches_one_and_stays() -> None:
     plan = Schedule(rate_rise=0.4, prior_at=0.6, joint_at=0.7)
     assert [plan.rate_weight(share, 0.1) for share in (0, 0.2, 0.4, 0.59, 1)] == pytest.approx([0.1, 0.55, 1, 1, 1])

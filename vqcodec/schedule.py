@@ -56,6 +56,13 @@ class Schedule:
         """For codebooks that do not start as integers, and where the prior is learned after the rest."""
         return replace(self, prior_at=0.0, joint_at=0.0)
 
+    def with_batch(self, batch: int) -> "Schedule":
+        """With at least so many crops a step. Transforms learn at a higher rate then, as the square root of the batch (Malladi et al. 2022, "On the SDEs and
+        scaling rules for adaptive gradient algorithms"), but at most twice as fast."""
+        if batch <= self.batch:
+            return self
+        return replace(self, batch=batch, rate=self.rate * min(2.0, math.sqrt(batch / self.batch)))
+
     def onward(self) -> "Schedule":
         """For weights that are good already: most of the time is for rounding, after which what makes the codes is done; the prior
         catches up, and polishes with the renderer."""

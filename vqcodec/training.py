@@ -139,7 +139,7 @@ def train(
         torch.manual_seed(seed)
         plan = schedule or (LOOK if features else SCHEDULES.get(settings.name, Schedule()))
         if target.type == "cuda" and not schedule:
-            plan = dataclasses.replace(plan, batch=max(plan.batch, GPU_BATCH * world))
+            plan = plan.with_batch(GPU_BATCH * world)
         if settings.rate == "after":  # the prior has its own part of the time already
             plan = dataclasses.replace(plan.without_rounding(), joint_rate=1.0, polish_from=1.0)
         elif not settings.structured:

@@ -275,14 +275,14 @@ PHOTO = Config(
     name="photo",
     stages=(
         StageConfig(stride=4, channels=48, hidden=64, encoder_blocks=3, decoder_blocks=4),
-        StageConfig(stride=8, channels=192, hidden=96, encoder_blocks=4, decoder_blocks=6),
+        StageConfig(stride=8, channels=192, hidden=96, encoder_blocks=5, decoder_blocks=6),
         StageConfig(
             stride=16,
             channels=288,
             hidden=160,
-            encoder_blocks=5,
-            decoder_blocks=5,
-            refine_blocks=2,
+            encoder_blocks=7,
+            decoder_blocks=6,
+            refine_blocks=3,
             slices=(
                 SliceConfig(planes=16, dim=1, codes=256, layer=1),
                 SliceConfig(planes=40, dim=1, codes=96, layer=1),
