@@ -62,6 +62,7 @@ MALLOC_TRIM_THRESHOLD, MALLOC_MMAP_THRESHOLD = -1, -3  # of malloc.h
 # Crops a step of a GPU: with fewer, most of it would be idle.
 GPU_BATCH = 64
 COMPILING_PAYS = 180.0  # seconds of rounding to come
+COMPILED_BLOCKS = 64  # more than there are sizes, types and layouts of what residual blocks get
 ROUNDING = "average.rounding."  # in checkpoints, and kept there when rounding has ended
 
 
@@ -569,6 +570,7 @@ class _Run:
             return self._gradients(trained, *x)
 
         if self.model.rounding is not None and self.schedule.prior_at * self.budget - self.spent > COMPILING_PAYS:
+            torch._dynamo.config.cache_size_limit = COMPILED_BLOCKS
             blocks = [part for part in self.model.modules() if isinstance(part, ResidualBlock)]
             for block in blocks:
                 block.compile(dynamic=False)
