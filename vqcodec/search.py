@@ -40,7 +40,7 @@ LEAST_GAIN = 0.25  # in bits, below which no symbol changes
 NEARBY = 1.5  # how far a symbol moves in one step, in quantiser steps
 NEAR_INPUT = 32
 # Of the first step, at quality 0 and 100; and the most.
-CAUTION, MOST_CAUTION = (1.75, 1.0), 1.65
+CAUTION, MOST_CAUTION = (2.0, 1.0), 4.0
 # What it is multiplied by after a step that gained, one that was taken all the same, and one that was not.
 GAINED, TAKEN, REFUSED = 0.93, 1.07, 1.3
 # Of what is known of a plane's curvature, how much counts again at the next step; and what it is held for before anything is known,
