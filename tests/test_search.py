@@ -131,7 +131,7 @@ def test_windows(monkeypatch: pytest.MonkeyPatch) -> None:
         codes = codec.encode(model, header, pixels)[1]
     before = [c.clone() for c in codes]
     shares: list[float] = []
-    found = search.improve(model, header, pixels, codes, 8, shares.append)
+    found = search.improve(model, header, pixels, codes, 8, on_round=shares.append)
     assert shares == sorted(shares) and shares[-1] == 1 and len(shares) == 8 * 2 * 3
     assert all(torch.equal(a, b) for a, b in zip(codes, before, strict=True)), "the argument is left alone"
     changed = (found[1] != codes[1]).any(2)

@@ -1,37 +1,47 @@
-"""Targets: which quality is found, with how few probes, and what is said where there is none."""
+"""Targets: which setting is found, with how few probes, and what is said where there is none."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vqcodec.errors import TargetError
-from vqcodec.target import Target, bracket, largest_within
+from vqcodec.target import CLOSE, MEASURES, TUNING_PROBES, Setting, Target, bracket, largest_within, tune
+
+SLOPE = MEASURES["size"].slope
 
 
 class Curve:
-    """Sizes that grow like those of the codec, and counts who asks."""
+    """Sizes that grow like those of the codec, and counts who asks; `elastic` is how strongly they follow the emphasis."""
 
-    def __init__(self, first: float = 3000, growth: float = 0.034, bend: float = 0.0) -> None:
-        self.first, self.growth, self.bend = first, growth, bend
+    def __init__(self, first: float = 3000, growth: float = 0.034, bend: float = 0.0, elastic: float = 0.2) -> None:
+        self.first, self.growth, self.bend, self.elastic = first, growth, bend, elastic
         self.calls = 0
 
-    def __call__(self, quality: int) -> int:
-        assert 1 <= quality <= 100
+    def __call__(self, setting: Setting) -> int:
+        assert 1 <= setting.quality <= 100
         self.calls += 1
-        x = (quality - 1) / 99
-        return round(self.first * math.exp(99 * self.growth * (x + self.bend * x * (1 - x))))
+        x = (setting.quality - 1) / 99
+        grown = math.exp(99 * self.growth * (x + self.bend * x * (1 - x)))
+        return round(self.first * grown * setting.emphasis**self.elastic)
 
 
 @given(st.floats(3100, 80_000), st.floats(-0.5, 0.5))
-def test_the_nearest_size_is_found_in_a_few_probes(wanted: float, bend: float) -> None:
+def test_the_nearest_quality_is_found_in_a_few_probes(wanted: float, bend: float) -> None:
     curve = Curve(bend=bend)
-    quality = Target("size", wanted).find(curve)
-    assert curve.calls <= 10
-    reached = curve(quality)
-    others = [curve(q) for q in (quality - 1, quality + 1) if 1 <= q <= 100]
+    quality = Target("size", wanted).find(curve).quality
+    assert curve.calls <= 10 + TUNING_PROBES
+    reached = curve(Setting(quality))
+    others = [curve(Setting(q)) for q in (quality - 1, quality + 1) if 1 <= q <= 100]
     assert all(abs(math.log(reached / wanted)) <= abs(math.log(other / wanted)) + 1e-9 for other in others)
+
+
+@given(st.floats(10_000, 80_000), st.floats(0.09, 0.5))
+def test_what_is_between_two_qualities_is_found(wanted: float, elastic: float) -> None:
+    curve = Curve(elastic=elastic)
+    assert abs(curve(Target("size", wanted).find(curve)) / wanted - 1) < 0.003
 
 
 def test_probes_are_few_where_the_codec_is_as_usual() -> None:
@@ -40,12 +50,18 @@ def test_probes_are_few_where_the_codec_is_as_usual() -> None:
         curve = Curve(growth=0.036, bend=0.2)
         Target("size", wanted).find(curve)
         counts.append(curve.calls)
-    assert max(counts) <= 6 and sum(counts) / len(counts) <= 4.5
+    assert max(counts) <= 8 and sum(counts) / len(counts) <= 6
 
 
 def test_psnr() -> None:
-    quality = Target("psnr", 33.3).find(lambda q: 25 + 0.12 * q)
-    assert quality == 69
+    found = Target("psnr", 33.3).find(lambda s: 25 + 0.12 * s.quality + math.log(s.emphasis))
+    assert found.quality == 69
+    assert math.log(found.emphasis) == pytest.approx(0.02, abs=CLOSE * 0.12)
+
+
+@pytest.mark.parametrize("measure", [lambda _: 5.0, lambda s: 5.0 if s.emphasis == 1 else math.inf])
+def test_an_emphasis_that_does_not_help_is_left_alone(measure: Callable[[Setting], float]) -> None:
+    assert tune(measure, 50, 5.0, 5.01, SLOPE) == Setting(50)
 
 
 @pytest.mark.parametrize(
@@ -67,24 +83,32 @@ def test_a_measure_that_is_no_number(value: float) -> None:
 
 
 def test_ends_count_where_they_are_close() -> None:
-    assert Target("size", 2990).find(Curve()) == 1
-    assert Target("size", 3000).find(Curve()) == 1
-    assert Target("size", 88_000).find(Curve()) == 100
+    assert Target("size", 2990).find(Curve()).quality == 1
+    assert Target("size", 3000).find(Curve()) == Setting(1)
+    assert Target("size", 88_000).find(Curve()).quality == 100
 
 
 def test_constant_measure() -> None:
     low, high, _ = bracket(lambda _: 5.0, 5.0, 0.1, 50)
     assert (low, high) == (100, 101)
-    assert Target("ssimulacra2", 5.0).find(lambda _: 5.0) == 100
+    assert Target("ssimulacra2", 5.0).find(lambda _: 5.0) == Setting(100)
 
 
 @pytest.mark.parametrize("top", [100, 60, 2, 1])
 def test_largest_within(top: int) -> None:
     curve = Curve()
-    sizes = [curve(q) for q in range(1, top + 1)]
+    sizes = [curve(Setting(q)) for q in range(1, top + 1)]
     for limit in {3000, 3001, 10_000, sizes[-1] - 1, sizes[-1], 10**9} - set(range(3000)):
-        best = largest_within(curve, limit, top)
-        assert best == sum(size <= limit for size in sizes)
+        best = largest_within(curve, limit, Setting(top))
+        assert best.quality == sum(size <= limit for size in sizes)
+        assert curve(best) <= limit
+        assert best == Setting(top) or curve(best) >= 0.995 * limit
+
+
+def test_a_target_that_is_too_large_with_its_emphasis() -> None:
+    curve = Curve()
+    limit = curve(Setting(60))
+    assert largest_within(curve, limit, Setting(60, 1.2)) == Setting(60)
 
 
 def test_nothing_within() -> None:

@@ -220,7 +220,7 @@ def compress(
 
     IN is a picture, a folder to search for pictures, or - for standard input. photo.png becomes photo.vqz beside it
     unless -o says otherwise; for several inputs, -o is a folder. A SIZE is in bytes, or like 50KB (50,000) or 50KiB
-    (51,200). Targets take the time of about five files.
+    (51,200). Targets take the time of about seven files.
 
     \b
     Examples:

@@ -30,7 +30,7 @@ from vqcodec.models.prior import Places, rates
 from vqcodec.models.quantizer import rows
 from vqcodec.models.vqvae import PIXEL_SCALE, Slice
 from vqcodec.ssimulacra2 import ssimulacra2
-from vqcodec.target import HIGHEST, LOWEST, Target, largest_within
+from vqcodec.target import HIGHEST, LOWEST, Setting, Target, largest_within
 from vqcodec.weights import Model
 
 DEFAULT_QUALITY = 50
@@ -64,7 +64,7 @@ def compress(
         effort: 1 (fast) to 9 (smallest): how long to search for better codes. See `search`.
         verify: decode the codes again and compare.
         on_progress: with effort, called now and then with the share of the search that is done, once from 0 to 1 for each
-            quality that is tried.
+            setting that is tried.
 
     Raises:
         ValueError: quality, max_size, tile or effort not an allowed integer, or both quality and target given. TargetError: no
@@ -88,13 +88,13 @@ def compress(
     chunks = _chunks(source)
 
     @functools.cache
-    def at(quality: int) -> tuple[bytes, float, list[Tensor]]:
-        """The file of a quality, its measure, and its codes."""
-        header = Header(width, height, quality, model.id, model.config.layers, tile, source.grey)
+    def at(setting: Setting) -> tuple[bytes, float, list[Tensor]]:
+        """The file of a setting, its measure, and its codes."""
+        header = Header(width, height, setting.quality, model.id, model.config.layers, tile, source.grey)
         with coding.exact(model):
-            segments, codes = encode(model, header, source.pixels)
+            segments, codes = encode(model, header, source.pixels, setting.emphasis)
         if rounds := search.ROUNDS[effort - 1]:
-            codes = search.improve(model, header, source.pixels, codes, rounds, on_progress)
+            codes = search.improve(model, header, source.pixels, codes, rounds, setting.emphasis, on_progress)
         with coding.exact(model):
             if rounds:
                 segments = coding.encode(model, header, codes)
@@ -107,11 +107,11 @@ def compress(
             like = metrics.psnr if target.measure == "psnr" else ssimulacra2
             return data, like(source.pixels, restored), codes
 
-    best = quality or (DEFAULT_QUALITY if max_size is None else HIGHEST)
+    best = Setting(quality or (DEFAULT_QUALITY if max_size is None else HIGHEST))
     if target is not None:
-        best = target.find(lambda quality: at(quality)[1])
+        best = target.find(lambda setting: at(setting)[1])
     if max_size is not None:
-        best = largest_within(lambda quality: len(at(quality)[0]), max_size, best)
+        best = largest_within(lambda setting: len(at(setting)[0]), max_size, best)
     written, _, codes = at(best)
     if verify:
         found = decode_codes(bitstream.read(written, max_pixels=None), model)
@@ -228,10 +228,15 @@ def decode_codes(container: Container, model: Model) -> list[Tensor]:
         return coding.decode(model, header, container.segments)
 
 
-def encode(model: Model, header: Header, pixels: NDArray[np.uint8]) -> tuple[list[bytes], list[Tensor]]:
-    """Choose and code: pixels uint8 (H, W, 3) -> segments in file order, and the codes as `decode_codes` returns them."""
+def encode(
+    model: Model, header: Header, pixels: NDArray[np.uint8], emphasis: float = 1.0
+) -> tuple[list[bytes], list[Tensor]]:
+    """Choose and code: pixels uint8 (H, W, 3) -> segments in file order, and the codes as `decode_codes` returns them.
+
+    emphasis: see `target.Setting`.
+    """
     quality = torch.tensor([header.quality], device=model.device)
-    weight = model.config.lambda_of((header.quality - 1) / 99)
+    weight = emphasis * model.config.lambda_of((header.quality - 1) / 99)
     latents = synthesis.analyse(model, pixels, quality)
     tiles = coding.tiles_of(model, header)
     coders = [[Encoder() for _ in range(header.layers)] for _ in tiles]

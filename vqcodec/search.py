@@ -113,13 +113,14 @@ def improve(
     pixels: NDArray[np.uint8],
     codes: list[Tensor],
     rounds: int,
+    emphasis: float = 1.0,
     on_round: Callable[[float], None] | None = None,
 ) -> list[Tensor]:
     """Search for better codes.
 
     Args:
         pixels: uint8 (H, W, 3). codes: those of the encoder, as `coding.decode` returns them. rounds: steps of each window.
-        on_round: called after every step with the share of the work that is done.
+        emphasis: see `target.Setting`. on_round: called after every step with the share of the work that is done.
 
     Returns:
         as `codes`; equal input gives equal output on one machine.
@@ -138,7 +139,8 @@ def improve(
         for level, stage in enumerate(model.config.levels):
             box = synthesis.finer(outer, unit // stage.stride)[2:]
             given.append(codes[level][box].to(model.device, torch.int64))
-        found = _improve(model, synthesis.cut(model, pixels, outer), given, header.quality, rounds, done)
+        part_pixels = synthesis.cut(model, pixels, outer)
+        found = _improve(model, part_pixels, given, header.quality, emphasis, rounds, done)
         for level, stage in enumerate(model.config.levels):
             ratio = unit // stage.stride
             here, there = synthesis.finer(inner, ratio)[2:], synthesis.finer(part, ratio)[2:]
@@ -147,12 +149,18 @@ def improve(
 
 
 def _improve(
-    model: Model, pixels: Tensor, codes: list[Tensor], quality: int, rounds: int, on_round: Callable[[int], None]
+    model: Model,
+    pixels: Tensor,
+    codes: list[Tensor],
+    quality: int,
+    emphasis: float,
+    rounds: int,
+    on_round: Callable[[int], None],
 ) -> list[Tensor]:
     """The search in one window: float (1, 3, H, W) and int64 (h, w, P) a level."""
     chance = torch.Generator().manual_seed(0)
     caution = CAUTION[0] + (CAUTION[1] - CAUTION[0]) * quality / 100
-    point = _evaluate(model, pixels, codes, quality)
+    point = _evaluate(model, pixels, codes, quality, emphasis)
     best, least = codes, point.total
     slopes = _slopes(point)
     curvatures = [_Curvature(s.weight) for s in point.symbols]
@@ -160,7 +168,7 @@ def _improve(
         share = step / max(1, rounds - 1)
         changed = iter(_change(point, slopes, [caution * c.estimate for c in curvatures], chance))
         other = [torch.cat([next(changed) for _ in stage.slices], 2) for stage in model.config.levels]
-        found = _evaluate(model, pixels, other, quality)
+        found = _evaluate(model, pixels, other, quality, emphasis)
         change = REFUSED
         if found.total < least * (1 + TOLERANCE * (1 - share)):
             change = TAKEN
@@ -179,11 +187,11 @@ def _improve(
 
 
 @torch.enable_grad()
-def _evaluate(model: Model, pixels: Tensor, codes: list[Tensor], quality: int) -> _Point:
-    """Bits + lambda * squared error of the codes."""
+def _evaluate(model: Model, pixels: Tensor, codes: list[Tensor], quality: int, emphasis: float = 1.0) -> _Point:
+    """Bits + emphasis * lambda * squared error of the codes."""
     at = torch.tensor([quality], device=pixels.device)
     height, width = pixels.shape[2:]
-    distortion = model.config.lambda_of((quality - 1) / 99)
+    distortion = emphasis * model.config.lambda_of((quality - 1) / 99)
     bits = torch.zeros((), device=pixels.device)
     found: list[_Symbols] = []
     state = estimate = None

@@ -1,16 +1,32 @@
-"""Targets: the quality at which a file comes to a size, or a picture to a PSNR or SSIMULACRA2.
+"""Targets: the setting at which a file comes to a size, or a picture to a PSNR or SSIMULACRA2.
 
 All of these grow with the quality, the logarithm of the size and the others nearly linearly, so a secant needs few
-probes; the bracket around the target makes sure that it ends.
+probes; the bracket around the target makes sure that it ends. What lies between two qualities is reached by the emphasis.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from vqcodec.errors import TargetError
 
 LOWEST, HIGHEST = 1, 100
+# The emphasis: probes at most, its largest logarithm either way, and that which is worth a step of quality, about.
+TUNING_PROBES, MOST_EMPHASIS, STEP_EMPHASIS = 3, 0.4, 0.15
+CLOSE = 0.03  # steps of quality from the goal, at which it is left alone
+
+
+class Setting(NamedTuple):
+    """What the encoder is asked for.
+
+    Attributes:
+        quality: 1..100, written in the file. emphasis: what the weight of the squared error is multiplied by when codes are chosen; decoders
+            need not know of it. By bits for their error, 1 is as good as what is near it.
+    """
+
+    quality: int
+    emphasis: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -33,7 +49,7 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Target:
-    """What a file should come to, as nearly as whole qualities allow.
+    """What a file should come to.
 
     Attributes:
         measure: "size" (bytes of the file), "bpp" (its bits per pixel), "psnr" (dB over R, G and B) or "ssimulacra2".
@@ -54,11 +70,11 @@ class Target:
         if not above < self.value < below:
             raise ValueError(f"{self.measure} must be above {above} and below {below}, got {self.value!r}")
 
-    def find(self, measure: Callable[[int], float]) -> int:
-        """The quality whose measure is nearest to the value.
+    def find(self, measure: Callable[[Setting], float]) -> Setting:
+        """The setting whose measure comes to the value.
 
         Args:
-            measure: what a quality comes to; called a few times.
+            measure: what a setting comes to; called a few times.
 
         Raises:
             TargetError: even the lowest or the highest quality misses the value.
@@ -67,19 +83,23 @@ class Target:
         logarithmic = self.measure in ("size", "bpp")
         scale = math.log if logarithmic else float
         goal = scale(self.value)
-        low, high, found = bracket(lambda quality: scale(measure(quality)), goal, kind.slope, (LOWEST + HIGHEST) // 2)
+
+        def scaled(setting: Setting) -> float:
+            return scale(measure(setting))
+
+        low, high, found = bracket(lambda q: scaled(Setting(q)), goal, kind.slope, (LOWEST + HIGHEST) // 2)
         quality = min((q for q in (low, high) if q in found), key=lambda q: abs(found[q] - goal))
         if not abs(found[quality] - goal) <= kind.tolerance and (low < LOWEST or high > HIGHEST):
             reached = kind.text.format(math.exp(found[quality]) if logarithmic else found[quality])
             raise TargetError(f"no quality comes to {kind.text.format(self.value)}: {quality} gives {reached}")
-        return quality
+        return tune(scaled, quality, found[quality], goal, kind.slope)
 
 
-def largest_within(size: Callable[[int], int], limit: int, top: int = HIGHEST) -> int:
-    """The best quality up to `top` whose file has at most `limit` bytes.
+def largest_within(size: Callable[[Setting], int], limit: int, top: Setting = Setting(HIGHEST)) -> Setting:  # noqa: B008 (a tuple)
+    """The best setting up to `top` whose file has at most `limit` bytes.
 
     Args:
-        size: bytes of the file at a quality; called a few times.
+        size: bytes of the file at a setting; called a few times.
 
     Raises:
         TargetError: every file is larger.
@@ -87,12 +107,42 @@ def largest_within(size: Callable[[int], int], limit: int, top: int = HIGHEST) -
     excess = math.log(size(top) / limit)
     if excess <= 0:
         return top
-    slope = MEASURES["size"].slope
-    guess = top - math.ceil(excess / slope)
-    low, _, found = bracket(lambda quality: math.log(size(quality)), math.log(limit), slope, guess, top)
+    slope, goal = MEASURES["size"].slope, math.log(limit)
+
+    def scaled(setting: Setting) -> float:
+        return math.log(size(setting))
+
+    guess = top.quality - math.ceil(excess / slope)
+    low, _, found = bracket(lambda q: scaled(Setting(q)), goal, slope, guess, top.quality)
     if low < LOWEST:
         raise TargetError(f"no file has at most {limit:,} bytes: quality {LOWEST} takes {math.exp(found[LOWEST]):,.0f}")
-    return low
+    return tune(scaled, low, found[low], goal, slope, within=True)
+
+
+def tune(
+    measure: Callable[[Setting], float], quality: int, value: float, goal: float, slope: float, within: bool = False
+) -> Setting:
+    """The emphasis with which a quality comes nearest to a goal.
+
+    Args:
+        measure: grows with the emphasis; called a few times. value: without emphasis. goal, slope: as of `bracket`.
+        within: whether a measure above the goal is too much; `value` is not.
+    """
+    aim = goal - CLOSE * slope if within else goal
+    tried = {0.0: value}
+    change = (aim - value) / slope * STEP_EMPHASIS
+    for _ in range(TUNING_PROBES):
+        change = min(max(change, -MOST_EMPHASIS), MOST_EMPHASIS)
+        if change in tried or not min(abs(v - aim) for v in tried.values()) > CLOSE * slope:
+            break
+        tried[change] = measure(Setting(quality, math.exp(change)))
+        first, second = sorted(tried, key=lambda x: abs(tried[x] - aim))[:2]
+        rise = tried[second] - tried[first]
+        if not (rise and math.isfinite(rise)):
+            break
+        change = first + (aim - tried[first]) * (second - first) / rise
+    allowed = (x for x in tried if not (within and tried[x] > goal))
+    return Setting(quality, math.exp(min(allowed, key=lambda x: abs(tried[x] - goal))))
 
 
 def bracket(
