@@ -17,7 +17,6 @@ from torch import Tensor
 
 from vqcodec import bitstream, codec, coding, synthesis, weights
 from vqcodec.bitstream import Container, Header
-from vqcodec.models import vqvae
 from vqcodec.models.config import Config, PriorConfig, SliceConfig, StageConfig
 from vqcodec.models.joint import RateDistortion
 from vqcodec.models.quantizer import Codebook
@@ -81,11 +80,6 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = RateDistortion(CONFIG)
     randomise(model, seed=0)
     return models.save(model, tmp_path_factory.mktemp("weights") / "lapped.safetensors")
-
-
-@pytest.fixture(autouse=True)
-def _single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vqvae, "fast_bfloat16", lambda: False)
 
 
 def as_arrays(codes: Sequence[Tensor]) -> list[reference.Ints]:

@@ -124,7 +124,6 @@ def test_what_a_block_adds_has_the_gradient_of_its_definition() -> None:
 def test_a_block_does_one_picture_as_it_does_many(strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In strips that end anywhere, and at once where gradients are asked for."""
     monkeypatch.setattr(vqvae, "STRIP", strip)
-    monkeypatch.setattr(vqvae, "fast_bfloat16", lambda: False)
     model = copy.deepcopy(shaken()).eval()
     block = model.stage(1).decoder[0]
     generator = torch.Generator().manual_seed(4)
@@ -138,20 +137,6 @@ def test_a_block_does_one_picture_as_it_does_many(strip: int, monkeypatch: pytes
             kept = one.clone()
             torch.testing.assert_close(block(one, cond)[0], both[index], rtol=1e-5, atol=1e-6)
             assert torch.equal(one, kept)
-
-
-@torch.no_grad()
-def test_what_a_block_adds_to_one_picture_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    block = copy.deepcopy(shaken()).eval().stage(1).decoder[0]
-    cond = shaken().condition(QUALITY[:1])
-    x = 20 * torch.randn(1, TINY.stages[1].channels, 17, 9, generator=torch.Generator().manual_seed(4))
-    monkeypatch.setattr(vqvae, "fast_bfloat16", lambda: False)
-    expected = block(x, cond)
-    monkeypatch.setattr(vqvae, "fast_bfloat16", lambda: True)
-    found = block(x, cond)
-    assert found.dtype == torch.float32
-    error, added = float((found - expected).std()), float((expected - x).std())
-    assert 0 < error < added / 64, "only what is added is rounded, to eight bits"
 
 
 def test_leading_channels_are_the_strongest() -> None:

@@ -17,7 +17,6 @@ KLT start (`start_from_pictures`): the 1x1 convolutions are the principal compon
 residual block ends in zeros, so the untrained network is a hierarchical Karhunen-Loeve transform codec.
 """
 
-import functools
 import math
 import re
 from dataclasses import dataclass
@@ -127,27 +126,22 @@ class ResidualBlock(nn.Module):
 
     def _of_one(self, x: Tensor, cond: Condition) -> Tensor:
         """The same for one picture: what depends on the quality is multiplied into the kernels, and a CPU does one strip of rows after
-        the other where no gradient is asked for, in bfloat16 if that is faster: what a block adds is of the size of the quantisation
-        noise, so that its errors are two orders below. At stride 4 three times as fast: such maps are larger than caches."""
-        here = not (torch.is_grad_enabled() or x.is_cuda)
-        kind = torch.bfloat16 if here and fast_bfloat16() else x.dtype
+        the other where no gradient is asked for. At stride 4 twice as fast: such maps are larger than caches."""
         gain, shift = self.quality(cond.basis)[0].chunk(2)
-        reduce = (self.reduce.weight / torch.maximum(self.deviation, cond.unit)[:, None, None]).to(kind)
-        spatial = (self.spatial.weight * (1 + gain)[:, None, None, None]).to(kind)
-        expand = (self.expand.weight * cond.unit).to(kind)
-        assert self.reduce.bias is not None and self.spatial.bias is not None and self.expand.bias is not None
-        reduce_bias = self.reduce.bias.to(kind)
-        spatial_bias = (self.spatial.bias * (1 + gain) + shift).to(kind)
-        expand_bias = (self.expand.bias * cond.unit).to(kind)
+        reduce = self.reduce.weight / torch.maximum(self.deviation, cond.unit)[:, None, None]
+        spatial = self.spatial.weight * (1 + gain)[:, None, None, None]
+        expand = self.expand.weight * cond.unit
+        assert self.spatial.bias is not None and self.expand.bias is not None
+        spatial_bias, expand_bias = self.spatial.bias * (1 + gain) + shift, self.expand.bias * cond.unit
 
         def added(start: int, stop: int) -> Tensor:
             above = min(start, 1)
-            y = functional.conv2d(x[:, :, start - above : stop + 1].to(kind), reduce, reduce_bias)
+            y = functional.conv2d(x[:, :, start - above : stop + 1], reduce, self.reduce.bias)
             y = functional.conv2d(functional.leaky_relu_(y, 0.1), spatial, spatial_bias, padding=1)
             y = functional.leaky_relu_(y[:, :, above : above + stop - start], 0.1)
             return functional.conv2d(y, expand, expand_bias)
 
-        if not here:
+        if torch.is_grad_enabled() or x.is_cuda:
             return x + added(0, x.shape[2])
         out = torch.empty_like(x)
         rows = max(1, STRIP // x.shape[3])
@@ -155,13 +149,6 @@ class ResidualBlock(nn.Module):
             strip = slice(start, min(start + rows, x.shape[2]))
             torch.add(x[:, :, strip], added(strip.start, strip.stop), out=out[:, :, strip])
         return out
-
-
-@functools.cache
-def fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 by itself; others would convert every number."""
-    asked = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # there is no public name for it
-    return bool(asked and asked())
 
 
 class Linear1x1(nn.Linear):
