@@ -131,12 +131,26 @@ def test_windows(monkeypatch: pytest.MonkeyPatch) -> None:
         codes = codec.encode(model, header, pixels)[1]
     before = [c.clone() for c in codes]
     shares: list[float] = []
-    found = search.improve(model, header, pixels, codes, 8, on_round=shares.append)
+    found = search.improve(model, header, pixels, codes, 8, shares.append)
     assert shares == sorted(shares) and shares[-1] == 1 and len(shares) == 8 * 2 * 3
     assert all(torch.equal(a, b) for a, b in zip(codes, before, strict=True)), "the argument is left alone"
     changed = (found[1] != codes[1]).any(2)
     parts = [changed[y : y + 8, x : x + 8].any() for y in (0, 8) for x in (0, 8, 16)]
     assert sum(map(bool, parts)) >= 3
+
+
+def test_emphasis_is_what_the_search_is_after() -> None:
+    pixels = picture(96, 96, seed=7)
+    model = models.tiny_model()
+    header = Header(96, 96, QUALITY, model.id, model.config.layers, 0)
+    with coding.exact(model):
+        codes = codec.encode(model, header, pixels)[1]
+    sizes = []
+    for emphasis in (0.5, 1.0, 2.0):
+        found = search.improve(model, header, pixels, codes, 8, emphasis=emphasis)
+        with coding.exact(model):
+            sizes.append(sum(map(len, coding.encode(model, header, found))))
+    assert sizes[0] < sizes[1] < sizes[2]
 
 
 def test_wrong_effort() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vqcodec.errors import TargetError
-from vqcodec.target import CLOSE, MEASURES, TUNING_PROBES, Setting, Target, bracket, largest_within, tune
+from vqcodec.target import CLOSE, MEASURES, MOST_EMPHASIS, TUNING_PROBES, Setting, Target, bracket, largest_within, tune
 
 SLOPE = MEASURES["size"].slope
 
@@ -59,16 +59,59 @@ def test_psnr() -> None:
     assert math.log(found.emphasis) == pytest.approx(0.02, abs=CLOSE * 0.12)
 
 
-@pytest.mark.parametrize("measure", [lambda _: 5.0, lambda s: 5.0 if s.emphasis == 1 else math.inf])
+@pytest.mark.parametrize(
+    "measure",
+    [lambda _: 5.0, lambda s: 5.0 if s.emphasis == 1 else math.inf, lambda s: 5 - 0.3 * math.log(s.emphasis)],
+    ids=["constant", "infinite", "falling"],
+)
 def test_an_emphasis_that_does_not_help_is_left_alone(measure: Callable[[Setting], float]) -> None:
-    assert tune(measure, 50, 5.0, 5.01, SLOPE) == Setting(50)
+    assert tune(measure, 50, 5.0, 5.02, SLOPE)[0].quality == 50
+    assert abs(tune(measure, 50, 5.0, 5.02, SLOPE)[1] - 5.02) <= 0.02
+
+
+def test_emphasis_stays_small() -> None:
+    asked = []
+
+    def hardly(setting: Setting) -> float:
+        asked.append(setting.emphasis)
+        return 5 + 0.001 * math.log(setting.emphasis)
+
+    for goal in (5.03, 4.97):
+        tune(hardly, 50, 5.0, goal, SLOPE)
+    assert max(asked) == pytest.approx(math.exp(MOST_EMPHASIS)) and min(asked) == pytest.approx(
+        math.exp(-MOST_EMPHASIS)
+    )
+
+
+def test_sizes_that_move_in_steps() -> None:
+    def steps(setting: Setting) -> float:
+        return math.log(500 + 16 * round(10 * math.log(setting.emphasis)))
+
+    setting, reached = tune(steps, 50, math.log(500), math.log(516), SLOPE)
+    assert reached == math.log(516) == steps(setting)
+
+
+@given(st.floats(0.001, 0.033), st.floats(0.05, 1.0))
+def test_tuned_within(gap: float, elastic: float) -> None:
+    goal, asked = 5 + gap, []
+
+    def measure(setting: Setting) -> float:
+        asked.append(5 + elastic * math.log(setting.emphasis))
+        return asked[-1]
+
+    _, reached = tune(measure, 50, 5.0, goal, SLOPE, within=True)
+    assert reached == max([5.0, *(value for value in asked if value <= goal)])
+
+
+def test_a_step_over_the_goal_is_not_taken() -> None:
+    assert tune(lambda s: 6.0 if s.emphasis > 1 else 5.0, 50, 5.0, 5.02, SLOPE, within=True) == (Setting(50), 5.0)
 
 
 @pytest.mark.parametrize(
     ("target", "line"),
     [
-        (Target("size", 2000), "no quality comes to 2,000 bytes: 1 gives 3,000 bytes"),
-        (Target("size", 1e6), "no quality comes to 1,000,000 bytes: 100 gives 86,8"),
+        (Target("size", 2000), "no quality comes to 2,000 bytes: the least is 2,769 bytes"),
+        (Target("size", 1e6), "no quality comes to 1,000,000 bytes: the most is 94,1"),
     ],
 )
 def test_out_of_reach(target: Target, line: str) -> None:
@@ -78,7 +121,7 @@ def test_out_of_reach(target: Target, line: str) -> None:
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_a_measure_that_is_no_number(value: float) -> None:
-    with pytest.raises(TargetError, match=f"no quality comes to 40.00 dB PSNR: 1 gives {value} dB PSNR"):
+    with pytest.raises(TargetError, match=f"no quality comes to 40.00 dB PSNR: the least is {value} dB PSNR"):
         Target("psnr", 40).find(lambda _: value)
 
 
@@ -111,9 +154,25 @@ def test_a_target_that_is_too_large_with_its_emphasis() -> None:
     assert largest_within(curve, limit, Setting(60, 1.2)) == Setting(60)
 
 
+def test_less_than_the_lowest_quality_takes() -> None:
+    curve = Curve()
+    assert 2890 <= curve(largest_within(curve, 2900)) <= 2900
+    assert 2890 <= curve(Target("size", 2900).find(curve)) <= 2910
+
+
 def test_nothing_within() -> None:
-    with pytest.raises(TargetError, match="no file has at most 2,999 bytes: quality 1 takes 3,000"):
-        largest_within(Curve(), 2999)
+    with pytest.raises(TargetError, match="no file has at most 2,700 bytes: the least is 2,769"):
+        largest_within(Curve(), 2700)
+
+
+@pytest.mark.parametrize("wanted", [20_100, 20_500, 21_000, 22_500])
+def test_probes_are_few_where_most_of_a_file_is_something_else(wanted: int) -> None:
+    curve = Curve(first=100)
+    assert abs(20_000 + curve(Target("size", wanted).find(lambda s: 20_000 + curve(s))) - wanted) < 0.02 * wanted
+    assert curve.calls <= 15
+    curve.calls = 0
+    largest_within(lambda s: 20_000 + curve(s), wanted)
+    assert curve.calls <= 15
 
 
 @pytest.mark.parametrize(

@@ -67,8 +67,8 @@ def compress(
             setting that is tried.
 
     Raises:
-        ValueError: quality, max_size, tile or effort not an allowed integer, or both quality and target given. TargetError: no
-            quality comes to the target, or stays below max_size. ImageError: unsupported picture. WeightsError: no such
+        ValueError: quality, max_size, tile or effort not an allowed integer, or both quality and target given. TargetError: nothing
+            comes to the target, or stays below max_size. ImageError: unsupported picture. WeightsError: no such
             weights.
     """
     if quality is not None and (not isinstance(quality, int) or not LOWEST <= quality <= HIGHEST):
@@ -94,7 +94,7 @@ def compress(
         with coding.exact(model):
             segments, codes = encode(model, header, source.pixels, setting.emphasis)
         if rounds := search.ROUNDS[effort - 1]:
-            codes = search.improve(model, header, source.pixels, codes, rounds, setting.emphasis, on_progress)
+            codes = search.improve(model, header, source.pixels, codes, rounds, on_progress, setting.emphasis)
         with coding.exact(model):
             if rounds:
                 segments = coding.encode(model, header, codes)

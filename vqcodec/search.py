@@ -113,14 +113,14 @@ def improve(
     pixels: NDArray[np.uint8],
     codes: list[Tensor],
     rounds: int,
-    emphasis: float = 1.0,
     on_round: Callable[[float], None] | None = None,
+    emphasis: float = 1.0,
 ) -> list[Tensor]:
     """Search for better codes.
 
     Args:
         pixels: uint8 (H, W, 3). codes: those of the encoder, as `coding.decode` returns them. rounds: steps of each window.
-        emphasis: see `target.Setting`. on_round: called after every step with the share of the work that is done.
+        on_round: called after every step with the share of the work that is done. emphasis: see `target.Setting`.
 
     Returns:
         as `codes`; equal input gives equal output on one machine.

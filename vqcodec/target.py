@@ -12,7 +12,7 @@ from typing import NamedTuple
 from vqcodec.errors import TargetError
 
 LOWEST, HIGHEST = 1, 100
-# The emphasis: probes at most, its largest logarithm either way, and that which is worth a step of quality, about.
+# Probes of the emphasis at most; its largest logarithm either way, and the logarithm that moves as much as a step of quality, about.
 TUNING_PROBES, MOST_EMPHASIS, STEP_EMPHASIS = 3, 0.4, 0.15
 CLOSE = 0.03  # steps of quality from the goal, at which it is left alone
 
@@ -21,8 +21,9 @@ class Setting(NamedTuple):
     """What the encoder is asked for.
 
     Attributes:
-        quality: 1..100, written in the file. emphasis: what the weight of the squared error is multiplied by when codes are chosen; decoders
-            need not know of it. By bits for their error, 1 is as good as what is near it.
+        quality: 1..100, written in the file.
+        emphasis: what the weight of the squared error is multiplied by when codes are chosen. Decoders need not know of it. Near 1 it costs
+            nothing: size and error move along the same curve.
     """
 
     quality: int
@@ -89,10 +90,12 @@ class Target:
 
         low, high, found = bracket(lambda q: scaled(Setting(q)), goal, kind.slope, (LOWEST + HIGHEST) // 2)
         quality = min((q for q in (low, high) if q in found), key=lambda q: abs(found[q] - goal))
-        if not abs(found[quality] - goal) <= kind.tolerance and (low < LOWEST or high > HIGHEST):
-            reached = kind.text.format(math.exp(found[quality]) if logarithmic else found[quality])
-            raise TargetError(f"no quality comes to {kind.text.format(self.value)}: {quality} gives {reached}")
-        return tune(scaled, quality, found[quality], goal, kind.slope)
+        setting, reached = tune(scaled, quality, found[quality], goal, kind.slope)
+        if not abs(reached - goal) <= kind.tolerance and (low < LOWEST or high > HIGHEST):
+            end = "least" if low < LOWEST else "most"
+            limit = kind.text.format(math.exp(reached) if logarithmic else reached)
+            raise TargetError(f"no quality comes to {kind.text.format(self.value)}: the {end} is {limit}")
+        return setting
 
 
 def largest_within(size: Callable[[Setting], int], limit: int, top: Setting = Setting(HIGHEST)) -> Setting:  # noqa: B008 (a tuple)
@@ -114,35 +117,43 @@ def largest_within(size: Callable[[Setting], int], limit: int, top: Setting = Se
 
     guess = top.quality - math.ceil(excess / slope)
     low, _, found = bracket(lambda q: scaled(Setting(q)), goal, slope, guess, top.quality)
-    if low < LOWEST:
-        raise TargetError(f"no file has at most {limit:,} bytes: quality {LOWEST} takes {math.exp(found[LOWEST]):,.0f}")
-    return tune(scaled, low, found[low], goal, slope, within=True)
+    low = max(low, LOWEST)
+    setting, reached = tune(scaled, low, found[low], goal, slope, within=True)
+    if reached > goal:
+        raise TargetError(f"no file has at most {limit:,} bytes: the least is {math.exp(reached):,.0f}")
+    return setting
 
 
 def tune(
     measure: Callable[[Setting], float], quality: int, value: float, goal: float, slope: float, within: bool = False
-) -> Setting:
+) -> tuple[Setting, float]:
     """The emphasis with which a quality comes nearest to a goal.
 
     Args:
-        measure: grows with the emphasis; called a few times. value: without emphasis. goal, slope: as of `bracket`.
-        within: whether a measure above the goal is too much; `value` is not.
+        measure: grows with the emphasis; called a few times. value: its value without emphasis. goal, slope: as of `bracket`.
+        within: whether what is above the goal is only taken if nothing else was found, and then the least.
+
+    Returns:
+        The setting, without emphasis if none helps, and its measure.
     """
     aim = goal - CLOSE * slope if within else goal
     tried = {0.0: value}
     change = (aim - value) / slope * STEP_EMPHASIS
     for _ in range(TUNING_PROBES):
+        if not min(abs(v - aim) for v in tried.values()) > CLOSE * slope:
+            break
         change = min(max(change, -MOST_EMPHASIS), MOST_EMPHASIS)
-        if change in tried or not min(abs(v - aim) for v in tried.values()) > CLOSE * slope:
+        if change in tried:
             break
         tried[change] = measure(Setting(quality, math.exp(change)))
         first, second = sorted(tried, key=lambda x: abs(tried[x] - aim))[:2]
         rise = tried[second] - tried[first]
-        if not (rise and math.isfinite(rise)):
+        if not math.isfinite(rise):
             break
-        change = first + (aim - tried[first]) * (second - first) / rise
-    allowed = (x for x in tried if not (within and tried[x] > goal))
-    return Setting(quality, math.exp(min(allowed, key=lambda x: abs(tried[x] - goal))))
+        # The sizes of small files move in steps.
+        change = first + (aim - tried[first]) * (second - first) / rise if rise else 2 * change
+    best = min(tried, key=lambda x: (within and tried[x] > goal, abs(tried[x] - goal)))
+    return Setting(quality, math.exp(best)), tried[best]
 
 
 def bracket(
@@ -160,6 +171,7 @@ def bracket(
     """
     low, high = LOWEST - 1, top + 1
     found: dict[int, float] = {}
+    stride = 1  # at least, while one side is open: what does not change with the quality may be most of a file
     while high - low > 1:
         guess = min(max(guess, low + 1), high - 1)
         value = found[guess] = measure(guess)
@@ -167,8 +179,12 @@ def bracket(
         if low in found and high in found and math.isfinite(found[high]):
             step = (high - low) / (found[high] - found[low])
             guess = low + round((goal - found[low]) * step)
+            if len(found) % 3 == 0:  # where the curve is bent so much that the secant creeps
+                guess = (low + high) // 2
         elif math.isfinite(value):
-            guess += round((goal - value) / slope)
+            change = round((goal - value) / slope)
+            guess += max(change, stride) if value <= goal else min(change, -stride)
+            stride *= 2
         else:
             guess = (low + high) // 2
     return low, high, found
