@@ -139,8 +139,8 @@ def improve(
         for level, stage in enumerate(model.config.levels):
             box = synthesis.finer(outer, unit // stage.stride)[2:]
             given.append(codes[level][box].to(model.device, torch.int64))
-        part_pixels = synthesis.cut(model, pixels, outer)
-        found = _improve(model, part_pixels, given, header.quality, emphasis, rounds, done)
+        seen = synthesis.cut(model, pixels, outer)
+        found = _improve(model, seen, given, header.quality, emphasis, rounds, done)
         for level, stage in enumerate(model.config.levels):
             ratio = unit // stage.stride
             here, there = synthesis.finer(inner, ratio)[2:], synthesis.finer(part, ratio)[2:]

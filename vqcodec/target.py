@@ -98,7 +98,7 @@ class Target:
         return setting
 
 
-def largest_within(size: Callable[[Setting], int], limit: int, top: Setting = Setting(HIGHEST)) -> Setting:  # noqa: B008 (a tuple)
+def largest_within(size: Callable[[Setting], int], limit: int, top: Setting) -> Setting:
     """The best setting up to `top` whose file has at most `limit` bytes.
 
     Args:
@@ -130,7 +130,8 @@ def tune(
     """The emphasis with which a quality comes nearest to a goal.
 
     Args:
-        measure: grows with the emphasis; called a few times. value: its value without emphasis. goal, slope: as of `bracket`.
+        measure: grows with the emphasis; called a few times. value: its value without emphasis. goal, slope: as of `bracket`,
+            on the scale of the measure.
         within: whether what is above the goal is only taken if nothing else was found, and then the least.
 
     Returns:
@@ -171,20 +172,19 @@ def bracket(
     """
     low, high = LOWEST - 1, top + 1
     found: dict[int, float] = {}
-    stride = 1  # at least, while one side is open: what does not change with the quality may be most of a file
+    leap = 1  # at least so far, while one side is open: what does not change with the quality may be most of a file
     while high - low > 1:
         guess = min(max(guess, low + 1), high - 1)
         value = found[guess] = measure(guess)
         low, high = (guess, high) if value <= goal else (low, guess)
         if low in found and high in found and math.isfinite(found[high]):
             step = (high - low) / (found[high] - found[low])
-            guess = low + round((goal - found[low]) * step)
-            if len(found) % 3 == 0:  # where the curve is bent so much that the secant creeps
-                guess = (low + high) // 2
+            creeps = len(found) % 3 == 0  # perhaps, where the curve is bent much: halves are safe now and then
+            guess = (low + high) // 2 if creeps else low + round((goal - found[low]) * step)
         elif math.isfinite(value):
             change = round((goal - value) / slope)
-            guess += max(change, stride) if value <= goal else min(change, -stride)
-            stride *= 2
+            guess += max(change, leap) if value <= goal else min(change, -leap)
+            leap *= 2
         else:
             guess = (low + high) // 2
     return low, high, found
