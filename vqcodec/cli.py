@@ -468,6 +468,19 @@ def compare(first: str, second: str, weights: str | None, device: str, as_json: 
     type=click.Path(exists=True, dir_okay=False, readable=True, path_type=Path),
     help="Train the natural look of the weights --from, by LPIPS on these features of SqueezeNet 1.1.",
 )
+@click.option(
+    "--distortion",
+    type=click.Choice(["mse", "visual"]),
+    help="What counts as error: squared error, or half of it how different pictures look (SSIMULACRA2).  "
+    "[default: visual for the photo model]",
+)
+@click.option(
+    "--lpips",
+    "judge",
+    metavar="FEATURES",
+    type=click.Path(exists=True, dir_okay=False, readable=True, path_type=Path),
+    help="Log LPIPS as well, on these features of AlexNet.",
+)
 @_device
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of all random choices.")
 @_force
@@ -479,6 +492,8 @@ def train(
     resume: bool,
     start_from: str | None,
     features: Path | None,
+    distortion: str | None,
+    judge: Path | None,
     device: str,
     seed: int,
     force: bool,
@@ -531,6 +546,8 @@ def train(
             seed=seed,
             start_from=Path(start_from) if start_from else None,
             features=features,
+            distortion=distortion,
+            judge=judge,
             on_progress=show,
             on_warning=lambda text: _say(f"vqcodec: warning: {text}"),
         )

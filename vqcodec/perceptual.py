@@ -44,16 +44,16 @@ def lpips(network: str, features: Path) -> nn.Module:
     return module.requires_grad_(False).eval()
 
 
-def distance(features: Path, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """LPIPS with SqueezeNet as part of a loss: two batches of pictures (B, 3, H, W) in 0..255 -> (B,).
+def distance(network: str, features: Path, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """LPIPS as a function of pixels: two batches of pictures (B, 3, H, W) in 0..255 -> (B,).
 
     Args and Raises: as `lpips`.
     """
-    network = channels_last(lpips("squeeze", features), device)
+    module = channels_last(lpips(network, features), device)
 
     def measure(a: Tensor, b: Tensor) -> Tensor:
         with torch.autocast(device.type, enabled=False):
-            found: Tensor = network(a.float() / 127.5 - 1, b.float() / 127.5 - 1)
+            found: Tensor = module(a.float() / 127.5 - 1, b.float() / 127.5 - 1)
         return found.flatten()
 
     return measure

@@ -3,6 +3,9 @@
 import math
 from dataclasses import dataclass, replace
 
+# Shares of the visual distance, by what `train --distortion` calls them.
+DISTORTIONS = {"mse": 0.0, "visual": 0.5}
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -18,6 +21,7 @@ class Schedule:
         warm_up_steps: optimiser steps over which learning rates rise.
         prior_at: share of the time until which rounding stands in for codebooks and prior (rounding.py). joint_at: until which the prior
             then learns alone. See `without_rounding`.
+        rounding_rate: the peak of learning rates while rounding, as a share of `rate` and the others.
         joint_rate: the peak of learning rates from then on, as a share of their peaks before.
         rate_start: weight of the rate in the loss at the start of a fresh run. rate_rise: share of the time over which it
             rises to 1: codes that are rare from the start would never be tried.
@@ -28,6 +32,7 @@ class Schedule:
         average_decay: of the moving average of the weights, which is what is exported.
         clip_norm: longest gradient.
         low_qualities: qualities are drawn as a uniform number to this power: the larger, the more low ones.
+        visual_share: of the visual distance in the distortion, beside the squared error (distortion.py).
     """
 
     batch: int = 8
@@ -42,6 +47,7 @@ class Schedule:
     warm_up_steps: int = 100
     prior_at: float = 0.6
     joint_at: float = 0.7
+    rounding_rate: float = 1.0
     joint_rate: float = 0.2
     rate_start: float = 0.1
     rate_rise: float = 0.35
@@ -51,6 +57,7 @@ class Schedule:
     average_decay: float = 0.999
     clip_norm: float = 1.0
     low_qualities: float = 1.0
+    visual_share: float = 0.5
 
     def without_rounding(self) -> "Schedule":
         """For codebooks that do not start as integers, and where the prior is learned after the rest."""
@@ -63,10 +70,20 @@ class Schedule:
             return self
         return replace(self, batch=batch, rate=self.rate * min(2.0, math.sqrt(batch / self.batch)))
 
+    def with_distortion(self, name: str) -> "Schedule":
+        """For the squared error alone ("mse"), or half of it the visual distance ("visual").
+
+        Raises:
+            ValueError: no such distortion.
+        """
+        if name not in DISTORTIONS:
+            raise ValueError(f"distortion must be one of {', '.join(DISTORTIONS)}, got {name!r}")
+        return replace(self, visual_share=DISTORTIONS[name])
+
     def onward(self) -> "Schedule":
-        """For weights that are good already: most of the time is for rounding, after which what makes the codes is done; the prior
-        catches up, and polishes with the renderer."""
-        return replace(self, prior_at=0.7, joint_at=0.92, polish_from=0.92, joint_rate=0.02)
+        """For weights that are good already: transforms learn at half the rate, and most of the time is for rounding, after which what makes
+        the codes is done; the prior catches up, and polishes with the renderer."""
+        return replace(self, rounding_rate=0.5, prior_at=0.7, joint_at=0.92, polish_from=0.92, joint_rate=0.02)
 
     def phase(self, share: float) -> int:
         """0: rounding; 1: the prior alone; 2: all; 3: for codes that stand still."""
@@ -87,7 +104,7 @@ class Schedule:
         phase, passed = self.phase(share), self._passed(share)
         rise = min(1.0, (step + 1) / self.warm_up_steps)
         if phase == 0:
-            return rise * min(1.0, self.joint_rate + 1 - passed)
+            return rise * self.rounding_rate * min(1.0, self.joint_rate + 1 - passed)
         return rise * {1: 1.0, 2: self.joint_rate, 3: self.polish_rate}[phase] * _cosine(passed)
 
     def rate_weight(self, share: float, start: float) -> float:
@@ -119,7 +136,15 @@ def _cosine(share: float) -> float:
 
 # Where the usual schedule does not fit a named configuration. Few steps at high rates are for photos, where a step is dear.
 _SMALL = Schedule(
-    batch=128, crop=32, large_crop=32, kernel_rate=5e-3, rate=3e-3, warm_up_steps=50, joint_rate=1.0, prior_from=0.4
+    batch=128,
+    crop=32,
+    large_crop=32,
+    kernel_rate=5e-3,
+    rate=3e-3,
+    warm_up_steps=50,
+    joint_rate=1.0,
+    prior_from=0.4,
+    visual_share=0.0,
 )
 _LARGE = replace(_SMALL, batch=8, crop=128, large_crop=128)
 SCHEDULES = {
@@ -142,4 +167,5 @@ LOOK = Schedule(
     large_from=1.0,
     average_decay=0.995,
     low_qualities=1.5,
+    visual_share=0.0,
 )

@@ -16,6 +16,8 @@ Pixels = NDArray[np.uint8]
 Planes = NDArray[np.float32]  # (3, H, W)
 
 SCALES = 6
+SMALLEST = 8  # pixels a side, below which no scale follows
+SCALE = 0.9562382616834844  # of the weighted sum
 SSIM_C2 = 0.0009  # keeps the structure term finite in flat areas
 
 # linear sRGB -> mixed cone responses; every row sums to 1
@@ -82,7 +84,7 @@ def ssimulacra2(original: Pixels, distorted: Pixels) -> float:
         raise ValueError(f"two pictures of one shape (H, W, 3) expected, found {original.shape} and {distorted.shape}")
     first, second = _linear(original), _linear(distorted)
     errors: list[NDArray[np.float64]] = []  # a (3, 6) table of every scale
-    while len(errors) < SCALES and min(first.shape[1:]) >= 8:
+    while len(errors) < SCALES and min(first.shape[1:]) >= SMALLEST:
         if errors:
             first, second = _halve(first), _halve(second)
         errors.append(_scale_errors(_positive_xyb(first), _positive_xyb(second)))
@@ -90,7 +92,11 @@ def ssimulacra2(original: Pixels, distorted: Pixels) -> float:
         return float("nan")
     # The reference walks through its weights without gaps, so a picture too small for all scales uses the first ones.
     table = np.stack(errors, axis=1).ravel()  # component, scale, column
-    x = float(np.asarray(WEIGHTS).ravel()[: table.size] @ table) * 0.9562382616834844
+    return score(float(np.asarray(WEIGHTS).ravel()[: table.size] @ table) * SCALE)
+
+
+def score(x: float) -> float:
+    """The score of a weighted sum."""
     x = 2.326765642916932 * x - 0.020884521182843837 * x**2 + 6.248496625763138e-05 * x**3
     return float(100 - 10 * x**0.6276336467831387) if x > 0 else 100.0
 

@@ -38,6 +38,7 @@ from torch import Tensor, distributed, nn
 
 from vqcodec import data, perceptual, weights
 from vqcodec.errors import TrainingError
+from vqcodec.metrics import ms_ssim
 from vqcodec.models.config import Config, load_config
 from vqcodec.models.joint import Losses, RateDistortion
 from vqcodec.models.quantizer import Codebook
@@ -46,6 +47,8 @@ from vqcodec.models.vqvae import Linear1x1, ResidualBlock, channels_last
 from vqcodec.muon import Muon
 from vqcodec.recording import Recording
 from vqcodec.schedule import LOOK, SCHEDULES, Schedule
+from vqcodec.ssimulacra2 import score
+from vqcodec.visual import visual_distance
 
 CHECKPOINT_SECONDS = 180
 REPORT_SECONDS = 2.0
@@ -98,6 +101,8 @@ def train(
     seed: int = 0,
     start_from: Path | None = None,
     features: Path | None = None,
+    distortion: str | None = None,
+    judge: Path | None = None,
     schedule: Schedule | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     on_warning: Callable[[str], None] | None = None,
@@ -118,12 +123,15 @@ def train(
             trained goes on if their checkpoint still lies beside them.
         features: of the network of LPIPS that says how alike pictures look, SqueezeNet 1.1 as safetensors: train the natural look
             of the weights `start_from`, in a file of its own. Needs the packages lpips and torchvision.
+        distortion: "mse", or "visual" for half squared error and half SSIMULACRA2 (distortion.py); None for what the schedule says,
+            "visual" for the photo model. judge: features of AlexNet as safetensors: the log has LPIPS as well. Needs the same packages.
         schedule: learning rates, batches and crops; None for the usual one of the configuration.
         on_progress, on_warning: called now and then with a `Progress`, and with one line for each picture skipped.
 
     Raises:
         TrainingError: no pictures, no such device, no checkpoint to resume from, or one of another configuration; features
             without weights to start from, or without the packages.
+        ValueError: no such distortion.
         WeightsError: unknown configuration; unreadable features.
     """
     given = weights.load(start_from) if start_from else None
@@ -141,6 +149,8 @@ def train(
         plan = schedule or (LOOK if features else SCHEDULES.get(settings.name, Schedule()))
         if target.type == "cuda" and not schedule:
             plan = plan.with_batch(GPU_BATCH * world)
+        if distortion is not None:
+            plan = plan.with_distortion(distortion)
         if settings.rate == "after":  # the prior has its own part of the time already
             plan = dataclasses.replace(plan.without_rounding(), joint_rate=1.0, polish_from=1.0)
         elif not settings.structured:
@@ -149,6 +159,8 @@ def train(
         run.onward = given is not None and plan.prior_at > 0 and not schedule
         if given and features:
             run.only_look(given, features)
+        if judge:
+            run.judge = _lpips(lambda: perceptual.distance("alex", judge, target))
         paths = data.find_pictures(pictures)
         if resume:
             run.load()
@@ -211,6 +223,13 @@ def _optimisers(model: RateDistortion, schedule: Schedule) -> dict[str, torch.op
     return optimisers
 
 
+def _lpips(load: Callable[[], Callable[[Tensor, Tensor], Tensor]]) -> Callable[[Tensor, Tensor], Tensor]:
+    try:
+        return load()
+    except ImportError as error:
+        raise TrainingError(f"{error} (pip install 'vqcodec[natural]')") from None
+
+
 def _stood_in(checkpoint: Path) -> dict[str, Tensor]:
     """What stood in for the prior in the run of a checkpoint; nothing if there is none."""
     try:
@@ -271,7 +290,7 @@ class _Run:
         self.rank, self.world, self.budget, self.seed = rank, world, budget, seed
         self.on_progress = on_progress if rank == 0 else None
         self.on_warning = on_warning if rank == 0 else None
-        model = RateDistortion(config)
+        model = RateDistortion(config, visual_share=schedule.visual_share)
         if schedule.prior_at:
             model.rounding = Rounding(config)
         self.model = channels_last(model, device)
@@ -288,6 +307,7 @@ class _Run:
         self.recent, self.loss = torch.full((2,), math.nan, device=device), torch.tensor(math.nan)
         self.recording: Recording[tuple[Tensor, Tensor]] | None = None  # for this phase and size of crops
         self.board = _tensorboard(output) if rank == 0 else None
+        self.judge: Callable[[Tensor, Tensor], Tensor] | None = None  # LPIPS, for the log alone
         self.before: list[data.Pixels] = []  # validation crops as the untrained model decodes them
         self.validation: list[data.Pixels] = []
 
@@ -296,10 +316,7 @@ class _Run:
     def only_look(self, given: weights.Model, features: Path) -> None:
         """Train what turns the codes of given weights into pixels, and export nothing else."""
         self.look_of = given.id.hex()
-        try:
-            distance = perceptual.distance(features, self.device)
-        except ImportError as error:
-            raise TrainingError(f"{error} (pip install 'vqcodec[natural]')") from None
+        distance = _lpips(lambda: perceptual.distance("squeeze", features, self.device))
         self.model.perceptual = self.average.perceptual = distance
 
     def open_data(self, paths: list[Path]) -> None:
@@ -435,6 +452,7 @@ class _Run:
             "steps": self.step,
             "processes": self.world,
             "pictures": len(self.pictures),
+            "visual_share": self.schedule.visual_share,
             "trained": self._measure(self.average),
         }
         path = self.output
@@ -606,28 +624,45 @@ class _Run:
 
     @torch.no_grad()
     def _measure(self, model: RateDistortion, autocast: bool = True) -> dict[str, float]:
-        """bpp, PSNR and cost of the validation crops at a few qualities, and the geometric mean of the costs."""
+        """bpp, cost and likeness of the validation crops at a few qualities, and the geometric mean of the costs, bpp + lambda * squared error."""
         row: dict[str, float] = {}
         total = 0.0
         for quality in VALIDATION_QUALITIES:
-            bpp, ratio, cost, distance = 0.0, 0.0, 0.0, 0.0
+            bpp, ratio, cost = 0.0, 0.0, 0.0
+            likeness: dict[str, float] = {}
             for start in range(0, len(self.validation), VALIDATION_BATCH):
                 crops = self.validation[start : start + VALIDATION_BATCH]
                 losses = self._forward(model, crops, quality, autocast)
                 bpp += float(losses.bpp.sum())
                 cost += float(losses.cost.sum())
                 ratio += float((10 * torch.log10(255**2 / losses.mse.clamp(min=1e-3))).sum())
-                distance += float(losses.perceptual.sum())
+                for name, value in self._likeness(losses, crops).items():
+                    likeness[name] = likeness.get(name, 0.0) + value
             count = len(self.validation)
             row[f"bpp_{quality}"] = round(bpp / count, 5)
             row[f"psnr_{quality}"] = round(ratio / count, 4)
             row[f"cost_{quality}"] = round(cost / count, 5)
-            if self.look_of:
-                row[f"lpips_{quality}"] = round(distance / count, 5)
+            row |= {f"{name}_{quality}": round(value / count, 5) for name, value in likeness.items()}
             total += math.log(cost / count)
         # The geometric mean counts a gain of one percent alike at every quality.
         row["cost"] = round(math.exp(total / len(VALIDATION_QUALITIES)), 5)
         return row
+
+    def _likeness(self, losses: Losses, crops: Sequence[data.Pixels]) -> dict[str, float]:
+        """Sums over crops of what says how alike restored pictures look, as 8-bit pictures."""
+        restored = losses.reconstruction.round().clamp(0, 255)
+        original = self._pixels(crops)
+        sums = visual_distance(restored, original).tolist()
+        eight_bits = restored.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        found = {
+            "ssimulacra2": sum(map(score, sums)),
+            "ms_ssim": sum(ms_ssim(a, b) for a, b in zip(crops, eight_bits, strict=True)),
+        }
+        if self.look_of:
+            found["lpips"] = float(losses.perceptual.sum())
+        if self.judge is not None:
+            found["lpips_alex"] = float(self.judge(restored, original).sum())
+        return found
 
     def _validate(self) -> None:
         """Append a line to the log: what the averaged weights do on the validation crops."""
@@ -654,11 +689,15 @@ class _Run:
             writer.writerows(rows)
 
     def _forward(self, model: RateDistortion, crops: Sequence[data.Pixels], quality: int, autocast: bool) -> Losses:
-        pixels = torch.from_numpy(np.stack(crops)).to(self.device).permute(0, 3, 1, 2).float()
-        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        pixels = self._pixels(crops)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
             losses: Losses = model(pixels, torch.full((len(crops),), quality, device=self.device))
         return losses
+
+    def _pixels(self, crops: Sequence[data.Pixels]) -> Tensor:
+        """(B, 3, H, W), 0..255."""
+        pixels = torch.from_numpy(np.stack(crops)).to(self.device).permute(0, 3, 1, 2).float()
+        return pixels.contiguous(memory_format=torch.channels_last)
 
     def _perplexity(self) -> float:
         values = []

@@ -1,6 +1,8 @@
 """VQ-VAE and prior together: the rate-distortion loss that both are trained on.
 
-loss = bits per pixel + lambda(quality) * squared error        (per picture, squared error on the 0..255 scale)
+loss = bits per pixel + lambda(quality) * distortion        (per picture, on the scale of squared errors of 0..255)
+
+The distortion is the squared error, or half of it how different the pictures look: see distortion.py.
 
 A second look of the same codes learns on squared error and a perceptual distance, and is kept from wallpaper (`pattern`).
 """
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vqcodec.models.config import Config
+from vqcodec.models.distortion import Distortion
 from vqcodec.models.prior import Prior, rates
 from vqcodec.models.quantizer import Codebook, Rates, grid, look_up, rows
 from vqcodec.models.rounding import Rounding, round_off
@@ -55,13 +58,20 @@ class Losses:
 
 
 class RateDistortion(nn.Module):
-    """The whole codec as one differentiable function; of new networks, or of those given."""
+    """The whole codec as one differentiable function; of new networks, or of those given.
 
-    def __init__(self, config: Config, vqvae: VQVAE | None = None, prior: Prior | None = None) -> None:
+    Args:
+        visual_share: of the visual distance in the distortion, 0..1.
+    """
+
+    def __init__(
+        self, config: Config, vqvae: VQVAE | None = None, prior: Prior | None = None, visual_share: float = 0.0
+    ) -> None:
         super().__init__()
         self.config = config
         self.vqvae = vqvae or VQVAE(config)
         self.prior = prior or Prior(config)
+        self.distortion = Distortion(visual_share)
         # Set, and called for instead of codebooks and prior, in the first part of a run.
         self.rounding: Rounding | None = None
         # Called with every codebook and its vectors, float (N, P, D), before they are quantised: k-means start, revival.
@@ -118,7 +128,9 @@ class RateDistortion(nn.Module):
         assert estimate is not None
         reconstruction = self.vqvae.descend(len(latents) - 1, estimate, quality).float()
         mse = (reconstruction - pixels).square().mean((1, 2, 3))
-        loss = run.loss + (balance * weight * mse).mean()
+        # Only in training: validation looks at pictures as they are restored.
+        distortion = self.distortion(reconstruction, pixels, quality) if self.training else mse
+        loss = run.loss + (balance * weight * distortion).mean()
         distance = torch.full_like(mse, math.nan)
         if self.perceptual is not None:
             distance = self.perceptual(reconstruction, pixels)

@@ -1,0 +1,53 @@
+"""The distortion that a model is trained on: squared error, and how different pictures look, in a fixed proportion."""
+
+import torch
+from torch import Tensor, nn
+
+from vqcodec.visual import visual_distance
+
+# Qualities at which the unit of the visual distance is learned; it is interpolated between them.
+KNOTS = 10
+# How many pictures near a knot its mean remembers.
+MEMORY = 100.0
+
+
+class Distortion(nn.Module):
+    """(1 - share) * squared error + share * unit(quality) * visual distance.
+
+    The unit makes both parts equal on average: at each knot it is a running geometric mean of the ratio of squared error to
+    visual distance over the training pictures. So the distortion stays on the scale of the squared error, and a quality
+    keeps its distortion weight.
+
+    Attributes:
+        share: of the visual distance, 0..1. log_unit: float (KNOTS,). seen: float (KNOTS,), pictures near each knot so far.
+    """
+
+    log_unit: Tensor
+    seen: Tensor
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+        self.register_buffer("log_unit", torch.zeros(KNOTS))
+        self.register_buffer("seen", torch.zeros(KNOTS))
+
+    def forward(self, restored: Tensor, original: Tensor, quality: Tensor) -> Tensor:
+        """Pictures float (B, 3, H, W) in 0..255 and their qualities (B,) -> (B,), on the scale of the squared error."""
+        mse = (restored - original).square().mean((1, 2, 3))
+        if not self.share:
+            return mse
+        visual = visual_distance(restored, original)
+        place = (quality.float() - 1) / 99 * (KNOTS - 1)
+        near = (1 - (place[:, None] - torch.arange(KNOTS, device=place.device)).abs()).clamp(min=0)  # (B, KNOTS)
+        if self.training:
+            self._learn(near, mse.detach(), visual.detach())
+        return (1 - self.share) * mse + self.share * (near @ self.log_unit).exp() * visual
+
+    @torch.no_grad()
+    def _learn(self, near: Tensor, mse: Tensor, visual: Tensor) -> None:
+        ratio = (mse.clamp(min=1e-3) / visual.clamp(min=1e-3)).log()
+        near = near * ratio.isfinite()[:, None]
+        weight = near.sum(0)
+        self.seen += weight
+        mean = near.T @ ratio.nan_to_num() / weight.clamp(min=1e-6)
+        self.log_unit += weight / self.seen.clamp(min=1e-6, max=MEMORY).maximum(weight) * (mean - self.log_unit)
