@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vqcodec import synthesis
+from vqcodec import precision, synthesis
 from vqcodec.bitstream import Header
 from vqcodec.models.prior import SlicePrior, rates
 from vqcodec.models.quantizer import MOST_BITS, Codebook, Rates, grid, look_up, rate_blocks, rows, softplus2
@@ -195,7 +195,7 @@ def _evaluate(model: Model, pixels: Tensor, codes: list[Tensor], quality: int, e
     bits = torch.zeros((), device=pixels.device)
     found: list[_Symbols] = []
     state = estimate = None
-    with torch.autocast(pixels.device.type, torch.bfloat16):
+    with precision.autocast(pixels.device):
         for level, stage in enumerate(model.config.levels):
             h, w = height // stage.stride, width // stage.stride
             if estimate is None:

@@ -36,7 +36,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 
-from vqcodec import data, perceptual, weights
+from vqcodec import data, perceptual, precision, weights
 from vqcodec.errors import TrainingError
 from vqcodec.metrics import ms_ssim
 from vqcodec.models.config import Config, load_config
@@ -610,7 +610,7 @@ class _Run:
         """
         self.model.zero_grad(set_to_none=True)
         pixels = crops.permute(0, 3, 1, 2).float().contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with precision.autocast(self.device):
             losses = trained(pixels, quality, rate_weight)
         losses.total.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.schedule.clip_norm)
@@ -690,7 +690,7 @@ class _Run:
 
     def _forward(self, model: RateDistortion, crops: Sequence[data.Pixels], quality: int, autocast: bool) -> Losses:
         pixels = self._pixels(crops)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
+        with precision.autocast(self.device) if autocast else contextlib.nullcontext():
             losses: Losses = model(pixels, torch.full((len(crops),), quality, device=self.device))
         return losses
 
