@@ -1,6 +1,7 @@
 """The visual distance: the sum that SSIMULACRA2 scores, and its gradients."""
 
 import io
+import math
 
 import models
 import numpy as np
@@ -146,6 +147,14 @@ def test_what_lies_outside_counts_as_the_bounds() -> None:
     wide.requires_grad_()
     visual_distance(wide, original).sum().backward()
     assert wide.grad is not None and not bool(wide.grad[(wide < 0) | (wide > 255)].any())
+
+
+def test_what_is_no_picture_has_no_score() -> None:
+    """A model in trouble must not log the score of a perfect copy."""
+    changed, original = pair()
+    changed[1, 0, 5, 5] = torch.nan
+    found = [score(x) for x in visual_distance(changed, original).tolist()]
+    assert [math.isnan(x) for x in found] == [False, True, False]
 
 
 def test_what_looks_worse_is_farther() -> None:
