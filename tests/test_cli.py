@@ -131,6 +131,11 @@ def test_help_has_ranges_and_defaults():
         (["train", "x", "-o", "w.safetensors", "--minutes", "inf"], "--minutes must be a number."),
         (["train", "x"], "Missing option '-o' / '--output'."),
         (["train", "x", "-o", "y", "--minutes", "0"], "Invalid value for '--minutes'"),
+        (["train", "x", "-o", "y", "--distortion", "psnr"], "Invalid value for '--distortion'"),
+        (
+            ["train", "x", "-o", "y", "--lpips", "no.safetensors"],
+            "Invalid value for '--lpips': File 'no.safetensors' does",
+        ),
     ],
 )
 def test_wrong_usage(arguments, message):
@@ -536,8 +541,17 @@ def test_train(training, photo):
         "prior, step 2: 0.500 bpp, 30.00 dB, 01:00:00 left",
     ]
     options = {"config": "tiny", "minutes": 1.5, "resume": True, "device": "auto", "seed": 3, "start_from": None}
-    options["features"] = None
+    options |= {"features": None, "distortion": None, "judge": None}
     assert training.calls == [([Path("photo.png")], Path("w.safetensors"), options)]
+
+
+@pytest.mark.parametrize("distortion", ["mse", "visual"])
+def test_train_on_a_distortion_judged_by_lpips(training, photo, distortion):
+    Path("a.safetensors").touch()
+    asked = ["train", "photo.png", "-o", "w.safetensors", "--distortion", distortion]
+    assert run(*asked, "--lpips", "a.safetensors").exit_code == 0
+    options = training.calls[0][2]
+    assert (options["distortion"], options["judge"]) == (distortion, Path("a.safetensors"))
 
 
 def test_train_a_look(training, photo):

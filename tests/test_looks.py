@@ -126,7 +126,7 @@ def test_a_deeper_model_says_what_it_grew_from_said(tmp_path: Path) -> None:
 
 def test_training(own: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the renderer learns, towards what the distance wants; a run can be gone on with."""
-    monkeypatch.setattr(perceptual, "distance", lambda features, device: coarse)
+    monkeypatch.setattr(perceptual, "distance", lambda network, features, device: coarse)
     monkeypatch.setattr(torch, "set_flush_denormal", lambda _: True)  # of the whole process
     monkeypatch.setattr(training, "VALIDATIONS", 1)  # which take of the time
     output = own.with_suffix(".natural.safetensors")
@@ -163,7 +163,7 @@ def test_training(own: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_look_of_a_classic_model(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the prior is learned after the rest, a look never comes to its turn."""
-    monkeypatch.setattr(perceptual, "distance", lambda features, device: coarse)
+    monkeypatch.setattr(perceptual, "distance", lambda network, features, device: coarse)
     monkeypatch.setattr(torch, "set_flush_denormal", lambda _: True)
     own = models.save(models.raster(layers=2), tmp_path / "own.safetensors")
     output = own.with_suffix(".natural.safetensors")

@@ -1,8 +1,10 @@
 """The schedule of a run: what its curves are at the start, on the way and at the end."""
 
+from dataclasses import replace
+
 import pytest
 
-from vqcodec.schedule import Schedule
+from vqcodec.schedule import LOOK, SCHEDULES, Schedule
 
 
 def test_learning_rates_rise_and_fall_in_every_phase() -> None:
@@ -31,7 +33,30 @@ def test_going_on_from_weights_rounds_to_the_end_and_learns_nothing_together() -
     assert plan.prior_at > Schedule().prior_at
     assert {plan.phase(hundredth / 100) for hundredth in range(101)} == {0, 1, 3}
     rates = [plan.learning_rate(1000, share * plan.prior_at) for share in (0, 0.5, 0.99999)]
-    assert rates == pytest.approx([1, 0.52, 0.02], rel=1e-2)
+    assert rates == pytest.approx([0.5, 0.26, 0.01], rel=1e-2), "half of the rates of a fresh run"
+    assert plan.learning_rate(1000, plan.prior_at) == pytest.approx(1), "but for the prior, which starts anew"
+
+
+def test_rates_while_rounding_are_no_others() -> None:
+    plan = Schedule(warm_up_steps=10, prior_at=0.5, joint_at=0.6, polish_from=0.8)
+    slow = replace(plan, rounding_rate=0.3)
+    for step, share in ((0, 0.0), (4, 0.1), (1000, 0.2), (1000, 0.49)):
+        assert slow.learning_rate(step, share) == pytest.approx(0.3 * plan.learning_rate(step, share))
+    for share in (0.5, 0.55, 0.6, 0.7, 0.8, 0.9):
+        assert slow.learning_rate(1000, share) == plan.learning_rate(1000, share)
+
+
+def test_distortions() -> None:
+    assert Schedule().visual_share == 0.5
+    for name, share in (("mse", 0.0), ("visual", 0.5)):
+        for plan in (Schedule(batch=3), replace(LOOK, batch=3)):
+            assert plan.with_distortion(name) == replace(plan, visual_share=share)
+    with pytest.raises(ValueError, match="distortion must be one of mse, visual, got 'pretty'"):
+        Schedule().with_distortion("pretty")
+
+
+def test_what_is_small_or_another_look_is_trained_on_squared_error() -> None:
+    assert {plan.visual_share for plan in (*SCHEDULES.values(), LOOK)} == {0.0}
 
 
 def test_large_batches_learn_faster() -> None:

@@ -23,12 +23,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from vqcodec import codec, training, weights
+from vqcodec import codec, perceptual, training, weights
 from vqcodec.errors import TrainingError, WeightsError
-from vqcodec.metrics import psnr
+from vqcodec.metrics import ms_ssim, psnr
 from vqcodec.models.config import PHOTO, TINY, SliceConfig
 from vqcodec.models.joint import RateDistortion
 from vqcodec.schedule import Schedule
+from vqcodec.ssimulacra2 import ssimulacra2
 from vqcodec.training import Progress, train
 
 # All together from the start.
@@ -147,9 +148,18 @@ def test_a_few_seconds_beat_the_untrained_state(pictures: Path, tmp_path: Path, 
     assert len({original.tobytes(), before.tobytes(), after.tobytes()}) == 3
     assert min(psnr(original, before), psnr(original, after)) > 20
 
+    measures = ("bpp", "psnr", "cost", "ssimulacra2", "ms_ssim")
+    columns = {f"{name}_{quality}" for name in measures for quality in training.VALIDATION_QUALITIES}
+    assert rows[0].keys() == columns | {"step", "minutes", "cost", "perplexity"}
+    for row, restored in ((rows[0], before), (rows[-1], after)):
+        logged = [row[f"{name}_{training.SHEET_QUALITY}"] for name in ("ssimulacra2", "ms_ssim")]
+        assert logged[0] == pytest.approx(ssimulacra2(original, restored), abs=0.05)
+        assert logged[1] == pytest.approx(ms_ssim(original, restored), abs=1e-5)
+
     notes = weights.describe(output)["notes"]
     assert notes["steps"] == seen[-1].step
     assert notes["processes"] == 1
+    assert notes["visual_share"] == 0.5
     assert notes["trained"]["cost"] == rows[-1]["cost"]
     assert notes["exported"]["cost"] == pytest.approx(notes["trained"]["cost"], rel=0.01)
     source = models.picture(70, 90, seed=200)
@@ -240,6 +250,7 @@ def test_a_resumed_run_starts_from_the_checkpoint(
     run(pictures, output, 0.5, resume=True)  # no step, but the checkpoint is written again
     after = checkpoint_of(output)
     assert before.keys() == after.keys()
+    assert bool(before["model.distortion.seen"].all()), "the unit of the visual distance is learned"
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor), name
 
@@ -388,6 +399,68 @@ def test_in_the_end_codes_stand_still(pictures: Path, tmp_path: Path, small: Non
     before, after = learned, checkpoint_of(output)
     encoder = [name for name in before if ".encoder." in name]
     assert encoder and all(torch.equal(after[name], before[name]) for name in encoder), "polishing goes on"
+
+
+# What counts as error
+
+
+def test_distortions(pictures: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    output, shares = tmp_path / "mine.safetensors", []
+    monkeypatch.setattr(training._Run, "loop", lambda r: shares.append(r.model.distortion.share))
+    squared = dataclasses.replace(SMALL, visual_share=0.0)
+    for distortion, schedule, share in (
+        ("mse", SMALL, 0.0),
+        ("visual", squared, 0.5),
+        (None, None, 0.5),
+        (None, squared, 0.0),
+    ):
+        run(pictures, output, 1, distortion=distortion, schedule=schedule)
+        assert shares.pop() == share == weights.describe(output)["notes"]["visual_share"]
+
+
+def test_an_unknown_distortion(pictures: Path, tmp_path: Path, small: None) -> None:
+    with pytest.raises(ValueError, match="distortion must be one of mse, visual, got 'pretty'"):
+        run(pictures, tmp_path / "mine.safetensors", 1, distortion="pretty")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_judge(pictures: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LPIPS is in the log from where on it is asked for, and has no part in the loss."""
+
+    def distance(network: str, features: Path, device: torch.device) -> Any:
+        assert (network, features, device.type) == ("alex", Path("a.safetensors"), "cpu")
+
+        def measure(restored: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+            assert not torch.is_grad_enabled() and restored.shape == original.shape == (1, 3, 64, 64)
+            assert torch.equal(restored, restored.round().clamp(0, 255))
+            return (restored - original).square().mean((1, 2, 3))
+
+        return measure
+
+    monkeypatch.setattr(perceptual, "distance", distance)
+    output = tmp_path / "mine.safetensors"
+    run(pictures, output, 0.3)
+    columns = [f"lpips_alex_{quality}" for quality in training.VALIDATION_QUALITIES]
+    assert not log_of(output)[0].keys() & set(columns)
+    run(pictures, output, 0.5, resume=True, judge=Path("a.safetensors"))
+    with output.with_suffix(".csv").open(newline="") as file:
+        first, *_, last = csv.DictReader(file)
+    for name in columns:
+        assert first[name] == ""
+        mse = 255**2 / 10 ** (float(last[name.replace("lpips_alex", "psnr")]) / 10)
+        assert float(last[name]) == pytest.approx(mse, rel=0.05), "but for rounding to 8 bits"
+    run(pictures, output, 0.7, resume=True)  # and without it again
+
+
+def test_a_judge_needs_its_packages(
+    pictures: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def distance(*_: object) -> None:
+        raise ImportError("No module named 'lpips'")
+
+    monkeypatch.setattr(perceptual, "distance", distance)
+    with pytest.raises(TrainingError, match=r"No module named 'lpips' \(pip install 'vqcodec\[natural\]'\)"):
+        run(pictures, tmp_path / "mine.safetensors", 1, judge=Path("a.safetensors"))
 
 
 # Going on from weights

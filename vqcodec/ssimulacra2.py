@@ -96,9 +96,9 @@ def ssimulacra2(original: Pixels, distorted: Pixels) -> float:
 
 
 def score(x: float) -> float:
-    """The score of a weighted sum."""
+    """The score of a weighted sum; nan of nan."""
     x = 2.326765642916932 * x - 0.020884521182843837 * x**2 + 6.248496625763138e-05 * x**3
-    return float(100 - 10 * x**0.6276336467831387) if x > 0 else 100.0
+    return 100.0 if x <= 0 else float(100 - 10 * x**0.6276336467831387)
 
 
 def _linear(pixels: Pixels) -> Planes:

@@ -684,7 +684,8 @@ class _Run:
 
     def _write_log(self, rows: list[dict[str, Any]]) -> None:
         with self.output.with_suffix(".csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
+            # A run that is resumed may log more than before, or less.
+            writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
             writer.writeheader()
             writer.writerows(rows)
 

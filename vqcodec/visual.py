@@ -41,8 +41,7 @@ def visual_distance(distorted: Tensor, original: Tensor) -> Tensor:
                 a, b = _halve(a), _halve(b)
             errors.append(_scale_errors(_positive_xyb(a), _positive_xyb(b)))
         table = torch.stack(errors, 2).flatten(1)  # (B, 3 * scales * 6)
-        weights = torch.tensor(WEIGHTS, dtype=torch.float32, device=table.device).flatten()[: table.shape[1]]
-        return table @ weights * SCALE
+        return table @ _weights(table.device)[: table.shape[1]] * SCALE
 
 
 def _linear(pixels: Tensor) -> Tensor:
@@ -59,14 +58,30 @@ def _halve(planes: Tensor) -> Tensor:
 
 
 def _positive_xyb(linear: Tensor) -> Tensor:
-    opsin = torch.from_numpy(OPSIN).to(linear.device)
-    mixed = torch.einsum("oc,bchw->bohw", opsin, linear) + float(OPSIN_BIAS)
+    mixed = torch.einsum("oc,bchw->bohw", _opsin(linear.device), linear) + float(OPSIN_BIAS)
     mixed = mixed ** (1 / 3) - float(OPSIN_BIAS) ** (1 / 3)
     x, y = (mixed[:, 0] - mixed[:, 1]) / 2, (mixed[:, 0] + mixed[:, 1]) / 2
     return torch.stack([x * 14 + 0.42, y + 0.01, mixed[:, 2] - y + 0.55], 1)
 
 
+# Constants are kept on their device: a step that is recorded (recording.py) may not copy them there. They are not made in
+# inference mode, whose tensors no gradient may pass.
+
+
+@functools.cache
+@torch.inference_mode(False)
+def _weights(device: torch.device) -> Tensor:
+    return torch.tensor(WEIGHTS, dtype=torch.float32, device=device).flatten()
+
+
+@functools.cache
+@torch.inference_mode(False)
+def _opsin(device: torch.device) -> Tensor:
+    return torch.from_numpy(OPSIN).to(device)
+
+
 @functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def _blur_matrix(size: int, device: torch.device) -> Tensor:
     """The filter along a line of `size` pixels, zeros outside: (size, size), symmetric."""
     offsets = (torch.arange(size)[:, None] - torch.arange(size)).abs()

@@ -14,9 +14,9 @@ MEMORY = 100.0
 class Distortion(nn.Module):
     """(1 - share) * squared error + share * unit(quality) * visual distance.
 
-    The unit makes both parts equal on average: at each knot it is a running geometric mean of the ratio of squared error to
-    visual distance over the training pictures. So the distortion stays on the scale of the squared error, and a quality
-    keeps its distortion weight.
+    The unit makes both parts equal on average: at each knot it is a running geometric mean of the ratio of squared error
+    to visual distance over the training pictures. So the distortion stays on the scale of the squared error, and a
+    quality keeps its distortion weight.
 
     Attributes:
         share: of the visual distance, 0..1. log_unit: float (KNOTS,). seen: float (KNOTS,), pictures near each knot so far.
@@ -41,7 +41,8 @@ class Distortion(nn.Module):
         near = (1 - (place[:, None] - torch.arange(KNOTS, device=place.device)).abs()).clamp(min=0)  # (B, KNOTS)
         if self.training:
             self._learn(near, mse.detach(), visual.detach())
-        return (1 - self.share) * mse + self.share * (near @ self.log_unit).exp() * visual
+        # Sums and no matrix products, which autocast would round to bfloat16.
+        return (1 - self.share) * mse + self.share * (near * self.log_unit).sum(1).exp() * visual
 
     @torch.no_grad()
     def _learn(self, near: Tensor, mse: Tensor, visual: Tensor) -> None:
@@ -49,5 +50,5 @@ class Distortion(nn.Module):
         near = near * ratio.isfinite()[:, None]
         weight = near.sum(0)
         self.seen += weight
-        mean = near.T @ ratio.nan_to_num() / weight.clamp(min=1e-6)
+        mean = (near * ratio.nan_to_num()[:, None]).sum(0) / weight.clamp(min=1e-6)
         self.log_unit += weight / self.seen.clamp(min=1e-6, max=MEMORY).maximum(weight) * (mean - self.log_unit)
