@@ -304,7 +304,7 @@ def load_published(pictures: Sequence[Path], folder: Path) -> list[Result]:
 
 def versions() -> dict[str, str]:
     """What the numbers depend on."""
-    names = ("vqcodec", "torch", "numpy", "pillow", "imagecodecs")
+    names = ("vqcodec", "torch", "numpy", "pillow", "imagecodecs", "cvvdp")
     installed = {}
     for name in names:
         try:

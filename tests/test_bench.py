@@ -1,8 +1,10 @@
 """The benchmark: BD-rate on curves with a known answer, SSIMULACRA2 against its reference, and small real runs."""
 
+import importlib.util
 import io
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -135,6 +137,55 @@ def test_ssimulacra2_agrees_with_the_reference() -> None:
     assert ssimulacra2(ramp, grey) == pytest.approx(-64.56872148, abs=0.05)
     assert ssimulacra2(reference_noise(64, 64, 42), grey) == pytest.approx(-47.33572558, abs=0.05)
     assert ssimulacra2(grey, grey + np.uint8(50)) == pytest.approx(-8.75942256, abs=0.1)
+
+
+# Measures that other packages and programs compute
+
+
+def needs(module: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(importlib.util.find_spec(module) is None, reason=f"needs {module}: pip install {module}")
+
+
+@pytest.mark.parametrize(
+    ("key", "best"),
+    [
+        pytest.param(
+            *("butteraugli", 0),
+            marks=pytest.mark.skipif(
+                shutil.which("butteraugli_main") is None,
+                reason="needs the program butteraugli_main: apt-get install libjxl-devtools",
+            ),
+        ),
+        pytest.param("cvvdp", 10, marks=needs("pycvvdp")),
+        pytest.param("gmsd", 0, marks=needs("piq")),
+        pytest.param("haarpsi", 1, marks=needs("piq")),
+    ],
+)
+def test_measures_tell_much_loss_from_little(key: str, best: float) -> None:
+    measure, compute = measures.MEASURES[key], measures.function(key, None)
+    jpeg, pixels = codecs.get("jpeg"), photo(96, 64)
+    low, high = (measure.scale(compute(pixels, jpeg.decode(jpeg.encode(pixels, quality)))) for quality in (10, 90))
+    assert low < high < measure.scale(compute(pixels, pixels))
+    assert compute(pixels, pixels) == pytest.approx(best, abs=1e-5)
+
+
+def test_butteraugli_is_the_3_norm_that_the_program_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(measures.MeasureUnavailableError, match="libjxl-devtools"):
+        measures.function("butteraugli", None)
+    program = tmp_path / "butteraugli_main"
+    program.write_text("#!/bin/sh\necho 6.4490375519\necho 3-norm: 2.133363\n")
+    program.chmod(0o755)
+    compute = measures.function("butteraugli", None)
+    assert compute(photo(8, 9), photo(8, 9)) == 2.133363
+    assert np.isnan(compute(photo(8, 7), photo(8, 7)))  # the program would say 0
+
+
+def test_cvvdp_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pycvvdp", None)
+    monkeypatch.setattr(measures, "import_torchvision", lambda: None)
+    with pytest.raises(measures.MeasureUnavailableError, match="pip install cvvdp"):
+        measures.function("cvvdp", None)
 
 
 def test_ssimulacra2_edges() -> None:
