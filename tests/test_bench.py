@@ -262,6 +262,15 @@ def test_aim_against_jpeg() -> None:
     assert "not checked" in rate_distortion.aim_lines(None)[0]
 
 
+def test_tunings_are_compared_with_vqcodec() -> None:
+    psnr = [26.0, 30.0, 34.0, 38.0]
+    own = result("vqcodec", [1, 2, 3, 4], [0.2, 0.4, 0.8, 1.6], psnr)
+    tuned = result("vqcodec-psnr", [1, 2, 3, 4], [0.18, 0.36, 0.72, 1.44], psnr)
+    (found,) = results.comparisons([own, tuned], [PSNR])
+    assert (found.test, found.anchor) == ("vqcodec-psnr", "vqcodec")
+    assert found.value is not None and found.value.percent == pytest.approx(-10)
+
+
 def test_published_curves(tmp_path: Path) -> None:
     columns = {"bpp": [0.2, 0.5, 1.0], "psnr-rgb": [26.0, 30.0, 34.0]}
     (tmp_path / "jpeg.json").write_text(json.dumps({"name": "JPEG", "description": "d", "results": columns}))
