@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench is not ins
 pytest.importorskip("matplotlib", reason="needs the extra 'bench': pip install -e '.[bench]'")
 pytest.importorskip("imagecodecs", reason="needs the extra 'bench': pip install -e '.[bench]'")
 
-from bench import codecs, effort, measures, rate_distortion, report, results, speed, strip, targets
+from bench import codecs, effort, measures, plots, rate_distortion, report, results, speed, strip, targets
 from bench.bd_rate import Curve, bd_rate, pchip
 from vqcodec.metrics import psnr as measured_psnr
 from vqcodec.models.config import TINY
@@ -210,6 +210,37 @@ def test_classic_codecs_give_more_for_more(key: str) -> None:
     assert 15 < measured_psnr(pixels, decoded[0]) < measured_psnr(pixels, decoded[1])
 
 
+@pytest.mark.parametrize(
+    ("key", "title", "effort", "tune"),
+    [
+        ("vqcodec", "vqcodec", 1, None),
+        ("vqcodec-psnr", "vqcodec, tune psnr", 1, "psnr"),
+        ("vqcodec-effort-3", "vqcodec, effort 3", 3, None),
+        ("vqcodec-effort-9", "vqcodec, effort 9", 9, None),
+    ],
+)
+def test_variants_of_the_own_codec(
+    key: str, title: str, effort: int, tune: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = tmp_path / "tiny.safetensors"
+    save_model(weights, TINY, VQVAE(TINY), Prior(TINY), {})
+    asked: dict[str, object] = {}
+
+    def compress(pixels: NDArray[np.uint8], **options: object) -> bytes:
+        asked.update(options)
+        return b"file"
+
+    monkeypatch.setattr("vqcodec.codec.compress", compress)
+    codec = codecs.get(key, weights=weights)
+    assert (codec.key, codec.title) == (key, title)
+    assert codec.encode(photo(16, 16), 40.0) == b"file"
+    assert asked == {"quality": 40, "weights": weights, "device": "auto", "effort": effort, "tune": tune}
+
+
+def test_every_codec_has_a_colour() -> None:
+    assert plots.COLOURS.keys() == set(codecs.KEYS)
+
+
 def test_missing_weights_and_unknown_names(tmp_path: Path) -> None:
     with pytest.raises(codecs.CodecUnavailableError):
         codecs.get("vqcodec", weights=tmp_path / "none.safetensors")
@@ -221,13 +252,20 @@ def test_missing_weights_and_unknown_names(tmp_path: Path) -> None:
         measures.function("lpips", tmp_path)
 
 
+@pytest.mark.parametrize("key", ["jpeg2000", "jxl"])
+def test_nearest_quality_lies_between_the_default_ones(key: str) -> None:
+    codec, pixels = codecs.get(key), photo(160, 112)
+    middle = sum(len(codec.encode(pixels, quality)) for quality in codec.qualities[-3:-1]) / 2
+    _, data = codecs.nearest_quality(codec, pixels, middle)
+    assert len(data) == pytest.approx(middle, rel=0.03)
+
+
 def test_nearest_quality_is_the_best_of_all() -> None:
     codec = codecs.get("jpeg")
     pixels = photo(80, 56)
     for size in (1, 900, 1500, 10**6):
         quality, data = codecs.nearest_quality(codec, pixels, size)
         assert data == codec.encode(pixels, quality)
-        assert codec.scale is not None
         best = min(abs(len(codec.encode(pixels, q)) - size) for q in codec.scale)
         assert abs(len(data) - size) == best
 
