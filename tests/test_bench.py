@@ -537,13 +537,25 @@ def test_targets_out_of_range_everywhere(tmp_path: Path, capsys: pytest.CaptureF
     assert capsys.readouterr().out.startswith("bpp=.0001: out of range 1, ")
 
 
-def test_a_strip_shows_the_same_piece_of_every_codec(tmp_path: Path) -> None:
+def test_a_strip_shows_the_same_piece_of_every_codec(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, output = tmp_path / "picture.png", tmp_path / "strip.png"
     pixels = models.picture(60, 90)
     Image.fromarray(pixels).save(source)
     asked = [str(source), "--rate", "3", "--codecs", "jpeg,webp", "--piece", "5,9,32", "-o", str(output)]
     assert strip.main(asked) == 0
     with Image.open(output) as shown:
-        original, *restored = np.split(np.asarray(shown), 3, axis=1)
+        columns = np.split(np.asarray(shown), 3, axis=1)
+    original, *restored = (column[: strip.LEAST_SIDE : 12, ::12] for column in columns)  # enlarged 12 times
     assert np.array_equal(original, pixels[9:41, 5:37])
+    assert np.array_equal(original.repeat(12, axis=0).repeat(12, axis=1), columns[0][: strip.LEAST_SIDE])
     assert all(measured_psnr(original, piece) > 20 for piece in restored)
+    captions = [column[strip.LEAST_SIDE :] for column in columns]
+    assert all((caption == 255).any() and (caption < 64).any() for caption in captions)
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["JPEG", "WebP"]
+
+
+def test_a_strip_does_not_enlarge_large_pieces() -> None:
+    piece = models.picture(400, 400)
+    shown = np.asarray(strip.draw([piece], ["original"]))
+    assert shown.shape == (475, 400, 3)
+    assert np.array_equal(shown[:400], piece)
