@@ -1,13 +1,13 @@
 """Every codec of the benchmark behind one interface: pixels and a quality in, file bytes out, and back.
 
-The classic codecs are used as a user of Pillow or imagecodecs gets them; what differs from the libraries' defaults is in each
-codec's `settings`. All of them run on a stated number of threads so that times can be compared.
+The classic codecs are used as a user of Pillow or imagecodecs gets them; what differs from the libraries' defaults is in
+each codec's `settings`. All of them run on a stated number of threads so that times can be compared.
 """
 
 import functools
 import importlib.metadata
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ class Codec:
         settings: one line on what was chosen.
         version: library and version.
         qualities: default operating points, rising in quality.
-        scale: all usable whole-number qualities, rising in quality; None if they are not whole numbers.
+        scale: all qualities that `nearest_quality` may take, rising in quality.
         encode: (pixels, quality) -> file bytes.
         decode: file bytes -> pixels.
     """
@@ -42,7 +42,7 @@ class Codec:
     settings: str
     version: str
     qualities: tuple[float, ...]
-    scale: range | None
+    scale: Sequence[float]
     encode: Callable[[Pixels, float], bytes]
     decode: Callable[[bytes], Pixels]
 
@@ -72,7 +72,8 @@ def get(key: str, *, weights: Path | None = None, device: str = "auto", threads:
 def nearest_quality(codec: Codec, pixels: Pixels, size: float) -> tuple[float, bytes]:
     """The quality whose file comes nearest to `size` bytes, and that file.
 
-    Bisects `codec.scale`, on which file sizes have to rise; for a codec without one, tries its default operating points.
+    Bisects `codec.scale`, on which file sizes have to rise; where they fall now and then, as those of JPEG XL do at low
+    rates, a quality elsewhere may be nearer.
     """
     files: dict[float, bytes] = {}
 
@@ -81,20 +82,16 @@ def nearest_quality(codec: Codec, pixels: Pixels, size: float) -> tuple[float, b
             files[quality] = codec.encode(pixels, quality)
         return len(files[quality])
 
-    if codec.scale is None:
-        for quality in codec.qualities:
-            encode(quality)
-    else:
-        low, high = 0, len(codec.scale) - 1  # both inclusive
-        while low < high:
-            middle = (low + high) // 2
-            if encode(codec.scale[middle]) < size:
-                low = middle + 1
-            else:
-                high = middle
-        for index in (low - 1, low):  # the last below and the first not below
-            if index >= 0:
-                encode(codec.scale[index])
+    low, high = 0, len(codec.scale) - 1  # both inclusive
+    while low < high:
+        middle = (low + high) // 2
+        if encode(codec.scale[middle]) < size:
+            low = middle + 1
+        else:
+            high = middle
+    for index in (low - 1, low):  # the last below and the first not below
+        if index >= 0:
+            encode(codec.scale[index])
     best = min(files, key=lambda quality: abs(len(files[quality]) - size))
     return best, files[best]
 
@@ -156,7 +153,7 @@ def _jpeg2000(weights: Path | None, device: str, threads: int) -> Codec:
         "9/7 wavelet, colour transform, one tile, one layer; the quality is the target in bits per pixel",
         _pillow_version("jpg_2000", "OpenJPEG"),
         (0.08, 0.12, 0.2, 0.3, 0.45, 0.65, 0.9, 1.3, 1.8, 2.5),
-        None,
+        [step / 200 for step in range(4, 801)],
         _pillow(
             "JPEG2000",
             lambda bpp: {"irreversible": True, "mct": 1, "quality_mode": "rates", "quality_layers": [24 / bpp]},
@@ -205,13 +202,23 @@ def _jxl(weights: Path | None, device: str, threads: int) -> Codec:
         "effort 7; the quality is the Butteraugli distance",
         f"imagecodecs {imagecodecs.__version__}, {imagecodecs.jpegxl_version()}",
         (25, 15, 11, 8, 5.5, 4, 2.8, 2, 1.4, 0.9, 0.5),
-        None,
+        [step / 20 for step in range(500, 1, -1)],
         encode,
         decode,
     )
 
 
-def _vqcodec(weights: Path | None, device: str, threads: int, *, look: str = "faithful", effort: int = 1) -> Codec:
+def _vqcodec(
+    weights: Path | None,
+    device: str,
+    threads: int,
+    *,
+    key: str = "vqcodec",
+    title: str = "vqcodec",
+    look: str = "faithful",
+    effort: int = 1,
+    tune: str | None = None,
+) -> Codec:
     try:
         import vqcodec.codec
         import vqcodec.packaged
@@ -227,15 +234,16 @@ def _vqcodec(weights: Path | None, device: str, threads: int, *, look: str = "fa
         raise CodecUnavailableError(str(error)) from error
 
     def encode(pixels: Pixels, quality: float) -> bytes:
-        return vqcodec.codec.compress(pixels, quality=int(quality), weights=path, device=device, effort=effort)
+        return vqcodec.codec.compress(
+            pixels, quality=int(quality), weights=path, device=device, effort=effort, tune=tune
+        )
 
     def decode(data: bytes) -> Pixels:
         return np.asarray(vqcodec.codec.decompress(data, weights=path, look=look, device=device).convert("RGB"))
 
-    variants = [*([look] if look != "faithful" else []), *([f"effort {effort}"] if effort > 1 else [])]
     return Codec(
-        "-".join(["vqcodec", *variants]).replace(" ", "-"),
-        ", ".join(["vqcodec", *variants]),
+        key,
+        title,
         ".vqz",
         f"weights {path.name}, id {weights_id}",
         f"vqcodec {vqcodec.__version__}",
@@ -248,8 +256,10 @@ def _vqcodec(weights: Path | None, device: str, threads: int, *, look: str = "fa
 
 _MAKERS: dict[str, Callable[[Path | None, str, int], Codec]] = {
     "vqcodec": _vqcodec,
-    "vqcodec-natural": functools.partial(_vqcodec, look="natural"),
-    "vqcodec-effort-9": functools.partial(_vqcodec, effort=9),
+    "vqcodec-psnr": functools.partial(_vqcodec, key="vqcodec-psnr", title="vqcodec, tune psnr", tune="psnr"),
+    "vqcodec-natural": functools.partial(_vqcodec, key="vqcodec-natural", title="vqcodec, natural", look="natural"),
+    "vqcodec-effort-3": functools.partial(_vqcodec, key="vqcodec-effort-3", title="vqcodec, effort 3", effort=3),
+    "vqcodec-effort-9": functools.partial(_vqcodec, key="vqcodec-effort-9", title="vqcodec, effort 9", effort=9),
     "jpeg": _jpeg,
     "webp": _webp,
     "jpeg2000": _jpeg2000,
@@ -259,4 +269,4 @@ _MAKERS: dict[str, Callable[[Path | None, str, int], Codec]] = {
 }
 KEYS = tuple(_MAKERS)
 # Without what is too slow to be measured unasked.
-USUAL = tuple(key for key in KEYS if key != "vqcodec-effort-9")
+USUAL = tuple(key for key in KEYS if not key.startswith("vqcodec-effort-"))

@@ -15,7 +15,9 @@ from bench.bd_rate import Curve
 
 COLOURS = {
     "vqcodec": "#c2410c",
+    "vqcodec-psnr": "#e11d48",
     "vqcodec-natural": "#f59e0b",
+    "vqcodec-effort-3": "#9a3412",
     "vqcodec-effort-9": "#7c2d12",
     "jpeg": "#6b7280",
     "webp": "#15803d",

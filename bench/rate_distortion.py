@@ -47,7 +47,7 @@ KODAK_NAMES = {f"kodim{number:02d}" for number in range(1, 25)}
 TABLE_RATES = (0.08, 0.15, 0.3, 0.5, 1.0)  # bits per pixel
 COMPARED_PICTURES = 4
 COMPARED_RATES = (0.15, 0.5)  # bits per pixel
-COMPARED_CODECS = ("vqcodec", "vqcodec-natural", "avif", "jxl", "jpeg")
+COMPARED_CODECS = ("vqcodec", "vqcodec-psnr", "vqcodec-natural", "avif", "jxl", "jpeg")
 COMPARED_SIDE = 1024  # bigger pictures are cut to their middle, to keep the report small
 BD_RATE_TEXT = (
     "How many bits a codec (row) needs more or less than another (column) at equal quality, averaged over the range of "
@@ -304,7 +304,7 @@ def load_published(pictures: Sequence[Path], folder: Path) -> list[Result]:
 
 def versions() -> dict[str, str]:
     """What the numbers depend on."""
-    names = ("vqcodec", "torch", "numpy", "pillow", "imagecodecs")
+    names = ("vqcodec", "torch", "numpy", "pillow", "imagecodecs", "cvvdp")
     installed = {}
     for name in names:
         try:

@@ -176,13 +176,17 @@ class Comparison:
 
 
 def comparisons(results: Sequence[Result], measures: Sequence[Measure]) -> list[Comparison]:
-    """BD-rates of every curve against JPEG (measured and published), AVIF and JPEG XL, and against JPEG over AIM_RATES."""
+    """BD-rates of every curve against JPEG (measured and published), vqcodec, AVIF and JPEG XL.
+
+    Against JPEG also over AIM_RATES.
+    """
+    anchors = ("vqcodec", "avif", "avif-psnr", "jxl")
     found = []
     for measure in measures:
         curves = {result.title: curve for result in results if (curve := result.curve(measure))}
         keys = {result.title: result.key for result in results}
         jpeg = [title for title in curves if keys[title] == "jpeg"]
-        others = [title for title in curves if title == PUBLISHED_JPEG or keys[title] in ("avif", "avif-psnr", "jxl")]
+        others = [title for title in curves if title == PUBLISHED_JPEG or keys[title] in anchors]
         pairs = [(anchor, None) for anchor in jpeg + others] + [(anchor, AIM_RATES) for anchor in jpeg]
         for anchor, rates in pairs:
             for test, curve in curves.items():

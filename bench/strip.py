@@ -1,9 +1,11 @@
-"""A piece of a picture as several codecs restore it at equal bytes, side by side: the original, then the others in order.
+"""A piece of a picture as several codecs restore it at equal bytes, in a row: the original, then the others in order.
 
-    python bench/strip.py [PICTURE] [--rate .15] [--codecs vqcodec,vqcodec-natural,avif,jxl] [--piece LEFT,TOP,SIDE] -o docs/looks.jpg
+    python bench/strip.py [PICTURE] [--rate 0.15] [--codecs vqcodec,vqcodec-natural,avif,jxl] [--piece LEFT,TOP,SIDE]
+        -o docs/looks.jpg
 
-The whole picture is coded: the first codec takes its quality nearest to the rate, the others theirs nearest to its bytes. Without a
-picture it is matplotlib's sample photo.
+The whole picture is coded: the first codec takes its quality nearest to the rate, the others theirs nearest to its
+bytes. Each piece has the codec and the bytes of the whole file below it. A piece of less than 384 pixels is enlarged by
+a whole factor, without smoothing. Without a picture it is matplotlib's sample photo.
 """
 
 import argparse
@@ -14,10 +16,33 @@ if not __package__:  # run as a file: let the imports below find the repository'
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
-from PIL import Image
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
 
 from bench import codecs
 from bench.rate_distortion import SAMPLE, load
+
+LEAST_SIDE = 384  # pixels of a piece as shown
+
+
+def draw(pieces: list[NDArray[np.uint8]], captions: list[str]) -> Image.Image:
+    """A row of pieces, each with its caption below.
+
+    Args:
+        pieces: uint8 (side, side, 3), all of one size.
+        captions: of one or two lines each.
+    """
+    factor = -(-LEAST_SIDE // len(pieces[0]))
+    side = factor * len(pieces[0])
+    font_size = side // 16
+    strip = Image.new("RGB", (len(pieces) * side, side + 3 * font_size), "white")
+    pen = ImageDraw.Draw(strip)
+    for number, (piece, caption) in enumerate(zip(pieces, captions, strict=True)):
+        enlarged = piece.repeat(factor, axis=0).repeat(factor, axis=1)
+        strip.paste(Image.fromarray(enlarged), (number * side, 0))
+        middle = ((number + 0.5) * side, side + 1.5 * font_size)
+        pen.multiline_text(middle, caption, "black", font_size=font_size, anchor="mm", align="center")
+    return strip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,15 +57,16 @@ def main(arguments: list[str] | None = None) -> int:
     pixels = load(given.picture)
     left, top, side = (int(number) for number in given.piece.split(","))
     size = given.rate * pixels[:, :, 0].size / 8
-    shown = [pixels]
+    shown, captions = [pixels], ["original"]
     for number, key in enumerate(given.codecs.split(",")):
         codec = codecs.get(key)
         quality, data = codecs.nearest_quality(codec, pixels, size)
         print(f"{codec.title}: quality {quality:g}, {len(data):,} bytes")
         size = size if number else len(data)
         shown.append(codec.decode(data))
-    strip = np.concatenate([restored[top : top + side, left : left + side] for restored in shown], axis=1)
-    Image.fromarray(strip).save(given.output, quality=92)
+        captions.append(f"{codec.title}\n{len(data):,} bytes")
+    pieces = [restored[top : top + side, left : left + side] for restored in shown]
+    draw(pieces, captions).save(given.output, quality=92)
     return 0
 
 

@@ -1,8 +1,10 @@
 """The benchmark: BD-rate on curves with a known answer, SSIMULACRA2 against its reference, and small real runs."""
 
+import importlib.util
 import io
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench is not ins
 pytest.importorskip("matplotlib", reason="needs the extra 'bench': pip install -e '.[bench]'")
 pytest.importorskip("imagecodecs", reason="needs the extra 'bench': pip install -e '.[bench]'")
 
-from bench import codecs, effort, measures, rate_distortion, report, results, speed, strip, targets
+from bench import codecs, effort, measures, plots, rate_distortion, report, results, speed, strip, targets
 from bench.bd_rate import Curve, bd_rate, pchip
 from vqcodec.metrics import psnr as measured_psnr
 from vqcodec.models.config import TINY
@@ -137,6 +139,56 @@ def test_ssimulacra2_agrees_with_the_reference() -> None:
     assert ssimulacra2(grey, grey + np.uint8(50)) == pytest.approx(-8.75942256, abs=0.1)
 
 
+# Measures that other packages and programs compute
+
+
+def needs(module: str, package: str) -> pytest.MarkDecorator:
+    missing = importlib.util.find_spec(module) is None
+    return pytest.mark.skipif(missing, reason=f"needs the package {package}: pip install -c constraints.txt {package}")
+
+
+@pytest.mark.parametrize(
+    ("key", "best"),
+    [
+        pytest.param(
+            *("butteraugli", 0),
+            marks=pytest.mark.skipif(
+                shutil.which("butteraugli_main") is None,
+                reason="needs the program butteraugli_main: apt-get install libjxl-devtools",
+            ),
+        ),
+        pytest.param("cvvdp", 10, marks=needs("pycvvdp", "cvvdp")),
+        pytest.param("gmsd", 0, marks=needs("piq", "piq")),
+        pytest.param("haarpsi", 1, marks=needs("piq", "piq")),
+    ],
+)
+def test_measures_tell_much_loss_from_little(key: str, best: float) -> None:
+    measure, compute = measures.MEASURES[key], measures.function(key, None)
+    jpeg, pixels = codecs.get("jpeg"), photo(96, 64)
+    low, high = (measure.scale(compute(pixels, jpeg.decode(jpeg.encode(pixels, quality)))) for quality in (10, 90))
+    assert low < high < measure.scale(compute(pixels, pixels))
+    assert compute(pixels, pixels) == pytest.approx(best, abs=1e-5)
+
+
+def test_butteraugli_is_the_3_norm_that_the_program_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(measures.MeasureUnavailableError, match="libjxl-devtools"):
+        measures.function("butteraugli", None)
+    program = tmp_path / "butteraugli_main"
+    program.write_text("#!/bin/sh\necho 6.4490375519\necho 3-norm: 2.133363\n")
+    program.chmod(0o755)
+    compute = measures.function("butteraugli", None)
+    assert compute(photo(8, 9), photo(8, 9)) == 2.133363
+    assert np.isnan(compute(photo(8, 7), photo(8, 7)))  # the program would say 0
+
+
+def test_cvvdp_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pycvvdp", None)
+    monkeypatch.setattr(measures, "import_torchvision", lambda: None)
+    with pytest.raises(measures.MeasureUnavailableError, match="pip install cvvdp"):
+        measures.function("cvvdp", None)
+
+
 def test_ssimulacra2_edges() -> None:
     picture = photo(33, 21)
     assert ssimulacra2(picture, picture) == 100
@@ -159,6 +211,37 @@ def test_classic_codecs_give_more_for_more(key: str) -> None:
     assert 15 < measured_psnr(pixels, decoded[0]) < measured_psnr(pixels, decoded[1])
 
 
+@pytest.mark.parametrize(
+    ("key", "title", "effort", "tune"),
+    [
+        ("vqcodec", "vqcodec", 1, None),
+        ("vqcodec-psnr", "vqcodec, tune psnr", 1, "psnr"),
+        ("vqcodec-effort-3", "vqcodec, effort 3", 3, None),
+        ("vqcodec-effort-9", "vqcodec, effort 9", 9, None),
+    ],
+)
+def test_variants_of_the_own_codec(
+    key: str, title: str, effort: int, tune: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = tmp_path / "tiny.safetensors"
+    save_model(weights, TINY, VQVAE(TINY), Prior(TINY), {})
+    asked: dict[str, object] = {}
+
+    def compress(pixels: NDArray[np.uint8], **options: object) -> bytes:
+        asked.update(options)
+        return b"file"
+
+    monkeypatch.setattr("vqcodec.codec.compress", compress)
+    codec = codecs.get(key, weights=weights)
+    assert (codec.key, codec.title) == (key, title)
+    assert codec.encode(photo(16, 16), 40.0) == b"file"
+    assert asked == {"quality": 40, "weights": weights, "device": "auto", "effort": effort, "tune": tune}
+
+
+def test_every_codec_has_a_colour() -> None:
+    assert plots.COLOURS.keys() == set(codecs.KEYS)
+
+
 def test_missing_weights_and_unknown_names(tmp_path: Path) -> None:
     with pytest.raises(codecs.CodecUnavailableError):
         codecs.get("vqcodec", weights=tmp_path / "none.safetensors")
@@ -170,13 +253,20 @@ def test_missing_weights_and_unknown_names(tmp_path: Path) -> None:
         measures.function("lpips", tmp_path)
 
 
+@pytest.mark.parametrize("key", ["jpeg2000", "jxl"])
+def test_nearest_quality_lies_between_the_default_ones(key: str) -> None:
+    codec, pixels = codecs.get(key), photo(160, 112)
+    middle = sum(len(codec.encode(pixels, quality)) for quality in codec.qualities[-3:-1]) / 2
+    _, data = codecs.nearest_quality(codec, pixels, middle)
+    assert len(data) == pytest.approx(middle, rel=0.03)
+
+
 def test_nearest_quality_is_the_best_of_all() -> None:
     codec = codecs.get("jpeg")
     pixels = photo(80, 56)
     for size in (1, 900, 1500, 10**6):
         quality, data = codecs.nearest_quality(codec, pixels, size)
         assert data == codec.encode(pixels, quality)
-        assert codec.scale is not None
         best = min(abs(len(codec.encode(pixels, q)) - size) for q in codec.scale)
         assert abs(len(data) - size) == best
 
@@ -209,6 +299,15 @@ def test_aim_against_jpeg() -> None:
 
     assert results.aim([jpeg], PSNR) is None
     assert "not checked" in rate_distortion.aim_lines(None)[0]
+
+
+def test_tunings_are_compared_with_vqcodec() -> None:
+    psnr = [26.0, 30.0, 34.0, 38.0]
+    own = result("vqcodec", [1, 2, 3, 4], [0.2, 0.4, 0.8, 1.6], psnr)
+    tuned = result("vqcodec-psnr", [1, 2, 3, 4], [0.18, 0.36, 0.72, 1.44], psnr)
+    (found,) = results.comparisons([own, tuned], [PSNR])
+    assert (found.test, found.anchor) == ("vqcodec-psnr", "vqcodec")
+    assert found.value is not None and found.value.percent == pytest.approx(-10)
 
 
 def test_published_curves(tmp_path: Path) -> None:
@@ -343,7 +442,7 @@ def test_wrong_arguments(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert rate_distortion.main(arguments) == 2
+    assert rate_distortion.main([*arguments, "--metrics", "psnr"]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -439,13 +538,25 @@ def test_targets_out_of_range_everywhere(tmp_path: Path, capsys: pytest.CaptureF
     assert capsys.readouterr().out.startswith("bpp=.0001: out of range 1, ")
 
 
-def test_a_strip_shows_the_same_piece_of_every_codec(tmp_path: Path) -> None:
+def test_a_strip_shows_the_same_piece_of_every_codec(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, output = tmp_path / "picture.png", tmp_path / "strip.png"
     pixels = models.picture(60, 90)
     Image.fromarray(pixels).save(source)
     asked = [str(source), "--rate", "3", "--codecs", "jpeg,webp", "--piece", "5,9,32", "-o", str(output)]
     assert strip.main(asked) == 0
     with Image.open(output) as shown:
-        original, *restored = np.split(np.asarray(shown), 3, axis=1)
+        columns = np.split(np.asarray(shown), 3, axis=1)
+    original, *restored = (column[: strip.LEAST_SIDE : 12, ::12] for column in columns)  # enlarged 12 times
     assert np.array_equal(original, pixels[9:41, 5:37])
+    assert np.array_equal(original.repeat(12, axis=0).repeat(12, axis=1), columns[0][: strip.LEAST_SIDE])
     assert all(measured_psnr(original, piece) > 20 for piece in restored)
+    captions = [column[strip.LEAST_SIDE :] for column in columns]
+    assert all((caption == 255).any() and (caption < 64).any() for caption in captions)
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["JPEG", "WebP"]
+
+
+def test_a_strip_does_not_enlarge_large_pieces() -> None:
+    piece = models.picture(400, 400)
+    shown = np.asarray(strip.draw([piece], ["original"]))
+    assert shown.shape == (475, 400, 3)
+    assert np.array_equal(shown[:400], piece)
