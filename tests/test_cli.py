@@ -23,7 +23,7 @@ from vqcodec.errors import FormatError, TrainingError, WeightsError
 ROOT = Path(vqcodec.__file__).parents[1]
 
 
-def fake_compress(picture, *, quality, target, max_size, weights, device, effort, verify, on_progress):
+def fake_compress(picture, *, quality, target, max_size, weights, device, effort, tune, verify, on_progress):
     height, width, _ = picture.pixels.shape
     header = bitstream.Header(width, height, quality or 50, b"fake", layers=1, tile=0, grey=picture.grey)
     return bitstream.write(header, [], [image.save(picture, ".png")])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import picture
 
-from vqcodec import bitstream, codec, coding, search, synthesis
+from vqcodec import bitstream, codec, coding, search, synthesis, tuning
 from vqcodec.bitstream import Header
 from vqcodec.models.quantizer import Rates
 
@@ -52,7 +52,7 @@ def test_what_is_evaluated_is_what_files_cost() -> None:
     model = models.tiny_model()
     codes = [c.long() for c in codec.decode_codes(bitstream.read(data), model)]
     padded = synthesis.cut(model, pixels, (slice(0, 3), slice(0, 4)))
-    point = search._evaluate(model, padded, codes, QUALITY)
+    point = search._evaluate(model, padded, codes, QUALITY, tuning.flat(model.config, QUALITY))
     assert point.total / (96 * 128) == pytest.approx(cost(pixels, data), rel=0.02)
     assert torch.equal(torch.cat([s.indices for s in point.symbols[1:]], 1), codes[1].flatten(0, 1))
     for slopes in search._slopes(point):
@@ -131,7 +131,7 @@ def test_windows(monkeypatch: pytest.MonkeyPatch) -> None:
         codes = codec.encode(model, header, pixels)[1]
     before = [c.clone() for c in codes]
     shares: list[float] = []
-    found = search.improve(model, header, pixels, codes, 8, shares.append)
+    found = search.improve(model, header, pixels, codes, 8, on_round=shares.append)
     assert shares == sorted(shares) and shares[-1] == 1 and len(shares) == 8 * 2 * 3
     assert all(torch.equal(a, b) for a, b in zip(codes, before, strict=True)), "the argument is left alone"
     changed = (found[1] != codes[1]).any(2)
@@ -147,7 +147,7 @@ def test_emphasis_is_what_the_search_is_after() -> None:
         codes = codec.encode(model, header, pixels)[1]
     sizes = []
     for emphasis in (0.5, 1.0, 2.0):
-        found = search.improve(model, header, pixels, codes, 8, emphasis=emphasis)
+        found = search.improve(model, header, pixels, codes, 8, tuning.flat(model.config, header.quality, emphasis))
         with coding.exact(model):
             sizes.append(sum(map(len, coding.encode(model, header, found))))
     assert sizes[0] < sizes[1] < sizes[2]

@@ -22,6 +22,7 @@ import click
 
 from vqcodec import __version__, bitstream, files, packaged
 from vqcodec.errors import VqcodecError
+from vqcodec.packaged import TUNES
 from vqcodec.target import HIGHEST, LOWEST, Target
 
 if TYPE_CHECKING:
@@ -193,6 +194,12 @@ def main(debug: bool) -> None:
     show_default=True,
     help="How long to search for better codes: 9 saves 9 % and takes 60 times as long.",
 )
+@click.option(
+    "--tune",
+    type=click.Choice(TUNES),
+    help="Spend bits where the eye sees errors, or for the least squared error.  "
+    "[default: visual; psnr with --target-psnr]",
+)
 @_weights
 @_device
 @_force
@@ -208,6 +215,7 @@ def compress(
     target_ssimulacra2: float | None,
     max_size: int | None,
     effort: int,
+    tune: str | None,
     weights: str | None,
     device: str,
     force: bool,
@@ -252,6 +260,7 @@ def compress(
                 weights=weights,
                 device=device,
                 effort=effort,
+                tune=tune,
                 verify=verify,
                 on_progress=show,
             )

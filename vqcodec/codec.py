@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from vqcodec import bitstream, coding, image, metrics, packaged, search, synthesis, weights
+from vqcodec import bitstream, coding, image, metrics, packaged, search, synthesis, tuning, weights
 from vqcodec.bitstream import Chunk, Container, Header
 from vqcodec.entropy import Encoder
 from vqcodec.errors import ChecksumError, FormatError, HeaderError, ImageError, WeightsError
@@ -31,6 +31,7 @@ from vqcodec.models.quantizer import rows
 from vqcodec.models.vqvae import PIXEL_SCALE, Slice
 from vqcodec.ssimulacra2 import ssimulacra2
 from vqcodec.target import HIGHEST, LOWEST, Setting, Target, largest_within
+from vqcodec.tuning import Importance, Tuning
 from vqcodec.weights import Model
 
 DEFAULT_QUALITY = 50
@@ -47,6 +48,7 @@ def compress(
     device: str = "auto",
     tile: int = TILE,
     effort: int = 1,
+    tune: str | None = None,
     verify: bool = False,
     on_progress: Callable[[float], None] | None = None,
 ) -> bytes:
@@ -62,14 +64,16 @@ def compress(
         device: "auto", "cpu" or "cuda".
         tile: side of the independently coded tiles, a multiple of 64 up to 16320; 0 codes the picture as one tile.
         effort: 1 (fast) to 9 (smallest): how long to search for better codes. See `search`.
+        tune: "visual" chooses codes for what the picture looks like, by SSIMULACRA2, "psnr" for squared error. None for "psnr" with a
+            PSNR as target, else for "visual" where the weights have a visual tuning beside them, as packaged ones do.
         verify: decode the codes again and compare.
         on_progress: with effort, called now and then with the share of the search that is done, once from 0 to 1 for each
             setting that is tried.
 
     Raises:
-        ValueError: quality, max_size, tile or effort not an allowed integer, or both quality and target given. TargetError: nothing
-            comes to the target, or stays below max_size. ImageError: unsupported picture. WeightsError: no such
-            weights.
+        ValueError: quality, max_size, tile or effort not an allowed integer, no such tune, or both quality and target given.
+            TargetError: nothing comes to the target, or stays below max_size. ImageError: unsupported picture. WeightsError: no such
+            weights, or they have no visual tuning.
     """
     if quality is not None and (not isinstance(quality, int) or not LOWEST <= quality <= HIGHEST):
         raise ValueError(f"quality must be an integer from {LOWEST} to {HIGHEST}, got {quality!r}")
@@ -79,8 +83,11 @@ def compress(
         raise ValueError(f"max_size must be a positive integer, got {max_size!r}")
     if not isinstance(effort, int) or not 1 <= effort <= len(search.ROUNDS):
         raise ValueError(f"effort must be an integer from 1 to {len(search.ROUNDS)}, got {effort!r}")
+    if tune is not None and tune not in packaged.TUNES:
+        raise ValueError(f"tune must be one of {', '.join(packaged.TUNES)}, got {tune!r}")
     source = _as_picture(picture)
     model = _load(weights, device)
+    tuned = _tuning(weights, model, tune, target)
     unit = math.lcm(bitstream.TILE_UNIT, model.config.multiple)
     if not isinstance(tile, int) or not 0 <= tile <= bitstream.MAX_TILE or tile % unit:
         raise ValueError(f"tile must be 0 or a multiple of {unit} up to {bitstream.MAX_TILE}, got {tile!r}")
@@ -91,10 +98,14 @@ def compress(
     def at(setting: Setting) -> tuple[bytes, float, list[Tensor]]:
         """The file of a setting, its measure, and its codes."""
         header = Header(width, height, setting.quality, model.id, model.config.layers, tile, source.grey)
+        if tuned is None:
+            importance = tuning.flat(model.config, *setting)
+        else:
+            importance = tuned.importance(model.config, source.pixels, *setting)
         with coding.exact(model):
-            segments, codes = encode(model, header, source.pixels, setting.emphasis)
+            segments, codes = encode(model, header, source.pixels, importance)
         if rounds := search.ROUNDS[effort - 1]:
-            codes = search.improve(model, header, source.pixels, codes, rounds, on_progress, setting.emphasis)
+            codes = search.improve(model, header, source.pixels, codes, rounds, importance, on_progress)
         with coding.exact(model):
             if rounds:
                 segments = coding.encode(model, header, codes)
@@ -229,14 +240,14 @@ def decode_codes(container: Container, model: Model) -> list[Tensor]:
 
 
 def encode(
-    model: Model, header: Header, pixels: NDArray[np.uint8], emphasis: float = 1.0
+    model: Model, header: Header, pixels: NDArray[np.uint8], importance: Importance | None = None
 ) -> tuple[list[bytes], list[Tensor]]:
     """Choose and code: pixels uint8 (H, W, 3) -> segments in file order, and the codes as `decode_codes` returns them.
 
-    emphasis: see `target.Setting`.
+    importance: what errors count; None for their squares.
     """
+    importance = (importance or tuning.flat(model.config, header.quality)).to(model.device)
     quality = torch.tensor([header.quality], device=model.device)
-    weight = emphasis * model.config.lambda_of((header.quality - 1) / 99)
     latents = synthesis.analyse(model, pixels, quality)
     tiles = coding.tiles_of(model, header)
     coders = [[Encoder() for _ in range(header.layers)] for _ in tiles]
@@ -255,12 +266,14 @@ def encode(
             estimate = synthesis.refine(model, level, index, estimate, quality)
             steps = piece.steps(quality)
             scale = steps.repeat_interleave(piece.dim, 1)[:, :, None, None]
-            importance = weight * (steps * PIXEL_SCALE) ** 2 / 3
+            weight = importance.weight * (steps * PIXEL_SCALE) ** 2 / 3
+            weight = weight * importance.of_planes(level, model.config.levels[level].spans[index])
             tables = model.tables.slice(level, index)
             part = prior.slice(index)
             indices = torch.zeros(*z.shape[2:], piece.planes, dtype=torch.int16)
             for tile, own in zip(tiles, coders, strict=True):
                 window = tile.window(stride)
+                factors = importance.of_places(level == len(latents) - 1, window)
                 own_estimate = estimate[(slice(None), slice(piece.start, piece.stop), *window)]
                 v = (z[(slice(None), slice(piece.start, piece.stop), *window)] - own_estimate) / scale
 
@@ -270,11 +283,14 @@ def encode(
                     v: Tensor = v,
                     piece: Slice = piece,
                     tables: CodeTables = tables,
-                    importance: Tensor = importance,
+                    weight: Tensor = weight,
+                    factors: Tensor | None = factors,
                     coder: Encoder = own[config.layer],
                 ) -> Tensor:
                     target = rows(v[(slice(None), slice(None), *places)], piece.planes)
-                    weights = importance.expand(len(target), -1)
+                    weights = weight.expand(len(target), -1)
+                    if factors is not None:
+                        weights = weights * factors[places].reshape(-1, 1)
                     k = piece.codebook.choose(target, rates(parameters, piece.dim), weights, model.config.choice_bias)
                     coding.put(coder, tables, parameters, k)
                     return k
@@ -311,6 +327,17 @@ def _as_picture(picture: Image.Image | NDArray[np.uint8] | Picture) -> Picture:
 def _load(path: str | Path | None, device: str, look: str = packaged.LOOKS[0]) -> Model:
     found = packaged.find(path)
     return weights.load(found, device, packaged.find_look(found, look))
+
+
+def _tuning(path: str | Path | None, model: Model, tune: str | None, target: Target | None) -> Tuning | None:
+    """What codes are chosen for: see `compress`; None for squared error."""
+    if tune == "psnr" or (tune is None and target is not None and target.measure == "psnr"):
+        return None
+    beside = tuning.path_of(packaged.find(path))
+    tuned = tuning.load(beside, model.config, model.id)
+    if tuned is None and tune is not None:
+        raise WeightsError(f"these weights have no visual tuning: there is no {beside.name} beside them")
+    return tuned
 
 
 def _chunks(picture: Picture) -> list[Chunk]:

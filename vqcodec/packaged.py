@@ -7,6 +7,8 @@ from vqcodec.errors import WeightsError
 DEFAULT = "photo"
 # What a picture is restored for: its pixels, or what it looks like. The first needs nothing but the weights themselves.
 LOOKS = ("faithful", "natural")
+# What the encoder chooses codes for: what a picture looks like, or its pixels.
+TUNES = ("visual", "psnr")
 
 
 def find(weights: str | Path | None = None) -> Path:

@@ -25,11 +25,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vqcodec import precision, synthesis
+from vqcodec import precision, synthesis, tuning
 from vqcodec.bitstream import Header
 from vqcodec.models.prior import SlicePrior, rates
 from vqcodec.models.quantizer import MOST_BITS, Codebook, Rates, grid, look_up, rate_blocks, rows, softplus2
 from vqcodec.models.vqvae import PIXEL_SCALE, Slice
+from vqcodec.tuning import Importance
+from vqcodec.visual import visual_distance
 from vqcodec.weights import Model
 
 # Steps of each effort from 1.
@@ -113,18 +115,19 @@ def improve(
     pixels: NDArray[np.uint8],
     codes: list[Tensor],
     rounds: int,
+    importance: Importance | None = None,
     on_round: Callable[[float], None] | None = None,
-    emphasis: float = 1.0,
 ) -> list[Tensor]:
     """Search for better codes.
 
     Args:
         pixels: uint8 (H, W, 3). codes: those of the encoder, as `coding.decode` returns them. rounds: steps of each window.
-        on_round: called after every step with the share of the work that is done. emphasis: see `target.Setting`.
+        importance: what errors count; None for their squares. on_round: called after every step with the share of the work that is done.
 
     Returns:
         as `codes`; equal input gives equal output on one machine.
     """
+    importance = (importance or tuning.flat(model.config, header.quality)).to(model.device)
     codes = [c.clone() for c in codes]
     unit = model.config.multiple
     coarse = codes[0].shape[0], codes[0].shape[1]
@@ -140,7 +143,7 @@ def improve(
             box = synthesis.finer(outer, unit // stage.stride)[2:]
             given.append(codes[level][box].to(model.device, torch.int64))
         seen = synthesis.cut(model, pixels, outer)
-        found = _improve(model, seen, given, header.quality, emphasis, rounds, done)
+        found = _improve(model, seen, given, header.quality, importance, rounds, done)
         for level, stage in enumerate(model.config.levels):
             ratio = unit // stage.stride
             here, there = synthesis.finer(inner, ratio)[2:], synthesis.finer(part, ratio)[2:]
@@ -153,14 +156,14 @@ def _improve(
     pixels: Tensor,
     codes: list[Tensor],
     quality: int,
-    emphasis: float,
+    importance: Importance,
     rounds: int,
     on_round: Callable[[int], None],
 ) -> list[Tensor]:
     """The search in one window: float (1, 3, H, W) and int64 (h, w, P) a level."""
     chance = torch.Generator().manual_seed(0)
     caution = CAUTION[0] + (CAUTION[1] - CAUTION[0]) * quality / 100
-    point = _evaluate(model, pixels, codes, quality, emphasis)
+    point = _evaluate(model, pixels, codes, quality, importance)
     best, least = codes, point.total
     slopes = _slopes(point)
     curvatures = [_Curvature(s.weight) for s in point.symbols]
@@ -168,7 +171,7 @@ def _improve(
         share = step / max(1, rounds - 1)
         changed = iter(_change(point, slopes, [caution * c.estimate for c in curvatures], chance))
         other = [torch.cat([next(changed) for _ in stage.slices], 2) for stage in model.config.levels]
-        found = _evaluate(model, pixels, other, quality, emphasis)
+        found = _evaluate(model, pixels, other, quality, importance)
         change = REFUSED
         if found.total < least * (1 + TOLERANCE * (1 - share)):
             change = TAKEN
@@ -187,11 +190,10 @@ def _improve(
 
 
 @torch.enable_grad()
-def _evaluate(model: Model, pixels: Tensor, codes: list[Tensor], quality: int, emphasis: float = 1.0) -> _Point:
-    """Bits + emphasis * lambda * squared error of the codes."""
+def _evaluate(model: Model, pixels: Tensor, codes: list[Tensor], quality: int, importance: Importance) -> _Point:
+    """Bits + weight * distortion of the codes."""
     at = torch.tensor([quality], device=pixels.device)
     height, width = pixels.shape[2:]
-    distortion = emphasis * model.config.lambda_of((quality - 1) / 99)
     bits = torch.zeros((), device=pixels.device)
     found: list[_Symbols] = []
     state = estimate = None
@@ -224,12 +226,15 @@ def _evaluate(model: Model, pixels: Tensor, codes: list[Tensor], quality: int, e
                 decoded = estimate[:, start:stop] + vectors * scale
                 estimate = torch.cat([estimate[:, :start], decoded, estimate[:, stop:]], 1)
                 state = part.update(state, seen)
-                weight = distortion * (steps * PIXEL_SCALE) ** 2 / 3
+                weight = importance.weight * (steps * PIXEL_SCALE) ** 2 / 3 * importance.of_planes(level, span)
                 found.append(_Symbols(piece, indices, rate_model, weight, seen, vectors))
         assert estimate is not None
         restored = model.vqvae.descend(len(codes) - 1, estimate, at).float()
     error = (restored - pixels).square().sum() / 3
-    return _Point(bits + distortion * error, found)
+    distortion = importance.squared * error
+    if importance.visual:
+        distortion = distortion + importance.visual * height * width * visual_distance(restored, pixels).sum()
+    return _Point(bits + importance.weight * distortion, found)
 
 
 def _rate_model(part: SlicePrior, context: Tensor, seen: Tensor) -> Rates:

@@ -5,7 +5,7 @@
     prior    codebooks take over; the prior learns their codes, under fake quantisation
     joint    all together
     polish   prior and decoder for codes that stand still
-    export   the averaged weights, the prior as integers, validated as they will run
+    export   the averaged weights, the prior as integers, validated as they will run; the visual tuning of the encoder
 
 Another look of given weights is trained the same way, except that only what turns codes into pixels learns.
 
@@ -36,7 +36,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 
-from vqcodec import data, perceptual, precision, weights
+from vqcodec import data, perceptual, precision, sensitivity, tuning, weights
 from vqcodec.errors import TrainingError
 from vqcodec.metrics import ms_ssim
 from vqcodec.models.config import Config, load_config
@@ -55,6 +55,7 @@ REPORT_SECONDS = 2.0
 VALIDATIONS = 9  # a run, evenly spaced in time
 VALIDATION_PICTURES, VALIDATION_BATCH = 32, 8
 START_CROPS = 64  # from which the start is computed
+TUNING_CROPS = 16  # on which the visual tuning is measured
 SHEET_PICTURES, SHEET_QUALITY = 6, 30
 # Where codebooks come from data: dead codes are moved every so many steps, in this share of the time before the prior's turn.
 REVIVE_STEPS, REVIVE_SHARE = 50, 0.5
@@ -368,13 +369,17 @@ class _Run:
     def _start_crops(self) -> Tensor:
         """Training crops (B, 3, H, W), 0..255, on the CPU as the model is until it begins."""
         self._report("start")
+        self.model.cpu()
+        return self._crops(START_CROPS).permute(0, 3, 1, 2).float()
+
+    def _crops(self, count: int) -> Tensor:
+        """Training crops, uint8 (B, H, W, 3)."""
         size = self.schedule.crop_side(0, self.config.multiple)
         mirror = self.schedule.mirror
-        stream = data.batches(self.pictures, batch=START_CROPS, size=size, seed=self.seed, mirror=mirror)
+        stream = data.batches(self.pictures, batch=count, size=size, seed=self.seed, mirror=mirror)
         crops = next(stream)
         stream.close()  # type: ignore[attr-defined]
-        self.model.cpu()
-        return crops.permute(0, 3, 1, 2).float()
+        return crops
 
     def _books(self) -> list[Codebook]:
         return [book for book in self.model.vqvae.modules() if isinstance(book, Codebook)]
@@ -464,7 +469,12 @@ class _Run:
         model = weights.load(path)
         exported = RateDistortion(self.config, model.vqvae, model.prior).eval()
         notes["exported"] = self._measure(exported.to(self.device), autocast=False)
-        weights.save_model(path, self.config, self.average.vqvae, self.average.prior, notes)
+        weights_id = weights.save_model(path, self.config, self.average.vqvae, self.average.prior, notes)
+        beside = tuning.path_of(path)
+        beside.unlink(missing_ok=True)  # of older weights of this name
+        if self.config.rate == "joint":
+            crops = [pixels.numpy() for pixels in self._crops(TUNING_CROPS)]
+            sensitivity.measure(weights.load(path, self.device.type), crops).save(beside, weights_id)
 
     # One step
 

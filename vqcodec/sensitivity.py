@@ -1,0 +1,173 @@
+"""How sensitive the eye is to errors of the codes of given weights, measured on pictures: makes a `Tuning`.
+
+Every code gets an error of half a step, up or down by chance, on top of its own. One pass forward and backward then gives the slopes of
+the squared error and of the visual distance by what the decoder gets of every symbol. As errors of symbols are independent, the sum of
+slope times error over the symbols of a plane, or of a position, is what their errors contribute to each of both, and the ratio is the
+sensitivity.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from vqcodec import codec, coding, tuning
+from vqcodec.bitstream import Header
+from vqcodec.models.quantizer import grid
+from vqcodec.tuning import LEAST_VARIANCE, Tuning
+from vqcodec.visual import visual_distance
+from vqcodec.weights import Model
+
+QUALITIES = (5, 20, 40, 60, 80, 95)
+AMPLITUDE = 0.5  # of the errors, in quantiser steps
+# Bounds of sensitivities: planes that hardly matter are measured badly.
+LEAST, MOST = 0.05, 40.0
+NEIGHBOURS = 3  # positions a side over which contributions are averaged, before texture is compared with them
+# Rounds in which files are made as large as without tuning, and by how much the logarithm of the weight moves for that of the size.
+BALANCING_ROUNDS, WEIGHT_FOR_SIZE = 2, 3.5
+LEAST_BALANCE, MOST_BALANCE = 0.4, 2.5
+
+Pixels = NDArray[np.uint8]
+
+
+def measure(model: Model, pictures: Sequence[Pixels]) -> Tuning:
+    """Measure the tuning of weights.
+
+    Args:
+        model: the weights. pictures: uint8 (H, W, 3), at least 64 x 64; a few megapixels in all are enough. None that the result is
+            judged by.
+    """
+    found = [_contributions(model, pictures, quality) for quality in QUALITIES]
+    untuned = Tuning(
+        QUALITIES,
+        unit=torch.tensor([f.unit for f in found]),
+        masking=torch.tensor([_masking(model, f, pictures) for f in found]),
+        balance=torch.ones(len(QUALITIES)),
+        planes=tuple(torch.stack(levels) for levels in zip(*(f.planes for f in found), strict=True)),
+    )
+    return _balanced(model, untuned, pictures)
+
+
+@dataclass
+class _Contributions:
+    """At one quality: unit, as of `Tuning`; sensitivity of the planes of each level, (P,); for each picture its
+    sensitivity at the positions of the finest level, (h, w)."""
+
+    unit: float
+    planes: list[Tensor]
+    places: list[Tensor]
+
+
+def _contributions(model: Model, pictures: Sequence[Pixels], quality: int) -> _Contributions:
+    chance = torch.Generator().manual_seed(quality)
+    squares = [torch.zeros(sum(p.planes for p in stage.slices)) for stage in model.config.levels]
+    visuals = [x.clone() for x in squares]
+    ratios: list[float] = []
+    places: list[Tensor] = []
+    for pixels in pictures:
+        height, width = (side - side % model.config.multiple for side in pixels.shape[:2])
+        pixels = pixels[:height, :width]
+        header = Header(width, height, quality, model.id, model.config.layers, 0, False)
+        with coding.exact(model):
+            codes = codec.encode(model, header, pixels)[1]
+        original = torch.from_numpy(pixels.copy()).to(model.device).permute(2, 0, 1)[None].float()
+        errors, leaves, restored = _restore_with_errors(model, codes, quality, chance)
+        square = (restored - original).square().mean()
+        visual = visual_distance(restored, original).sum()
+        ratios.append(float(square.detach() / visual.detach().clamp(min=1e-6)))
+        slopes = [torch.autograd.grad(x, leaves, retain_graph=x is square) for x in (square, visual)]
+        number = 0
+        for level, stage in enumerate(model.config.levels):
+            at_places = []
+            for span, piece in zip(stage.spans, stage.slices, strict=True):
+                for total, by_leaf in ((squares, slopes[0]), (visuals, slopes[1])):
+                    parts = (by_leaf[number] * errors[number])[0].cpu()
+                    parts = parts.reshape(piece.planes, piece.dim, *parts.shape[1:]).sum(1)
+                    total[level][span] += parts.sum((1, 2))
+                    at_places.append(parts.sum(0))
+                number += 1
+        places.append(
+            _smooth(torch.stack(at_places[1::2]).sum(0)) / _smooth(torch.stack(at_places[::2]).sum(0)).clamp(min=1e-12)
+        )
+    unit = float(np.exp(np.mean(np.log(ratios))))
+    planes = [(unit * v / s.clamp(min=1e-12)).clamp(min=LEAST, max=MOST) for v, s in zip(visuals, squares, strict=True)]
+    return _Contributions(unit, planes, [unit * p for p in places])
+
+
+def _restore_with_errors(
+    model: Model, codes: list[Tensor], quality: int, chance: torch.Generator
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Decode codes, int16 (h, w, P) a level, with an error on every one.
+
+    Returns:
+        for every slice its errors and what the decoder gets, (1, P D, h, w) in steps, the latter with a graph to the pixels, which
+        are the third: float (1, 3, H, W).
+    """
+    at = torch.tensor([quality], device=model.device)
+    errors, leaves = [], []
+    estimate: Tensor | None = None
+    for level, stage in enumerate(model.config.levels):
+        height, width = codes[level].shape[:2]
+        if estimate is None:
+            estimate = torch.zeros(1, stage.channels, height, width, device=model.device)
+        else:
+            estimate = model.vqvae.descend(level - 1, estimate, at)
+        for index, span in enumerate(stage.spans):
+            piece = model.vqvae.slice(level, index)
+            estimate = model.vqvae.refine(level, index, estimate, at)
+            indices = codes[level][:, :, span].to(model.device, torch.int64).flatten(0, 1)
+            vectors = grid(piece.codebook.lookup(indices), 1, height, width)
+            sign = 2 * torch.randint(2, vectors.shape, generator=chance) - 1
+            errors.append((AMPLITUDE * sign).to(model.device))
+            leaves.append((vectors + errors[-1]).requires_grad_())
+            scale = piece.steps(at).repeat_interleave(piece.dim, 1)[:, :, None, None]
+            decoded = estimate[:, piece.start : piece.stop] + leaves[-1] * scale
+            estimate = torch.cat([estimate[:, : piece.start], decoded, estimate[:, piece.stop :]], 1)
+    assert estimate is not None
+    return errors, leaves, model.vqvae.descend(len(codes) - 1, estimate, at).float()
+
+
+def _smooth(contributions: Tensor) -> Tensor:
+    window = functional.avg_pool2d(contributions[None, None], NEIGHBOURS, 1, NEIGHBOURS // 2, count_include_pad=False)
+    return window[0, 0].clamp(min=0)
+
+
+def _masking(model: Model, found: _Contributions, pictures: Sequence[Pixels]) -> float:
+    """The slope of log sensitivity over log variance, by least squares."""
+    variances, sensitivities = [], []
+    for pixels, places in zip(pictures, found.places, strict=True):
+        height, width = places.shape
+        variances.append(tuning.activity(pixels, model.config)[:height, :width].flatten())
+        sensitivities.append(places.flatten())
+    x = (torch.cat(variances) + LEAST_VARIANCE).log()
+    y = torch.cat(sensitivities)
+    usable = (y > LEAST) & (y < MOST)
+    x, y = x[usable], y[usable].log()
+    x = x - x.mean()
+    return float((x * y).sum() / x.square().sum().clamp(min=1e-6)) if len(x) else 0.0
+
+
+def _balanced(model: Model, tuned: Tuning, pictures: Sequence[Pixels]) -> Tuning:
+    """With the weight of distortion at which files are as large as without tuning."""
+
+    def size(quality: int, how: Tuning | None) -> int:
+        total = 0
+        for pixels in pictures:
+            height, width = pixels.shape[:2]
+            header = Header(width, height, quality, model.id, model.config.layers, 0, False)
+            importance = None if how is None else how.importance(model.config, pixels, quality)
+            with coding.exact(model):
+                total += sum(map(len, codec.encode(model, header, pixels, importance)[0]))
+        return total
+
+    wanted = [size(quality, None) for quality in QUALITIES]
+    for _ in range(BALANCING_ROUNDS):
+        sizes = [size(quality, tuned) for quality in QUALITIES]
+        change = torch.tensor([np.log(a / b) for a, b in zip(wanted, sizes, strict=True)], dtype=torch.float32)
+        balance = tuned.balance * (WEIGHT_FOR_SIZE * change).exp()
+        tuned = replace(tuned, balance=balance.clamp(LEAST_BALANCE, MOST_BALANCE))
+    return tuned
