@@ -1,6 +1,7 @@
 """Another look of the same codes: trained for given weights, kept beside them, and nothing but pixels differ."""
 
 import copy
+import csv
 import importlib.util
 import math
 import shutil
@@ -159,6 +160,16 @@ def test_training(own: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) ->
     for name, tensor in state.items():
         if not name.startswith(renderer) and not name.endswith((".usage", ".sums", ".steps")):
             assert torch.equal(checkpoint[name], tensor), name
+
+    def log() -> list[dict[str, str]]:
+        with output.with_suffix(".csv").open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    *_, last = log()
+    run(2)  # not from its checkpoint: it goes on from the look that is there
+    first, *_ = log()
+    assert int(first["step"]) == 0
+    assert float(first["lpips_50"]) == pytest.approx(float(last["lpips_50"]), rel=0.01)
 
 
 def test_a_look_of_a_classic_model(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,7 +123,8 @@ def train(
             Where training begins with rounding, codebooks begin again as integers; what stood in for the prior when these weights were
             trained goes on if their checkpoint still lies beside them.
         features: of the network of LPIPS that says how alike pictures look, SqueezeNet 1.1 as safetensors: train the natural look
-            of the weights `start_from`, in a file of its own. Needs the packages lpips and torchvision.
+            of the weights `start_from`, in a file of its own. Where `output` is a look of these weights already, it goes on from
+            that. Needs the packages lpips and torchvision.
         distortion: "mse", or "visual" for half squared error and half SSIMULACRA2 (distortion.py); None for what the schedule says,
             "visual" for the photo model. judge: features of AlexNet as safetensors: the log has LPIPS as well. Needs the same packages.
         schedule: learning rates, batches and crops; None for the usual one of the configuration.
@@ -136,6 +137,8 @@ def train(
         WeightsError: unknown configuration; unreadable features.
     """
     given = weights.load(start_from) if start_from else None
+    if given and start_from and features and weights.is_look_of(output, given.id):
+        given = weights.load(start_from, look=output)
     settings = config if isinstance(config, Config) else load_config(str(config or "photo"))
     if given:  # what shapes a model comes with its weights, how it learns need not
         kept = given.config if config is None else settings
@@ -143,7 +146,7 @@ def train(
     if features is not None:
         if given is None:
             raise TrainingError("a look needs the weights that it is for")
-        settings = given.config.look()
+        settings = given.config if given.looks else given.config.look()
     with _process_group() as (rank, world):
         target = _device(device, rank)
         torch.manual_seed(seed)

@@ -38,13 +38,20 @@ class Model:
 
     Attributes:
         config: the configuration. vqvae, prior, tables: the networks and integer tables, on `device`, not trainable.
-        id: the four bytes that name these weights in a .vqz file.
+        id: the four bytes that name these weights in a .vqz file. looks: whether pixels are rendered by another look of them.
     """
 
     def __init__(
-        self, config: Config, vqvae: VQVAE, prior: Prior, tables: Tables, weights_id: bytes, device: torch.device
+        self,
+        config: Config,
+        vqvae: VQVAE,
+        prior: Prior,
+        tables: Tables,
+        weights_id: bytes,
+        device: torch.device,
+        looks: bool = False,
     ) -> None:
-        self.config, self.id, self.device = config, weights_id, device
+        self.config, self.id, self.device, self.looks = config, weights_id, device, looks
         self.tables = tables.to(device)
         self.vqvae = channels_last(vqvae.requires_grad_(False).eval(), device)
         self.prior = channels_last(prior.requires_grad_(False).eval(), device)
@@ -105,7 +112,15 @@ def _load(path: Path, device: str, look: Path | None, versions: tuple[tuple[int,
                 tables.slice(level, index).check()
     except ValueError as error:
         raise WeightsError(f"weights {path}: {error}") from None
-    return Model(config, vqvae, prior, tables, weights_id, torch.device(device))
+    return Model(config, vqvae, prior, tables, weights_id, torch.device(device), look is not None)
+
+
+def is_look_of(path: Path, weights_id: bytes) -> bool:
+    """Whether a file is another look of the weights with this id."""
+    try:
+        return path.is_file() and _metadata(path, LOOK_FORMAT)[1].get("weights") == weights_id.hex()
+    except WeightsError:
+        return False
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
