@@ -73,7 +73,7 @@ def test_the_choice_is_the_entropy_constrained_one(monkeypatch: pytest.MonkeyPat
     rates = Rates(theta, torch.randn(count, planes, generator=generator))
     weight = torch.rand(planes, generator=generator) + 0.5
     move = torch.randn(count, planes, 1, generator=generator)
-    s = search._Symbols(piece, indices, rates, weight, torch.zeros(0), torch.zeros(0))
+    s = search._Symbols(piece, indices, rates, weight, torch.ones(count), torch.zeros(0), torch.zeros(0))
     slopes = search._Slopes(torch.zeros(count, planes, 2), -2 * weight[:, None] * move)
     monkeypatch.setattr(search, "NEARBY", math.inf)
     best, gains = search._best(s, slopes, weight)
@@ -91,7 +91,8 @@ def test_curvature_is_learned_plane_by_plane() -> None:
     assert torch.equal(curvature.estimate, weight)
     for _ in range(5):
         change = torch.randn(2000, 4, 2, generator=generator) * moving
-        curvature.learn(change, 2 * true[:, None] * change)
+        places = 0.5 + torch.rand(2000, generator=generator)  # some bend more than others
+        curvature.learn(change, 2 * true[:, None] * places[:, None, None] * change, places)
     expected = torch.tensor([0.5, 3.0, search.USUAL * 2.0, search.LEAST_CURVATURE * 2.0])
     torch.testing.assert_close(curvature.estimate, expected, rtol=0.01, atol=0)
 

@@ -17,7 +17,7 @@ inference for neural image compression".
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -60,7 +60,7 @@ class _Symbols:
 
     Attributes:
         piece: steps and codebook. indices: int64 (N, P). model: their rate model. weight: float (P,), bits per squared step
-            behind an orthonormal decoder.
+            behind an orthonormal decoder. places: float (N,), factors on it for each position.
         seen: what the prior sees, float (1, P * 2 D, h, w), and vectors: what the decoder gets, (1, P D, h, w), in steps; the
             leaves of the slopes.
     """
@@ -69,6 +69,7 @@ class _Symbols:
     indices: Tensor
     model: Rates
     weight: Tensor
+    places: Tensor
     seen: Tensor
     vectors: Tensor
 
@@ -101,10 +102,10 @@ class _Curvature:
         self.weight = self.estimate = weight
         self.bent, self.moved = torch.zeros_like(weight), torch.zeros_like(weight)
 
-    def learn(self, change: Tensor, bend: Tensor) -> None:
-        """Symbols have moved by `change`, in steps, and slopes have changed by `bend` at that; both float (N, P, D)."""
+    def learn(self, change: Tensor, bend: Tensor, places: Tensor) -> None:
+        """Symbols have moved by `change`, in steps, and slopes have changed by `bend` at that; both float (N, P, D). places: as of `_Symbols`."""
         self.bent = REMEMBERED * self.bent + (change * bend).sum((0, 2)) / 2
-        self.moved = REMEMBERED * self.moved + change.square().sum((0, 2))
+        self.moved = REMEMBERED * self.moved + places @ change.square().sum(2)
         measured = (self.bent + EVIDENCE * USUAL * self.weight) / (self.moved + EVIDENCE)
         self.estimate = torch.maximum(measured, LEAST_CURVATURE * self.weight)
 
@@ -143,7 +144,9 @@ def improve(
             box = synthesis.finer(outer, unit // stage.stride)[2:]
             given.append(codes[level][box].to(model.device, torch.int64))
         seen = synthesis.cut(model, pixels, outer)
-        found = _improve(model, seen, given, header.quality, importance, rounds, done)
+        finest = synthesis.finer(outer, unit // model.config.levels[-1].stride)[2:]
+        local = replace(importance, places=importance.of_places(True, finest))
+        found = _improve(model, seen, given, header.quality, local, rounds, done)
         for level, stage in enumerate(model.config.levels):
             ratio = unit // stage.stride
             here, there = synthesis.finer(inner, ratio)[2:], synthesis.finer(part, ratio)[2:]
@@ -180,7 +183,7 @@ def _improve(
                 for index, curvature in enumerate(curvatures):
                     moved = found.symbols[index].vectors.detach() - point.symbols[index].vectors.detach()
                     bend = slopes[index].by_decoder - before[index].by_decoder
-                    curvature.learn(rows(moved, bend.shape[1]), bend)
+                    curvature.learn(rows(moved, bend.shape[1]), bend, found.symbols[index].places)
             point = found
         if found.total < least:
             change, best, least = GAINED, other, found.total
@@ -206,6 +209,7 @@ def _evaluate(model: Model, pixels: Tensor, codes: list[Tensor], quality: int, i
                 estimate = model.vqvae.descend(level - 1, estimate, at)
             prior = model.prior.level(level)
             state = prior.begin(state, at, 1, h, w)
+            places = importance.places if level == len(codes) - 1 else None
             for index, span in enumerate(stage.spans):
                 piece, part = model.vqvae.slice(level, index), prior.slice(index)
                 estimate = model.vqvae.refine(level, index, estimate, at)
@@ -227,7 +231,8 @@ def _evaluate(model: Model, pixels: Tensor, codes: list[Tensor], quality: int, i
                 estimate = torch.cat([estimate[:, :start], decoded, estimate[:, stop:]], 1)
                 state = part.update(state, seen)
                 weight = importance.weight * (steps * PIXEL_SCALE) ** 2 / 3 * importance.of_planes(level, span)
-                found.append(_Symbols(piece, indices, rate_model, weight, seen, vectors))
+                factors = torch.ones(h * w, device=pixels.device) if places is None else places.flatten()
+                found.append(_Symbols(piece, indices, rate_model, weight, factors, seen, vectors))
         assert estimate is not None
         restored = model.vqvae.descend(len(codes) - 1, estimate, at).float()
     error = (restored - pixels).square().sum() / 3
@@ -277,16 +282,17 @@ def _change(point: _Point, slopes: list[_Slopes], dampings: list[Tensor], chance
 def _best(s: _Symbols, slopes: _Slopes, damping: Tensor) -> tuple[Tensor, Tensor]:
     """The best code of every symbol by the equation of the module, int64 (N, P), and what it gains on the present one, in bits.
 
-    damping: what a squared step is held to cost in each plane, float (P,).
+    damping: what a squared step is held to cost in each plane, float (P,), where `_Symbols.places` is 1.
     """
+    curved = s.places[:, None] * damping
     book: Codebook = s.piece.codebook
     vectors, inputs, features = book.vectors.detach(), book.inputs(), book.features()
     lengths = vectors.square().sum(-1)
     # Code 0 stays where leaving it costs more than the slopes promise at most (near codes have inputs of about NEAR_INPUT).
-    hope = slopes.by_decoder.square().sum(2) / (4 * damping) + NEAR_INPUT * slopes.by_prior.abs().sum(2)
+    hope = slopes.by_decoder.square().sum(2) / (4 * curved) + NEAR_INPUT * slopes.by_prior.abs().sum(2)
     free = ((s.indices > 0) | (s.model.zero < hope)).T
-    given = (s.indices, s.model.theta.float(), s.model.zero.float(), slopes.by_prior, slopes.by_decoder)
-    k, theta, zero, by_prior, by_decoder = (x.transpose(0, 1)[free] for x in given)
+    given = (s.indices, s.model.theta.float(), s.model.zero.float(), slopes.by_prior, slopes.by_decoder, curved)
+    k, theta, zero, by_prior, by_decoder, curved = (x.transpose(0, 1)[free] for x in given)
     found, gained = torch.empty_like(k), torch.empty_like(zero)
     for block, parts, logp, _ in rate_blocks(features, book.bias, theta, zero, free.sum(1).tolist()):
         distances, costs = torch.empty_like(logp), torch.empty_like(logp)
@@ -295,7 +301,7 @@ def _best(s: _Symbols, slopes: _Slopes, damping: Tensor) -> tuple[Tensor, Tensor
             torch.addmm(lengths[plane], vectors[plane][own], vectors[plane].T, alpha=-2, out=distances[here])
             distances[here] += lengths[plane][own, None]
             torch.mm(by_decoder[part], vectors[plane].T, out=costs[here]).addmm_(by_prior[part], inputs[plane].T)
-            costs[here].addcmul_(distances[here], damping[plane])
+            costs[here].addcmul_(distances[here], curved[part, None])
         costs -= logp.clamp_(min=-MOST_BITS)
         costs.masked_fill_(distances > NEARBY**2, math.inf)
         least, found[block] = costs.min(1)
