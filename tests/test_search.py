@@ -11,8 +11,10 @@ from models import picture
 
 from vqcodec import bitstream, codec, coding, search, synthesis, tuning
 from vqcodec.bitstream import Header
+from vqcodec.models.config import Config, PriorConfig, SliceConfig, StageConfig
 from vqcodec.models.quantizer import Rates
 from vqcodec.visual import visual_distance
+from vqcodec.weights import load
 
 QUALITY = 60
 
@@ -116,6 +118,16 @@ def test_effort_with_a_visual_tuning(shape: tuple[int, int], tmp_path: Path) -> 
     assert codec.compress(pixels, quality=QUALITY, effort=4, weights=weights, tune="psnr") == compress(pixels, 4)
     if shape != (1, 1):
         assert data != compress(pixels, 4)
+
+
+def test_a_visual_tuning_of_the_smallest_pictures(tmp_path: Path) -> None:
+    """Where strides are so short that padded pictures have less than 8 pixels a side, squared error is all there is."""
+    stage = StageConfig(4, 48, 16, 1, 1, (SliceConfig(planes=48, dim=1, codes=32, layer=0),))
+    config = Config("small", (stage,), prior=PriorConfig(channels=16, embedding=16))
+    weights = models.save(models.tiny(config), tmp_path / "small.safetensors")
+    models.visual_tuning(config).save(tuning.path_of(weights), load(weights).id)
+    for shape in ((3, 3), (20, 4), (9, 8)):
+        codec.compress(picture(*shape), effort=2, weights=weights, tune="visual", verify=True)
 
 
 def test_the_choice_is_the_entropy_constrained_one(monkeypatch: pytest.MonkeyPatch) -> None:
