@@ -124,7 +124,7 @@ def test_sensitivities_of_planes_are_those_of_brute_force() -> None:
 
 
 def test_sensitivities_are_ratios_of_slopes() -> None:
-    """Of coarse planes as well, whose few symbols make brute force vary: by the same errors, a little larger and smaller."""
+    """Of coarse planes too, too few symbols for brute force: the same errors, a little larger and smaller."""
     pixels, model = picture(128, 160, seed=3), models.tiny_model()
     codes = restored_codes(pixels)
     chance = torch.Generator().manual_seed(QUALITY)

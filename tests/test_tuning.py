@@ -255,7 +255,7 @@ def test_tuned_files_decode_like_any_other(size: tuple[int, int], tile: int) -> 
 
 @pytest.mark.parametrize(("level", "plane"), [(0, 1), (1, 0), (1, 1), (1, 8)])
 def test_factors_reach_their_plane(level: int, plane: int) -> None:
-    """A plane that counts much has more codes other than 0 than one that hardly counts; hardly anything else changes."""
+    """A plane that counts much has more codes other than 0 than one that hardly counts; little else changes."""
     pixels = picture(96, 128, seed=10)
     chosen = []
     for factor in (0.02, 50.0):
