@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from vqcodec.models.joint import RateDistortion
 from vqcodec.models.prior import Prior, SlicePrior
 from vqcodec.models.quantizer import Codebook
 from vqcodec.models.vqvae import VQVAE, ResidualBlock, Slice
+from vqcodec.tuning import Tuning, path_of
 from vqcodec.weights import Model
 
 Pixels = NDArray[np.uint8]
@@ -96,6 +98,26 @@ def tiny_weights() -> Path:
 def tiny_model() -> Model:
     """`tiny_weights`, loaded."""
     return weights.load(tiny_weights())
+
+
+def visual_tuning(config: Config = TINY) -> Tuning:
+    """A made tuning: every plane has a sensitivity of its own at every quality."""
+    generator = torch.Generator().manual_seed(1)
+    planes = [sum(piece.planes for piece in stage.slices) for stage in config.levels]
+    return Tuning(
+        qualities=(10, 50, 90),
+        unit=torch.tensor([6.0, 4.0, 3.0]),
+        masking=torch.tensor([-0.1, -0.3, -0.4]),
+        balance=torch.tensor([1.2, 0.9, 0.7]),
+        planes=tuple((0.7 * torch.randn(3, count, generator=generator)).exp() for count in planes),
+    )
+
+
+def tuned_weights(folder: Path) -> Path:
+    """A copy of `tiny_weights` with `visual_tuning` beside it."""
+    path = Path(shutil.copy(tiny_weights(), folder / "tuned.safetensors"))
+    visual_tuning().save(path_of(path), weights.load(path).id)
+    return path
 
 
 def random_codes(model: VQVAE, height: int, width: int, seed: int = 0) -> list[Tensor]:

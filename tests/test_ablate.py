@@ -29,6 +29,7 @@ def test_a_run_gives_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         Image.fromarray(models.picture(96, 96, seed)).save(tmp_path / f"{seed}.png")
     monkeypatch.setattr(torch, "set_flush_denormal", lambda _: True)  # of the whole process
     monkeypatch.setattr(training, "START_CROPS", 8)
+    monkeypatch.setattr(training, "TUNING_CROPS", 1)
     variant = Variant("in miniature", TINY, Schedule(crop=64, large_crop=64, batch=2))
     monkeypatch.setitem(VARIANTS, "tiny", variant)
     assert "failed" in ablate.row("tiny", tmp_path)

@@ -24,8 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench is not ins
 pytest.importorskip("matplotlib", reason="needs the extra 'bench': pip install -e '.[bench]'")
 pytest.importorskip("imagecodecs", reason="needs the extra 'bench': pip install -e '.[bench]'")
 
-from bench import codecs, effort, measures, plots, rate_distortion, report, results, speed, strip, targets
+from bench import codecs, effort, measures, plots, rate_distortion, report, results, sensitivity, speed, strip, targets
 from bench.bd_rate import Curve, bd_rate, pchip
+from vqcodec import tuning
+from vqcodec import weights as weights_files
 from vqcodec.metrics import psnr as measured_psnr
 from vqcodec.models.config import TINY
 from vqcodec.models.prior import Prior
@@ -536,6 +538,25 @@ def test_targets_out_of_range_everywhere(tmp_path: Path, capsys: pytest.CaptureF
     Image.fromarray(models.picture(64, 80, 3)).save(tmp_path / "a.png")
     assert targets.main([str(tmp_path / "a.png"), "--targets", "bpp=.0001"]) == 0
     assert capsys.readouterr().out.startswith("bpp=.0001: out of range 1, ")
+
+
+def test_sensitivity_of_given_weights(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their visual tuning is measured anew and lies beside them, whose bytes stay; from then on it is used."""
+    own = models.tuned_weights(tmp_path)
+    model, before = weights_files.load(own), own.read_bytes()
+    (folder / "bad.png").write_text("no picture")
+    assert sensitivity.main([str(own), str(folder), "--crops", "3", "--side", "64"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed] == ["unit", "masking", "balance"]
+    found = tuning.load(tuning.path_of(own), model.config, model.id)
+    assert found is not None and found.qualities != models.visual_tuning().qualities
+    assert own.read_bytes() == before
+    pixels = photo(72, 56)
+    used = vqcodec.compress(pixels, weights=own, tune="visual")
+    assert used != vqcodec.compress(pixels, weights=own, tune="psnr")
+    first = tuning.path_of(own).read_bytes()
+    assert sensitivity.main([str(own), str(folder), "--crops", "3", "--side", "64"]) == 0
+    assert tuning.path_of(own).read_bytes() == first
 
 
 def test_a_strip_shows_the_same_piece_of_every_codec(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

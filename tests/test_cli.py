@@ -116,6 +116,7 @@ def test_help_has_ranges_and_defaults():
         (["compress", "--max-size", "0", "x"], "Invalid value for '--max-size': '0' is not a size like"),
         (["compress", "--effort", "10", "x"], "Invalid value for '--effort': 10 is not in the range 1<=x<=9."),
         (["compress", "--target-size", "5XB", "x"], "Invalid value for '--target-size': '5XB' is not a size like"),
+        (["compress", "--tune", "pretty", "x"], "Invalid value for '--tune': 'pretty' is not one of 'visual', 'psnr'."),
         (["compress", "--device", "tpu", "x"], "Invalid value for '--device'"),
         (["compress", "--weights", "no", "x"], "Invalid value for '--weights': File 'no' does not exist."),
         (["compress", "a.png", "a.jpg"], "a.png and a.jpg would both become a.vqz"),
@@ -177,12 +178,15 @@ def test_options_reach_the_codec(codec, photo, monkeypatch):
         run("compress", "photo.png", "-q", "7", "--weights", "w.safetensors", "--device", "cpu", "--verify").exit_code
         == 0
     )
-    nothing = {"quality": None, "target": None, "max_size": None, "effort": 1, "on_progress": None}
+    nothing = {"quality": None, "target": None, "max_size": None, "effort": 1, "tune": None, "on_progress": None}
     assert seen == {**nothing, "quality": 7, "weights": "w.safetensors", "device": "cpu", "verify": True}
     assert run("compress", "photo.png", "-f").exit_code == 0
     assert seen == {**nothing, "weights": None, "device": "auto", "verify": False}
     assert run("compress", "photo.png", "-f", "--effort", "3", "--weights", "photo").exit_code == 0
     assert (seen["effort"], seen["weights"]) == (3, str(packaged.find()))
+    for tune in packaged.TUNES:
+        assert run("compress", "photo.png", "-f", "--tune", tune).exit_code == 0
+        assert seen["tune"] == tune
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,7 @@ def test_training(own: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     run(3)
     run(5, resume=True)
+    assert not list(own.parent.glob("*.visual.json")), "a look is no matter of the encoder"
     other = models.save(models.tiny(seed=9), own.with_name("other.safetensors"))
     with pytest.raises(TrainingError, match="is of a look of weights"):
         training.train([pictures], output, start_from=other, features=Path("features"), resume=True, device="cpu")

@@ -1,6 +1,7 @@
 """The search for better codes: what it promises is what files cost, steps lower the cost, files stay ordinary."""
 
 import math
+from pathlib import Path
 
 import models
 import numpy as np
@@ -10,7 +11,10 @@ from models import picture
 
 from vqcodec import bitstream, codec, coding, search, synthesis, tuning
 from vqcodec.bitstream import Header
+from vqcodec.models.config import Config, PriorConfig, SliceConfig, StageConfig
 from vqcodec.models.quantizer import Rates
+from vqcodec.visual import visual_distance
+from vqcodec.weights import load
 
 QUALITY = 60
 
@@ -57,6 +61,73 @@ def test_what_is_evaluated_is_what_files_cost() -> None:
     assert torch.equal(torch.cat([s.indices for s in point.symbols[1:]], 1), codes[1].flatten(0, 1))
     for slopes in search._slopes(point):
         assert bool(slopes.by_prior.any()) and bool(slopes.by_decoder.any())
+
+
+def visual_cost(pixels: np.ndarray, segments: list[bytes], codes: list[torch.Tensor], what: tuning.Importance) -> float:
+    """Bits + weight * (squared error and visual distance, each as it counts), per pixel, of real segments."""
+    model = models.tiny_model()
+    header = Header(pixels.shape[1], pixels.shape[0], QUALITY, model.id, model.config.layers, 0)
+    with coding.exact(model):
+        restored = synthesis.reconstruct(model, header, codes)
+    mse = float(np.square(restored.astype(float) - pixels).mean())
+    distortion = what.squared * mse + what.visual * float(visual_distance(models.batch(restored), models.batch(pixels)))
+    return 8 * sum(map(len, segments)) / pixels[:, :, 0].size + what.weight * distortion
+
+
+def test_a_visual_tuning_is_what_the_search_is_after() -> None:
+    """The cost that is evaluated is that of files, and the search lowers it, more than one after squared error does."""
+    pixels = picture(96, 128, seed=6)
+    model = models.tiny_model()
+    header = Header(128, 96, QUALITY, model.id, model.config.layers, 0)
+    what = models.visual_tuning().importance(model.config, pixels, QUALITY)
+    with coding.exact(model):
+        segments, codes = codec.encode(model, header, pixels, what)
+    start = visual_cost(pixels, segments, codes, what)
+    padded = synthesis.cut(model, pixels, (slice(0, 3), slice(0, 4)))
+    point = search._evaluate(model, padded, [c.long() for c in codes], QUALITY, what)
+    assert point.total / (96 * 128) == pytest.approx(start, rel=0.02)
+
+    costs = []
+    for importance in (what, tuning.flat(model.config, QUALITY)):
+        found = search.improve(model, header, pixels, codes, 30, importance)
+        with coding.exact(model):
+            costs.append(visual_cost(pixels, coding.encode(model, header, found), found, what))
+    assert costs[0] < 0.995 * start
+    assert costs[0] < 0.995 * costs[1]
+
+
+def test_steps_weigh_planes_by_their_sensitivity() -> None:
+    pixels = picture(64, 64, seed=8)
+    model = models.tiny_model()
+    codes = [torch.zeros(2, 2, 12, dtype=torch.int64), torch.zeros(8, 8, 12, dtype=torch.int64)]
+    padded = synthesis.cut(model, pixels, (slice(0, 2), slice(0, 2)))
+    what = models.visual_tuning().importance(model.config, pixels, QUALITY)
+    plain = search._evaluate(model, padded, codes, QUALITY, tuning.Importance(what.weight))
+    tuned = search._evaluate(model, padded, codes, QUALITY, what)
+    factors = [what.planes[0], what.planes[1][:8], what.planes[1][8:]]
+    for ours, theirs, factor in zip(tuned.symbols, plain.symbols, factors, strict=True):
+        torch.testing.assert_close(ours.weight.flatten(), theirs.weight.flatten() * factor)
+
+
+@pytest.mark.parametrize("shape", [(96, 128), (1, 1)], ids=str)
+def test_effort_with_a_visual_tuning(shape: tuple[int, int], tmp_path: Path) -> None:
+    """Files are ordinary, repeatable and others than without."""
+    pixels, weights = picture(*shape, seed=4), models.tuned_weights(tmp_path)
+    data = codec.compress(pixels, quality=QUALITY, effort=4, weights=weights, verify=True)
+    assert data == codec.compress(pixels, quality=QUALITY, effort=4, weights=weights)
+    assert codec.compress(pixels, quality=QUALITY, effort=4, weights=weights, tune="psnr") == compress(pixels, 4)
+    if shape != (1, 1):
+        assert data != compress(pixels, 4)
+
+
+def test_a_visual_tuning_of_the_smallest_pictures(tmp_path: Path) -> None:
+    """Where strides are so short that padded pictures have less than 8 pixels a side, squared error is all there is."""
+    stage = StageConfig(4, 48, 16, 1, 1, (SliceConfig(planes=48, dim=1, codes=32, layer=0),))
+    config = Config("small", (stage,), prior=PriorConfig(channels=16, embedding=16))
+    weights = models.save(models.tiny(config), tmp_path / "small.safetensors")
+    models.visual_tuning(config).save(tuning.path_of(weights), load(weights).id)
+    for shape in ((3, 3), (20, 4), (9, 8)):
+        codec.compress(picture(*shape), effort=2, weights=weights, tune="visual", verify=True)
 
 
 def test_the_choice_is_the_entropy_constrained_one(monkeypatch: pytest.MonkeyPatch) -> None:

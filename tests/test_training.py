@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from vqcodec import codec, perceptual, training, weights
+from vqcodec import codec, perceptual, training, tuning, weights
 from vqcodec.errors import TrainingError, WeightsError
 from vqcodec.metrics import ms_ssim, psnr
 from vqcodec.models.config import PHOTO, TINY, SliceConfig
@@ -48,7 +48,7 @@ SMALL = Schedule(
     polish_rate=0.15,
 )
 BOOKKEEPING = {"REPORT_SECONDS": 0.0, "CHECKPOINT_SECONDS": 0.5, "VALIDATIONS": 3}
-BOOKKEEPING |= {"START_CROPS": 32}
+BOOKKEEPING |= {"START_CROPS": 32, "TUNING_CROPS": 1}
 
 
 @pytest.fixture
@@ -105,7 +105,10 @@ def test_the_prior_is_learned_after_the_rest(pictures: Path, tmp_path: Path, sma
     output = tmp_path / "raster.safetensors"
     config = dataclasses.replace(models.raster(layers=2).config, lambda_range=(0.01, 0.011))
     plan = dataclasses.replace(SMALL, crop=32, large_crop=32)
+    stale = tuning.path_of(output)
+    models.visual_tuning().save(stale, b"none")
     seen = run(pictures, output, 6, config=config, schedule=plan)
+    assert not stale.exists(), "of other weights; codes of these are not chosen for the rate"
     rows = log_of(output)
     first, last = rows[0], rows[-1]
     assert last["bpp_50"] < first["bpp_50"]
@@ -141,7 +144,7 @@ def test_a_few_seconds_beat_the_untrained_state(pictures: Path, tmp_path: Path, 
     assert all(0 < p.bpp < 24 and 5 < p.psnr < 60 and math.isfinite(p.loss) and p.perplexity >= 1 for p in running)
 
     assert {path.name for path in output.parent.iterdir()} == {
-        f"mine.{s}" for s in ("safetensors", "ckpt", "csv", "png")
+        f"mine.{s}" for s in ("safetensors", "visual.json", "ckpt", "csv", "png")
     }
     original, before, after = sheet_of(output)
     assert original.shape == (64, 64, 3), "one validation picture"
@@ -162,8 +165,10 @@ def test_a_few_seconds_beat_the_untrained_state(pictures: Path, tmp_path: Path, 
     assert notes["visual_share"] == 0.5
     assert notes["trained"]["cost"] == rows[-1]["cost"]
     assert notes["exported"]["cost"] == pytest.approx(notes["trained"]["cost"], rel=0.01)
+    assert tuning.load(tuning.path_of(output), TINY, weights.load(output).id) is not None
     source = models.picture(70, 90, seed=200)
     data = codec.compress(source, weights=output, verify=True)
+    assert data != codec.compress(source, weights=output, tune="psnr"), "the tuning is used"
     assert psnr(source, codec.decode_picture(data, weights=output).pixels) > 20
 
 
@@ -235,6 +240,7 @@ def test_resume_goes_on(pictures: Path, tmp_path: Path, small: None) -> None:
     assert seen[-1].step > stopped
     assert [row["step"] for row in log_of(output)] == sorted(row["step"] for row in log_of(output))
     assert weights.load(output).id != before
+    assert tuning.load(tuning.path_of(output), TINY, weights.load(output).id) is not None, "measured anew"
     moments = [name for name in tensors if name.endswith((".exp_avg", ".momentum"))]
     assert len(moments) == sum(1 for _ in models.RateDistortion(TINY).parameters())
 

@@ -30,6 +30,7 @@ from vqcodec.bitstream import Header
 from vqcodec.models.prior import SlicePrior, rates
 from vqcodec.models.quantizer import MOST_BITS, Codebook, Rates, grid, look_up, rate_blocks, rows, softplus2
 from vqcodec.models.vqvae import PIXEL_SCALE, Slice
+from vqcodec.ssimulacra2 import SMALLEST
 from vqcodec.tuning import Importance
 from vqcodec.visual import visual_distance
 from vqcodec.weights import Model
@@ -236,9 +237,10 @@ def _evaluate(model: Model, pixels: Tensor, codes: list[Tensor], quality: int, i
         assert estimate is not None
         restored = model.vqvae.descend(len(codes) - 1, estimate, at).float()
     error = (restored - pixels).square().sum() / 3
-    distortion = importance.squared * error
-    if importance.visual:
-        distortion = distortion + importance.visual * height * width * visual_distance(restored, pixels).sum()
+    distortion = error
+    if importance.visual and min(height, width) >= SMALLEST:
+        distance = height * width * visual_distance(restored, pixels).sum()
+        distortion = importance.squared * error + importance.visual * distance
     return _Point(bits + importance.weight * distortion, found)
 
 

@@ -467,14 +467,14 @@ class _Run:
         if self.look_of:
             weights.save_look(path, self.config, self.average.vqvae, self.look_of, notes)
             return
+        beside = tuning.path_of(path)
+        beside.unlink(missing_ok=True)  # of older weights of this name
         weights.save_model(path, self.config, self.average.vqvae, self.average.prior, notes)
         # As it will run: half precision, integers, no autocast.
         model = weights.load(path)
         exported = RateDistortion(self.config, model.vqvae, model.prior).eval()
         notes["exported"] = self._measure(exported.to(self.device), autocast=False)
         weights_id = weights.save_model(path, self.config, self.average.vqvae, self.average.prior, notes)
-        beside = tuning.path_of(path)
-        beside.unlink(missing_ok=True)  # of older weights of this name
         if self.config.rate == "joint":
             crops = [pixels.numpy() for pixels in self._crops(TUNING_CROPS)]
             sensitivity.measure(weights.load(path, self.device.type), crops).save(beside, weights_id)

@@ -149,10 +149,10 @@ def load(path: Path, config: Config, weights_id: bytes) -> Tuning | None:
         tuning = Tuning(qualities, unit, masking, balance, planes)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise WeightsError(f"{path} is not a visual tuning: {error}") from None
     if of != weights_id.hex():
-        raise WeightsError(f"{path} is of weights {of}, not of {weights_id.hex()}")
+        raise WeightsError(f"{path} is of weights {of!r}, not of {weights_id.hex()!r}")
     count = len(qualities)
     shapes = [(count, sum(piece.planes for piece in stage.slices)) for stage in config.levels]
     positive = (tuning.unit, tuning.balance, *tuning.planes)
