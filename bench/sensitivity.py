@@ -1,9 +1,9 @@
-"""Measure what `compress --tune visual` needs to know of weights, anew: which code planes and places the eye is sensitive to.
+"""Measure anew what `compress --tune visual` knows of weights: to errors of which code planes the eye is sensitive.
 
     python bench/sensitivity.py WEIGHTS PICTURES... [--crops 32] [--side 384]
 
-`vqcodec train` does this at its end. The result lies beside the weights (.visual.json), whose id does not change. Give pictures that nothing is
-judged by, such as those of the training.
+`vqcodec train` does this at its end. The result lies beside the weights (.visual.json), whose id does not change. Give
+pictures that nothing is judged by, such as those of the training.
 """
 
 import argparse
@@ -16,6 +16,7 @@ if not __package__:  # run as a file: let the imports below find the repository'
 import numpy as np
 
 from vqcodec import data, packaged, sensitivity, tuning, weights
+from vqcodec.errors import VqcodecError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,10 +27,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--crops", type=int, default=32)
     parser.add_argument("--side", type=int, default=384, help="of the crops, in pixels")
     given = parser.parse_args(arguments)
-    path = packaged.find(given.weights)
-    model = weights.load(path)
+    try:
+        path = packaged.find(given.weights)
+        model = weights.load(path)
+        found = data.find_pictures(given.pictures)
+    except VqcodecError as error:
+        print(f"sensitivity: {error}", file=sys.stderr)
+        return 1
     rng = np.random.default_rng(0)
-    pictures = data.Pictures(data.find_pictures(given.pictures), cache_bytes=0)
+    pictures = data.Pictures(found, cache_bytes=0)
     chosen = (pictures.get(int(index)) for index in rng.permutation(len(pictures))[: given.crops])
     crops = [data.crop(p, given.side, rng, mirror=False) for p in chosen if p is not None]
     tuned = sensitivity.measure(model, crops)

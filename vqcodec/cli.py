@@ -509,7 +509,8 @@ def train(
 ) -> int:
     """Train weights on picture files and on folders of them.
 
-    Beside OUT lie a checkpoint (.ckpt), a log (.csv) and a sheet of pictures before and after (.png).
+    Beside OUT lie a checkpoint (.ckpt), a log (.csv), a sheet of pictures before and after (.png) and what compress --tune visual
+    has to know of the weights (.visual.json).
 
     \b
     Examples:

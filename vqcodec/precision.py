@@ -1,4 +1,4 @@
-"""Which type the float networks compute in where speed counts more than the last bits: in training and in the search."""
+"""The type that training and search compute in: bfloat16 where it is fast, float32 elsewhere."""
 
 import functools
 import time
@@ -6,8 +6,8 @@ import time
 import torch
 from torch.nn import functional
 
-# How much faster bfloat16 has to be. Where a CPU has instructions for it, it is at least twice as fast; where it has none, bfloat16 is
-# emulated, and about 50 times slower.
+# How much faster bfloat16 has to be. Where a CPU has instructions for it, it is at least twice as fast; where it has
+# none, bfloat16 is emulated, and about 50 times slower.
 WORTHWHILE = 1.25
 TRIALS = 5
 

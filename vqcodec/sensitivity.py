@@ -1,9 +1,9 @@
 """How sensitive the eye is to errors of the codes of given weights, measured on pictures: makes a `Tuning`.
 
-Every code gets an error of half a step, up or down by chance, on top of its own. One pass forward and backward then gives the slopes of
-the squared error and of the visual distance by what the decoder gets of every symbol. As errors of symbols are independent, the sum of
-slope times error over the symbols of a plane, or of a position, is what their errors contribute to each of both, and the ratio is the
-sensitivity.
+Every code gets an error of half a step, up or down by chance, on top of its own. One pass forward and backward then
+gives the slopes of the squared error and of the visual distance by what the decoder gets of every symbol. As errors of
+symbols are independent, the sum of slope times error over the symbols of a plane, or of a position, is what their
+errors contribute to each of both, and the ratio is the sensitivity.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,8 @@ AMPLITUDE = 0.5  # of the errors, in quantiser steps
 # Bounds of sensitivities: planes that hardly matter are measured badly.
 LEAST, MOST = 0.05, 40.0
 NEIGHBOURS = 3  # positions a side over which contributions are averaged, before texture is compared with them
-# Rounds in which files are made as large as without tuning, and by how much the logarithm of the weight moves for that of the size.
+# Rounds in which files are made as large as without tuning, and by how much the logarithm of the weight moves for that
+# of the size.
 BALANCING_ROUNDS, WEIGHT_FOR_SIZE = 2, 3.5
 LEAST_BALANCE, MOST_BALANCE = 0.4, 2.5
 
@@ -38,8 +39,8 @@ def measure(model: Model, pictures: Sequence[Pixels]) -> Tuning:
     """Measure the tuning of weights.
 
     Args:
-        model: the weights. pictures: uint8 (H, W, 3), at least 64 x 64; a few megapixels in all are enough. None that the result is
-            judged by.
+        model: the weights. pictures: uint8 (H, W, 3), at least 64 x 64; a few megapixels in all are enough. None that
+            the result is judged by.
     """
     found = [_contributions(model, pictures, quality) for quality in QUALITIES]
     untuned = Tuning(
@@ -94,7 +95,8 @@ def _contributions(model: Model, pictures: Sequence[Pixels], quality: int) -> _C
             _smooth(torch.stack(at_places[1::2]).sum(0)) / _smooth(torch.stack(at_places[::2]).sum(0)).clamp(min=1e-12)
         )
     unit = float(np.exp(np.mean(np.log(ratios))))
-    planes = [(unit * v / s.clamp(min=1e-12)).clamp(min=LEAST, max=MOST) for v, s in zip(visuals, squares, strict=True)]
+    # A plane whose errors seem to do no harm was measured on too little: it counts as squared error does.
+    planes = [torch.where(s > 0, unit * v / s, 1.0).clamp(LEAST, MOST) for v, s in zip(visuals, squares, strict=True)]
     return _Contributions(unit, planes, [unit * p for p in places])
 
 
@@ -104,8 +106,8 @@ def _restore_with_errors(
     """Decode codes, int16 (h, w, P) a level, with an error on every one.
 
     Returns:
-        for every slice its errors and what the decoder gets, (1, P D, h, w) in steps, the latter with a graph to the pixels, which
-        are the third: float (1, 3, H, W).
+        for every slice its errors and what the decoder gets, (1, P D, h, w) in steps, the latter with a graph to the
+        pixels, which are the third: float (1, 3, H, W).
     """
     at = torch.tensor([quality], device=model.device)
     errors, leaves = [], []

@@ -1,9 +1,10 @@
 """What an error counts when codes are chosen: its square in pixels, or how much it changes what a picture looks like.
 
-Squared error treats all errors alike. To the eye, by SSIMULACRA2, one in a coarse code plane counts several times as much as its square
-says and one in a fine plane half as much, and texture hides what flat areas show. `sensitivity.py` measures both for given weights; here
-the measurements become factors on the distortion weight, for every code plane and for every position. With a share s of the visual
-distance in the distortion (distortion.py) and a sensitivity r, relative to squared error, a factor is 1 - s + s r.
+Squared error treats all errors alike. To the eye, by SSIMULACRA2, one in a coarse code plane counts several times as
+much as its square says and one in a fine plane half as much, and texture hides what flat areas show. `sensitivity.py`
+measures both for given weights; here the measurements become factors on the distortion weight, for every code plane and
+for every position. With a share s of the visual distance in the distortion (distortion.py) and a sensitivity r,
+relative to squared error, a factor is 1 - s + s r.
 
 Decoders need not know of it: it changes which codes are chosen, not what they mean.
 """
@@ -29,7 +30,8 @@ FORMAT = "vqcodec visual tuning 1"
 SHARE = 0.5
 LUMA = (0.299, 0.587, 0.114)
 BLOCK = 8  # pixels a side, of the blocks whose variance says how much texture there is
-# Added to variances, in squared levels: below, differences between flat areas do not matter. And the variance of usual texture.
+# Added to variances, in squared levels: below, differences between flat areas do not matter. And the variance of usual
+# texture.
 LEAST_VARIANCE, USUAL_VARIANCE = 8.0, 200.0
 STRIP = 512  # rows of a picture whose activity is measured at a time
 
@@ -42,7 +44,8 @@ class Importance:
         weight: bits per pixel per unit of squared error on the 0..255 scale.
         planes: for each level float (P,), factors on it for its code planes; empty for 1.
         places: float (h, w), factors for the positions of the finest level; None for 1.
-        visual: how much a unit of the visual distance counts, in units of squared error. squared: how much squared error counts itself.
+        visual: how much a unit of the visual distance counts, in units of squared error. squared: how much squared
+            error counts itself.
     """
 
     weight: float
@@ -67,13 +70,14 @@ class Importance:
 
 @dataclass(frozen=True)
 class Tuning:
-    """How sensitive the eye is to errors of the codes of certain weights, at a few qualities between which it is interpolated.
+    """How sensitive the eye is to errors of the codes of certain weights, at a few qualities.
 
     Attributes:
         qualities: K of them, rising.
         unit: float (K,), squared error that counts as much as a unit of visual distance.
         masking: float (K,), power of the local variance with which the sensitivity goes; negative.
-        balance: float (K,), by which the distortion weight is multiplied so that files become as large as without tuning.
+        balance: float (K,), by which the distortion weight is multiplied so that files become as large as without
+            tuning.
         planes: for each level float (K, P), sensitivity to errors of each plane, in relation to their square.
     """
 

@@ -1,7 +1,8 @@
 """How different two pictures look, with gradients: the weighted sum of SSIMULACRA2 in torch.
 
-`ssimulacra2.py` has the metric itself, its source and its constants. The score is 100 less a power of this sum, below 1,
-whose slope is infinite where pictures are equal; the sum is what can be optimised. Everything is float32 whatever autocast says.
+`ssimulacra2.py` has the metric itself, its source and its constants. The score is 100 less a power of this sum, below
+1, whose slope is infinite where pictures are equal; the sum is what can be optimised. Everything is float32 whatever
+autocast says.
 """
 
 import functools
@@ -20,8 +21,8 @@ def visual_distance(distorted: Tensor, original: Tensor) -> Tensor:
     """The SSIMULACRA2 sum of pictures, zero where they are equal; about 2.7 at a score of 70, 1 at 83 and 8 at 40.
 
     Args:
-        distorted: float (B, 3, H, W), sRGB in 0..255; what lies outside counts as the nearest bound. Gradients reach it.
-        original: the same; no gradients reach it.
+        distorted: float (B, 3, H, W), sRGB in 0..255; what lies outside counts as the nearest bound. Gradients reach
+        it. original: the same; no gradients reach it.
 
     Returns:
         float32 (B,).
@@ -64,8 +65,8 @@ def _positive_xyb(linear: Tensor) -> Tensor:
     return torch.stack([x * 14 + 0.42, y + 0.01, mixed[:, 2] - y + 0.55], 1)
 
 
-# Constants are kept on their device: a step that is recorded (recording.py) may not copy them there. They are not made in
-# inference mode, whose tensors no gradient may pass.
+# Constants are kept on their device: a step that is recorded (recording.py) may not copy them there. They are not made
+# in inference mode, whose tensors no gradient may pass.
 
 
 @functools.cache

@@ -14,12 +14,13 @@ MEMORY = 100.0
 class Distortion(nn.Module):
     """(1 - share) * squared error + share * unit(quality) * visual distance.
 
-    The unit makes both parts equal on average: at each knot it is a running geometric mean of the ratio of squared error
-    to visual distance over the training pictures. So the distortion stays on the scale of the squared error, and a
-    quality keeps its distortion weight.
+    The unit makes both parts equal on average: at each knot it is a running geometric mean of the ratio of squared
+    error to visual distance over the training pictures. So the distortion stays on the scale of the squared error, and
+    a quality keeps its distortion weight.
 
     Attributes:
-        share: of the visual distance, 0..1. log_unit: float (KNOTS,). seen: float (KNOTS,), pictures near each knot so far.
+        share: of the visual distance, 0..1. log_unit: float (KNOTS,). seen: float (KNOTS,), pictures near each knot so
+            far.
     """
 
     log_unit: Tensor
