@@ -22,7 +22,8 @@ def visual_distance(distorted: Tensor, original: Tensor) -> Tensor:
 
     Args:
         distorted: float (B, 3, H, W), sRGB in 0..255; what lies outside counts as the nearest bound. Gradients reach
-        it. original: the same; no gradients reach it.
+            it.
+        original: the same; no gradients reach it.
 
     Returns:
         float32 (B,).
