@@ -44,6 +44,8 @@ NEARBY = 1.5  # how far a symbol moves in one step, in quantiser steps
 NEAR_INPUT = 32
 # Of the first step, at quality 0 and 100; and the most.
 CAUTION, MOST_CAUTION = (2.0, 1.0), 4.0
+# With the visual distance in the cost: what a step costs there depends on its neighbours far more.
+VISUAL_CAUTION, MOST_VISUAL_CAUTION = (8.0, 4.0), 32.0
 # What it is multiplied by after a step that gained, one that was taken all the same, and one that was not.
 GAINED, TAKEN, REFUSED = 0.93, 1.07, 1.3
 # Of what is known of a plane's curvature, how much counts again at the next step; and what it is held for before anything is known,
@@ -51,7 +53,8 @@ GAINED, TAKEN, REFUSED = 0.93, 1.07, 1.3
 REMEMBERED = 0.7
 USUAL, EVIDENCE = 0.8, 5.0
 LEAST_CURVATURE = 0.1  # of an orthonormal decoder's
-SHARE = 0.5  # of the symbols that would gain, change in one step
+# Of the symbols that would gain, the share that changes in one step; the same with the visual distance.
+SHARE, VISUAL_SHARE = 0.5, 0.2
 TOLERANCE = 0.003  # of the cost, by which the first step may raise it
 
 
@@ -166,14 +169,17 @@ def _improve(
 ) -> list[Tensor]:
     """The search in one window: float (1, 3, H, W) and int64 (h, w, P) a level."""
     chance = torch.Generator().manual_seed(0)
-    caution = CAUTION[0] + (CAUTION[1] - CAUTION[0]) * quality / 100
+    first, most, moving = CAUTION, MOST_CAUTION, SHARE
+    if importance.visual:
+        first, most, moving = VISUAL_CAUTION, MOST_VISUAL_CAUTION, VISUAL_SHARE
+    caution = first[0] + (first[1] - first[0]) * quality / 100
     point = _evaluate(model, pixels, codes, quality, importance)
     best, least = codes, point.total
     slopes = _slopes(point)
     curvatures = [_Curvature(s.weight) for s in point.symbols]
     for step in range(rounds):
         share = step / max(1, rounds - 1)
-        changed = iter(_change(point, slopes, [caution * c.estimate for c in curvatures], chance))
+        changed = iter(_change(point, slopes, [caution * c.estimate for c in curvatures], moving, chance))
         other = [torch.cat([next(changed) for _ in stage.slices], 2) for stage in model.config.levels]
         found = _evaluate(model, pixels, other, quality, importance)
         change = REFUSED
@@ -188,7 +194,7 @@ def _improve(
             point = found
         if found.total < least:
             change, best, least = GAINED, other, found.total
-        caution = min(MOST_CAUTION, caution * change)
+        caution = min(most, caution * change)
         on_round(step + 1)
     return best
 
@@ -271,12 +277,14 @@ def _slopes(point: _Point) -> list[_Slopes]:
 
 
 @torch.no_grad()
-def _change(point: _Point, slopes: list[_Slopes], dampings: list[Tensor], chance: torch.Generator) -> list[Tensor]:
-    """New codes of all slices, (h, w, P), where a random part of the symbols that would gain has changed."""
+def _change(
+    point: _Point, slopes: list[_Slopes], dampings: list[Tensor], share: float, chance: torch.Generator
+) -> list[Tensor]:
+    """New codes of all slices, (h, w, P), where a random share of the symbols that would gain has changed."""
     changed = []
     for s, slope, damping in zip(point.symbols, slopes, dampings, strict=True):
         best, gains = _best(s, slope, damping)
-        moves = (gains > LEAST_GAIN) & (torch.rand(gains.shape, generator=chance).to(gains.device) < SHARE)
+        moves = (gains > LEAST_GAIN) & (torch.rand(gains.shape, generator=chance).to(gains.device) < share)
         changed.append(torch.where(moves, best, s.indices).reshape(*s.seen.shape[2:], -1))
     return changed
 
