@@ -48,6 +48,7 @@ CAUTION, MOST_CAUTION = (2.0, 1.0), 4.0
 VISUAL_CAUTION, MOST_VISUAL_CAUTION = (8.0, 4.0), 32.0
 # What it is multiplied by after a step that gained, one that was taken all the same, and one that was not.
 GAINED, TAKEN, REFUSED = 0.93, 1.07, 1.3
+IDLE = 0.7  # the same where no symbol moved: too much caution to learn anything
 # Of what is known of a plane's curvature, how much counts again at the next step; and what it is held for before anything is known,
 # as a share of an orthonormal decoder's, and with the evidence of how many squared steps.
 REMEMBERED = 0.7
@@ -174,13 +175,18 @@ def _improve(
         first, most, moving = VISUAL_CAUTION, MOST_VISUAL_CAUTION, VISUAL_SHARE
     caution = first[0] + (first[1] - first[0]) * quality / 100
     point = _evaluate(model, pixels, codes, quality, importance)
-    best, least = codes, point.total
+    here = best = codes
+    least = point.total
     slopes = _slopes(point)
     curvatures = [_Curvature(s.weight) for s in point.symbols]
     for step in range(rounds):
         share = step / max(1, rounds - 1)
         changed = iter(_change(point, slopes, [caution * c.estimate for c in curvatures], moving, chance))
         other = [torch.cat([next(changed) for _ in stage.slices], 2) for stage in model.config.levels]
+        if all(torch.equal(a, b) for a, b in zip(here, other, strict=True)):
+            caution *= IDLE
+            on_round(step + 1)
+            continue
         found = _evaluate(model, pixels, other, quality, importance)
         change = REFUSED
         if found.total < least * (1 + TOLERANCE * (1 - share)):
@@ -191,7 +197,7 @@ def _improve(
                     moved = found.symbols[index].vectors.detach() - point.symbols[index].vectors.detach()
                     bend = slopes[index].by_decoder - before[index].by_decoder
                     curvature.learn(rows(moved, bend.shape[1]), bend, found.symbols[index].places)
-            point = found
+            point, here = found, other
         if found.total < least:
             change, best, least = GAINED, other, found.total
         caution = min(most, caution * change)
