@@ -81,8 +81,8 @@ class Schedule:
         return replace(self, visual_share=DISTORTIONS[name])
 
     def onward(self) -> "Schedule":
-        """For weights that are good already: transforms learn at half the rate, and most of the time is for rounding, after which what makes
-        the codes is done; the prior catches up, and polishes with the renderer."""
+        """For weights that are good already: transforms learn at half the rate, and most of the time is for rounding,
+        after which what makes the codes is done; the prior catches up, and polishes with the renderer."""
         return replace(self, rounding_rate=0.5, prior_at=0.7, joint_at=0.92, polish_from=0.92, joint_rate=0.02)
 
     def phase(self, share: float) -> int:
