@@ -21,9 +21,9 @@ from pathlib import Path
 if not __package__:  # run as a file: let the imports below find the repository's packages
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from vqcodec import training
 from vqcodec.models.config import PHOTO, Config, PriorConfig, SliceConfig
-from vqcodec.schedule import Schedule
+from vqcodec.train import run as training
+from vqcodec.train.schedule import Schedule
 
 
 @dataclass(frozen=True)

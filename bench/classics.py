@@ -28,11 +28,12 @@ import torch
 if not __package__:  # run as a file: let the imports below find the repository's packages
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from vqcodec import bitstream, codec, data, weights
+from vqcodec import bitstream, codec, weights
 from vqcodec.errors import VqcodecError
-from vqcodec.models.joint import RateDistortion
 from vqcodec.models.quantizer import Codebook
 from vqcodec.models.vqvae import PIXEL_SCALE
+from vqcodec.train import data
+from vqcodec.train.loss import RateDistortion
 
 QUALITY = 50
 FILES = 100  # so many are written as files

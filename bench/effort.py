@@ -24,8 +24,9 @@ if not __package__:  # run as a file: let the imports below find the repository'
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench.bd_rate import Curve, bd_rate
-from vqcodec import codec, data, packaged, weights
+from vqcodec import codec, packaged, weights
 from vqcodec.metrics import psnr
+from vqcodec.train import data
 
 
 def measure(path: Path, effort: int, quality: int) -> dict[str, float]:

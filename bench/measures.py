@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from vqcodec import perceptual
 from vqcodec.errors import WeightsError
 from vqcodec.metrics import ms_ssim, psnr
 from vqcodec.ssimulacra2 import ssimulacra2
 from vqcodec.torchvision_compat import import_torchvision
+from vqcodec.train import perceptual
 
 Pixels = NDArray[np.uint8]  # (H, W, 3), sRGB
 Function = Callable[[Pixels, Pixels], float]  # (original, decoded)

@@ -15,8 +15,9 @@ if not __package__:  # run as a file: let the imports below find the repository'
 
 import numpy as np
 
-from vqcodec import data, packaged, sensitivity, tuning, weights
+from vqcodec import packaged, tuning, weights
 from vqcodec.errors import VqcodecError
+from vqcodec.train import data, sensitivity
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -17,11 +17,12 @@ from PIL import Image
 if not __package__:  # run as a file: let the imports below find the repository's packages
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from vqcodec import codec, data
+from vqcodec import codec
 from vqcodec.errors import TargetError
 from vqcodec.metrics import psnr
 from vqcodec.ssimulacra2 import ssimulacra2
 from vqcodec.target import Target
+from vqcodec.train import data
 
 
 def reached(name: str, value: float, pixels: np.ndarray) -> float:

@@ -15,10 +15,10 @@ from vqcodec import coding, weights
 from vqcodec.bitstream import Header
 from vqcodec.models.config import TINY, Config, PriorConfig, SliceConfig, StageConfig
 from vqcodec.models.integers import QualityBias
-from vqcodec.models.joint import RateDistortion
 from vqcodec.models.prior import Prior, SlicePrior
 from vqcodec.models.quantizer import Codebook
 from vqcodec.models.vqvae import VQVAE, ResidualBlock, Slice
+from vqcodec.train.loss import RateDistortion
 from vqcodec.tuning import Tuning, path_of
 from vqcodec.weights import Model
 

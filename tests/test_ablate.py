@@ -9,9 +9,9 @@ from PIL import Image
 
 from bench import ablate
 from bench.ablate import VARIANTS, Variant
-from vqcodec import training
 from vqcodec.models.config import PHOTO, TINY
-from vqcodec.schedule import Schedule
+from vqcodec.train import run as training
+from vqcodec.train.schedule import Schedule
 
 
 def test_variants_differ_from_the_photo_model_in_one_thing() -> None:

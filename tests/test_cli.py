@@ -1,5 +1,6 @@
 """The command line with a codec that is no codec: PNG files inside of .vqz containers."""
 
+import importlib
 import io
 import json
 import os
@@ -49,8 +50,9 @@ def codec(monkeypatch):
 
 
 def use(monkeypatch, module: ModuleType) -> None:
+    package, _, name = module.__name__.rpartition(".")
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(vqcodec, module.__name__.rpartition(".")[2], module, raising=False)
+    monkeypatch.setattr(importlib.import_module(package), name, module, raising=False)
 
 
 @pytest.fixture(autouse=True)
@@ -518,7 +520,7 @@ def test_compare_failures(photo):
 
 @pytest.fixture
 def training(monkeypatch):
-    fake = ModuleType("vqcodec.training")
+    fake = ModuleType("vqcodec.train.run")
     fake.calls = []
 
     def train(pictures, output, *, on_progress, on_warning, **options):

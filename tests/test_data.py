@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vqcodec.data import PICTURE_SUFFIXES, Pictures, batches, crop, find_pictures, split
 from vqcodec.errors import TrainingError
+from vqcodec.train.data import PICTURE_SUFFIXES, Pictures, batches, crop, find_pictures, split
 
 
 def write(path: Path, height: int = 40, width: int = 50, seed: int = 0) -> Path:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from vqcodec.models.config import TINY
-from vqcodec.models.distortion import KNOTS, MEMORY, Distortion
-from vqcodec.models.joint import RateDistortion
+from vqcodec.train.distortion import KNOTS, MEMORY, Distortion
+from vqcodec.train.loss import RateDistortion
 from vqcodec.visual import visual_distance
 
 ORIGINAL = models.batch(*(models.picture(16, 16, seed) for seed in range(4)))
@@ -112,7 +112,7 @@ def test_the_unit_is_the_mean_of_all_pictures_so_far() -> None:
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The unit follows a change, however much came before it."""
     monkeypatch.setattr(
-        "vqcodec.models.distortion.visual_distance", lambda restored, original: torch.ones(len(restored))
+        "vqcodec.train.distortion.visual_distance", lambda restored, original: torch.ones(len(restored))
     )
     distortion, quality = Distortion(0.5).train(), at_knot(5, 20)
     original = torch.zeros(20, 3, 8, 8)

@@ -18,13 +18,15 @@ from torch import Tensor
 from torch.nn import functional
 
 import vqcodec
-from vqcodec import codec, packaged, perceptual, training, weights
+from vqcodec import codec, packaged, weights
 from vqcodec.errors import TrainingError, WeightsError
 from vqcodec.models.config import TINY, Config
-from vqcodec.models.joint import RateDistortion
 from vqcodec.models.prior import Prior
 from vqcodec.models.vqvae import VQVAE
-from vqcodec.schedule import LOOK
+from vqcodec.train import perceptual
+from vqcodec.train import run as training
+from vqcodec.train.loss import RateDistortion
+from vqcodec.train.schedule import LOOK
 
 PLAN = replace(LOOK, crop=64, batch=4, kernel_rate=1e-2, rate=1e-2, warm_up_steps=5)
 
@@ -225,7 +227,7 @@ def test_a_look_needs_weights(pictures: Path, tmp_path: Path) -> None:
 def test_features_of_the_wrong_network(tmp_path: Path) -> None:
     if importlib.util.find_spec("lpips") is None:
         pytest.skip("needs the package lpips: pip install 'vqcodec[natural]'")
-    from vqcodec.perceptual import lpips
+    from vqcodec.train.perceptual import lpips
 
     path = tmp_path / "features.safetensors"
     with pytest.raises(WeightsError, match="cannot read features"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from vqcodec.muon import ADAM_SCALE, LARGEST, Muon, orthogonalise
+from vqcodec.train.muon import ADAM_SCALE, LARGEST, Muon, orthogonalise
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 5, 40), (4, 40, 5), (1, 1, 7)])
@@ -94,7 +94,7 @@ def test_learns_faint_directions_that_plain_descent_leaves() -> None:
 PROCESS = """
 import torch
 from torch import distributed, nn
-from vqcodec.muon import Muon
+from vqcodec.train.muon import Muon
 
 weights = [nn.Parameter(torch.zeros(shape)) for shape in ((4, 6), (4, 6), (4, 6), (2, 3))]
 for weight in weights:

@@ -15,8 +15,8 @@ from torch.nn import functional
 from vqcodec.models import integers as module
 from vqcodec.models.config import MAX_INPUTS, NAMED, TINY, Config
 from vqcodec.models.integers import IntegerConv, QualityBias
-from vqcodec.models.joint import RateDistortion
 from vqcodec.models.prior import PHASES, Prior, rates
+from vqcodec.train.loss import RateDistortion
 
 HEIGHT, WIDTH = 96, 160  # of the picture: 3 x 5 top positions, 12 x 20 bottom ones
 

@@ -13,8 +13,8 @@ from models import picture
 from torch import Tensor
 
 from vqcodec import bitstream, codec, weights
-from vqcodec.models.joint import RateDistortion
 from vqcodec.models.prior import Prior, RasterSlice
+from vqcodec.train.loss import RateDistortion
 
 HEIGHT, WIDTH = 72, 88  # 18 x 22 positions on the bottom grid
 

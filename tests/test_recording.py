@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vqcodec.recording import Recording
+from vqcodec.train.recording import Recording
 
 
 @pytest.mark.gpu

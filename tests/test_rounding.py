@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from vqcodec.models.config import TINY
-from vqcodec.models.joint import RateDistortion
 from vqcodec.models.quantizer import MOST_BITS
-from vqcodec.models.rounding import Rounding, round_off
+from vqcodec.train.loss import RateDistortion
+from vqcodec.train.rounding import Rounding, round_off
 
 
 def logistic(x: float) -> float:

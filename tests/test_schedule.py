@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from vqcodec.schedule import LOOK, SCHEDULES, Schedule
+from vqcodec.train.schedule import LOOK, SCHEDULES, Schedule
 
 
 def test_learning_rates_rise_and_fall_in_every_phase() -> None:

@@ -7,10 +7,11 @@ import torch
 from models import picture
 from torch import Tensor
 
-from vqcodec import codec, coding, sensitivity, synthesis, tuning
+from vqcodec import codec, coding, synthesis, tuning
 from vqcodec.bitstream import Header
 from vqcodec.models.config import TINY
-from vqcodec.sensitivity import AMPLITUDE, QUALITIES, measure
+from vqcodec.train import sensitivity
+from vqcodec.train.sensitivity import AMPLITUDE, QUALITIES, measure
 from vqcodec.tuning import Tuning
 from vqcodec.visual import visual_distance
 

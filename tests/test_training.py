@@ -23,14 +23,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from vqcodec import codec, perceptual, training, tuning, weights
+from vqcodec import codec, tuning, weights
 from vqcodec.errors import TrainingError, WeightsError
 from vqcodec.metrics import ms_ssim, psnr
 from vqcodec.models.config import PHOTO, TINY, SliceConfig
-from vqcodec.models.joint import RateDistortion
-from vqcodec.schedule import Schedule
 from vqcodec.ssimulacra2 import ssimulacra2
-from vqcodec.training import Progress, train
+from vqcodec.train import perceptual
+from vqcodec.train import run as training
+from vqcodec.train.loss import RateDistortion
+from vqcodec.train.run import Progress, train
+from vqcodec.train.schedule import Schedule
 
 # All together from the start.
 SMALL = Schedule(
@@ -285,8 +287,8 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from vqcodec import training
-from vqcodec.schedule import Schedule
+from vqcodec.train import run as training
+from vqcodec.train.schedule import Schedule
 
 for name, value in {settings!r}.items():
     setattr(training, name, value)

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from vqcodec import visual
-from vqcodec.recording import Recording
 from vqcodec.ssimulacra2 import score, ssimulacra2
+from vqcodec.train.recording import Recording
 from vqcodec.visual import visual_distance
 
 Pixels = models.Pixels

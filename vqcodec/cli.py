@@ -27,7 +27,7 @@ from vqcodec.target import HIGHEST, LOWEST, Target
 
 if TYPE_CHECKING:
     from vqcodec.image import Picture
-    from vqcodec.training import Progress
+    from vqcodec.train.run import Progress
 
 
 class _Program(click.Group):
@@ -544,9 +544,9 @@ def train(
         if outcome.failed:
             return outcome.status
     with outcome.of(output), _training_bar() as show:
-        from vqcodec import training
+        from vqcodec.train import run
 
-        training.train(
+        run.train(
             [Path(path) for path, _ in found],
             Path(output),
             config=config,

@@ -11,8 +11,8 @@ from torch import Tensor
 from vqcodec import codec, synthesis
 from vqcodec.bitstream import Header
 from vqcodec.models.config import TINY, Config
-from vqcodec.models.joint import RateDistortion, pattern
 from vqcodec.models.quantizer import Codebook
+from vqcodec.train.loss import RateDistortion, pattern
 
 EMA = dataclasses.replace(TINY, codebook="ema", commitment=0.25)
 

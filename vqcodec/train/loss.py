@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vqcodec.models.config import Config
-from vqcodec.models.distortion import Distortion
 from vqcodec.models.prior import Prior, rates
 from vqcodec.models.quantizer import Codebook, Rates, grid, look_up, rows
-from vqcodec.models.rounding import Rounding, round_off
 from vqcodec.models.vqvae import PIXEL_SCALE, VQVAE, Slice
+from vqcodec.train.distortion import Distortion
+from vqcodec.train.rounding import Rounding, round_off
 
 # At an optimum the loss grows about as lambda^0.4 or lambda^0.5; this exponent lets all qualities count alike.
 BALANCE = 0.4

@@ -36,18 +36,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 
-from vqcodec import data, perceptual, precision, sensitivity, tuning, weights
+from vqcodec import precision, tuning, weights
 from vqcodec.errors import TrainingError
 from vqcodec.metrics import ms_ssim
 from vqcodec.models.config import Config, load_config
-from vqcodec.models.joint import Losses, RateDistortion
 from vqcodec.models.quantizer import Codebook
-from vqcodec.models.rounding import Rounding
 from vqcodec.models.vqvae import Linear1x1, ResidualBlock, channels_last
-from vqcodec.muon import Muon
-from vqcodec.recording import Recording
-from vqcodec.schedule import LOOK, SCHEDULES, Schedule
 from vqcodec.ssimulacra2 import score
+from vqcodec.train import data, perceptual, sensitivity
+from vqcodec.train.loss import Losses, RateDistortion
+from vqcodec.train.muon import Muon
+from vqcodec.train.recording import Recording
+from vqcodec.train.rounding import Rounding
+from vqcodec.train.schedule import LOOK, SCHEDULES, Schedule
 from vqcodec.visual import visual_distance
 
 CHECKPOINT_SECONDS = 180

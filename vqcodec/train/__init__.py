@@ -1,0 +1,1 @@
+"""What learning needs and coding does not: `run.train` makes weights from pictures."""
