@@ -30,6 +30,7 @@ if not __package__:  # run as a file: let the imports below find the repository'
 
 from vqcodec import bitstream, codec, weights
 from vqcodec.errors import VqcodecError
+from vqcodec.models.model import Model
 from vqcodec.models.quantizer import Codebook
 from vqcodec.models.vqvae import PIXEL_SCALE
 from vqcodec.train import data
@@ -44,7 +45,7 @@ WHOLE_RUNS = 5
 class Watched(RateDistortion):
     """Remembers what the codebooks were given."""
 
-    def __init__(self, model: weights.Model) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__(model.config, model.vqvae, model.prior)
         self.seen: list[tuple[Codebook, torch.Tensor]] = []
         self.maintain = lambda book, v: self.seen.append((book, v))
@@ -99,7 +100,7 @@ def measure(path: Path, pictures: list[np.ndarray], batch: int) -> dict[str, flo
 
 
 @torch.inference_mode()
-def time_per_position(model: weights.Model, height: int, width: int) -> tuple[float, float]:
+def time_per_position(model: Model, height: int, width: int) -> tuple[float, float]:
     """Milliseconds, of the finest level: of a step of `SlicePrior.walk`, and of a run over the whole grid."""
     level = len(model.config.levels) - 1
     prior = model.prior.level(level)

@@ -15,12 +15,12 @@ from vqcodec import coding, weights
 from vqcodec.bitstream import Header
 from vqcodec.models.config import TINY, Config, PriorConfig, SliceConfig, StageConfig
 from vqcodec.models.integers import QualityBias
+from vqcodec.models.model import Model
 from vqcodec.models.prior import Prior, SlicePrior
 from vqcodec.models.quantizer import Codebook
-from vqcodec.models.vqvae import VQVAE, ResidualBlock, Slice
+from vqcodec.models.vqvae import VQVAE, ResidualBlock, SliceQuantizer
 from vqcodec.train.loss import RateDistortion
 from vqcodec.tuning import Tuning, path_of
-from vqcodec.weights import Model
 
 Pixels = NDArray[np.uint8]
 
@@ -67,7 +67,7 @@ def tiny(config: Config = TINY, seed: int = 0, shake: float = 1.0) -> RateDistor
             if isinstance(part, ResidualBlock):
                 part.expand.weight += noise(part.expand.weight, 0.015 * shake)
                 part.quality.weight += noise(part.quality.weight, 0.1)
-            elif isinstance(part, Slice):
+            elif isinstance(part, SliceQuantizer):
                 part.log_steps += noise(part.log_steps, 0.1)
             elif isinstance(part, Codebook):
                 part.vectors[:, 1:] += noise(part.vectors[:, 1:], 0.03)
@@ -181,7 +181,7 @@ def run_prior(prior: Prior, inputs: list[list[Tensor]], quality: int = 50) -> li
 def encode_codes(model: Model, header: Header, codes: list[Tensor]) -> list[bytes]:
     """Segments of given codes (as `codec.decode_codes` returns them): the encoder without its choice."""
     with coding.exact(model):
-        return coding.encode(model, header, codes)
+        return coding.encode(model, header.frame, codes)
 
 
 def raster(layers: int = 3, seed: int = 0) -> RateDistortion:

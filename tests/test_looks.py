@@ -21,6 +21,7 @@ import vqcodec
 from vqcodec import codec, packaged, weights
 from vqcodec.errors import TrainingError, WeightsError
 from vqcodec.models.config import TINY, Config
+from vqcodec.models.model import Model
 from vqcodec.models.prior import Prior
 from vqcodec.models.vqvae import VQVAE
 from vqcodec.train import perceptual
@@ -65,7 +66,7 @@ def look(own: Path) -> Path:
     return path
 
 
-def taken_over(given: weights.Model, config: Config) -> VQVAE:
+def taken_over(given: Model, config: Config) -> VQVAE:
     vqvae = VQVAE(config).requires_grad_(False).eval()
     vqvae.take_over(given.vqvae)
     return vqvae

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vqcodec import codec, synthesis
+from vqcodec import encoder, synthesis
 from vqcodec.bitstream import Header
 from vqcodec.models.config import TINY, Config
 from vqcodec.models.quantizer import Codebook
@@ -119,8 +119,8 @@ def test_training_believes_what_files_cost(quality: int) -> None:
     loaded = models.tiny_model()
     header = Header(160, 128, quality, loaded.id, TINY.layers, 0)
     with torch.inference_mode():
-        segments, codes = codec.encode(loaded, header, picture)
-        restored = synthesis.reconstruct(loaded, header, codes)
+        segments, codes = encoder.encode(loaded, header.frame, picture)
+        restored = synthesis.reconstruct(loaded, header.frame, codes)
     bits = 8 * sum(map(len, segments))
     assert all(segments), "a layer of nothing but code 0 takes no bytes, which the loss cannot know"
     believed = float(losses.bpp) * 128 * 160

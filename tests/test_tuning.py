@@ -13,7 +13,7 @@ import pytest
 import torch
 from models import Pixels, picture
 
-from vqcodec import bitstream, codec, coding, tuning
+from vqcodec import bitstream, codec, coding, encoder, tuning
 from vqcodec.bitstream import Header
 from vqcodec.errors import WeightsError
 from vqcodec.models.config import PHOTO, TINY, VQVAE_MNIST, Config
@@ -238,7 +238,7 @@ def encoded(importance: Importance | None, pixels: Pixels, tile: int = 0) -> tup
     height, width = pixels.shape[:2]
     header = Header(width, height, 50, model.id, model.config.layers, tile)
     with coding.exact(model):
-        segments, codes = codec.encode(model, header, pixels, importance)
+        segments, codes = encoder.encode(model, header.frame, pixels, importance)
     return bitstream.write(header, (), segments), codes
 
 

@@ -21,6 +21,7 @@ from vqcodec.errors import (
     TruncatedError,
     VersionError,
 )
+from vqcodec.frame import Frame
 
 MAGIC = b"VQZ\x1a"  # the last byte ends text output on some terminals and is not valid in a text file
 VERSION = 1
@@ -80,6 +81,16 @@ class Header:
             raise HeaderError(f"weights id has {len(self.weights_id)} bytes, expected 4")
         if self.segments > MAX_SEGMENTS:
             raise LimitError(f"the header promises {self.segments} segments, the limit is {MAX_SEGMENTS}")
+
+    @staticmethod
+    def of(frame: Frame, weights_id: bytes, layers: int) -> "Header":
+        """The header of a picture with this frame, coded with these weights."""
+        return Header(frame.width, frame.height, frame.quality, weights_id, layers, frame.tile, frame.grey)
+
+    @property
+    def frame(self) -> Frame:
+        """What coding has to know of it."""
+        return Frame(self.width, self.height, self.quality, self.tile, self.grey)
 
     @property
     def tiles(self) -> tuple[int, int]:
@@ -155,20 +166,6 @@ class Info:
     bits_per_pixel: float
     chunks: tuple[tuple[str, int], ...]
     layer_bytes: tuple[int, ...]
-
-
-def tile_boxes(header: Header) -> list[tuple[int, int, int, int]]:
-    """Where the tiles are in the picture.
-
-    Returns:
-        (top, left, height, width) of each tile in pixels, in raster order; tiles at the right and bottom may be smaller.
-    """
-    side = header.tile or max(header.width, header.height)
-    return [
-        (top, left, min(side, header.height - top), min(side, header.width - left))
-        for top in range(0, header.height, side)
-        for left in range(0, header.width, side)
-    ]
 
 
 def write(header: Header, chunks: Sequence[Chunk], segments: Sequence[bytes]) -> bytes:

@@ -24,37 +24,14 @@ from vqcodec.errors import WeightsError
 from vqcodec.models.config import Config
 from vqcodec.models.counts import Tables
 from vqcodec.models.integers import QualityBias
+from vqcodec.models.model import Model
 from vqcodec.models.prior import Prior
 from vqcodec.models.quantizer import Codebook
-from vqcodec.models.vqvae import VQVAE, Slice, channels_last
+from vqcodec.models.vqvae import VQVAE, SliceQuantizer
 
 FORMAT = "vqcodec weights 2"
 LOOK_FORMAT = "vqcodec look 1"
 ID_BYTES = 4
-
-
-class Model:
-    """A loaded weights file, ready to run.
-
-    Attributes:
-        config: the configuration. vqvae, prior, tables: the networks and integer tables, on `device`, not trainable.
-        id: the four bytes that name these weights in a .vqz file. looks: whether pixels are rendered by another look of them.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        vqvae: VQVAE,
-        prior: Prior,
-        tables: Tables,
-        weights_id: bytes,
-        device: torch.device,
-        looks: bool = False,
-    ) -> None:
-        self.config, self.id, self.device, self.looks = config, weights_id, device, looks
-        self.tables = tables.to(device)
-        self.vqvae = channels_last(vqvae.requires_grad_(False).eval(), device)
-        self.prior = channels_last(prior.requires_grad_(False).eval(), device)
 
 
 def load(path: Path, device: str = "cpu", look: Path | None = None) -> Model:
@@ -173,7 +150,7 @@ def save_model(path: Path, config: Config, vqvae: VQVAE, prior: Prior, notes: di
             f"{name}.{tensor}"
             for name, part in module.named_modules()
             for tensor in ("log_steps", "vectors", "bias", "spread")
-            if isinstance(part, Slice | Codebook)
+            if isinstance(part, SliceQuantizer | Codebook)
         }
         for name, tensor in module.state_dict().items():
             if name not in skipped:

@@ -245,8 +245,8 @@ class Stage(nn.Module):
         return x if self.unlap is None else self.unlap(x)
 
 
-class Slice(nn.Module):
-    """Estimate, steps and codebooks of one slice of code planes, which covers channels `start` to `stop`."""
+class SliceQuantizer(nn.Module):
+    """Refinement, steps and codebooks of one slice of code planes, which covers channels `start` to `stop`."""
 
     def __init__(self, config: Config, stage: StageConfig, index: int) -> None:
         super().__init__()
@@ -288,7 +288,7 @@ class VQVAE(nn.Module):
         self.stages = nn.ModuleList([Stage(s, f) for s, f in zip(config.stages, finer, strict=False)])
         self.slices = nn.ModuleList(
             [
-                nn.ModuleList([Slice(config, stage, index) for index in range(len(stage.slices))])
+                nn.ModuleList([SliceQuantizer(config, stage, index) for index in range(len(stage.slices))])
                 for stage in config.levels
             ]
         )
@@ -299,13 +299,13 @@ class VQVAE(nn.Module):
         assert isinstance(stage, Stage)
         return stage
 
-    def slice(self, level: int, index: int) -> Slice:
+    def slice(self, level: int, index: int) -> SliceQuantizer:
         """Slice `index` of a level."""
         piece = self.slices[level][index]  # type: ignore[index]
-        assert isinstance(piece, Slice)
+        assert isinstance(piece, SliceQuantizer)
         return piece
 
-    def level_slices(self, level: int) -> list[Slice]:
+    def level_slices(self, level: int) -> list[SliceQuantizer]:
         """All slices of a level, in coding order."""
         return [self.slice(level, index) for index in range(len(self.config.levels[level].slices))]
 

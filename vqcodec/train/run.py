@@ -40,6 +40,7 @@ from vqcodec import precision, tuning, weights
 from vqcodec.errors import TrainingError
 from vqcodec.metrics import ms_ssim
 from vqcodec.models.config import Config, load_config
+from vqcodec.models.model import Model
 from vqcodec.models.quantizer import Codebook
 from vqcodec.models.vqvae import Linear1x1, ResidualBlock, channels_last
 from vqcodec.ssimulacra2 import score
@@ -318,7 +319,7 @@ class _Run:
 
     # Stages
 
-    def only_look(self, given: weights.Model, features: Path) -> None:
+    def only_look(self, given: Model, features: Path) -> None:
         """Train what turns the codes of given weights into pixels, and export nothing else."""
         self.look_of = given.id.hex()
         distance = _lpips(lambda: perceptual.distance("squeeze", features, self.device))
@@ -338,7 +339,7 @@ class _Run:
         if not self.validation:
             raise TrainingError("none of the pictures set aside for validation could be read")
 
-    def start_from(self, given: weights.Model, path: Path) -> None:
+    def start_from(self, given: Model, path: Path) -> None:
         """Continue from exported weights, read from `path`; the rate counts in full from the first step."""
         self.model.vqvae.take_over(given.vqvae)
         prior = copy.deepcopy(given.prior)
