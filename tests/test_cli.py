@@ -368,6 +368,7 @@ def test_full_disk(codec, photo, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files.os, "replace", replace)
+    monkeypatch.setattr(files.os, "link", replace)
     fails(run("compress", "photo.png"), 1, "vqcodec: photo.vqz: No space left on device")
     assert tree() == ["photo.png"]
 
