@@ -5,29 +5,21 @@ Modules that import numpy or torch are imported inside the commands, after what 
 """
 
 import contextlib
-import json
-import logging
 import math
 import os
-import re
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from vqcodec import __version__, bitstream, files, packaged
+from vqcodec import __version__, bitstream, files, options, packaged, terminal
 from vqcodec.errors import VqcodecError
 from vqcodec.packaged import TUNES
 from vqcodec.target import HIGHEST, LOWEST, Target
-
-if TYPE_CHECKING:
-    from vqcodec.image import Picture
-    from vqcodec.train.run import Progress
+from vqcodec.terminal import ErrorReport
 
 
 class _Program(click.Group):
@@ -42,105 +34,12 @@ class _Program(click.Group):
         except click.ClickException as error:
             context = getattr(error, "ctx", None)
             path = context.command_path if context else "vqcodec"
-            _say(f"vqcodec: {error.format_message()} (see {path} --help)")
+            terminal.say(f"vqcodec: {error.format_message()} (see {path} --help)")
             status = 2
         except click.Abort:
-            _say("vqcodec: interrupted")
+            terminal.say("vqcodec: interrupted")
             status = 130
         sys.exit(status)
-
-
-class _Outcome:
-    """Counts what fails, after saying why in one line."""
-
-    def __init__(self) -> None:
-        self.failed = 0
-
-    @contextlib.contextmanager
-    def of(self, name: str) -> Iterator[None]:
-        """Report an exception of the body as a failure of the file that is called name, and go on."""
-        try:
-            yield
-        except (click.ClickException, click.Abort):
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever fails in one file, the others go on
-            self.failed += 1
-            if click.get_current_context().find_root().params["debug"]:
-                traceback.print_exc()
-            if isinstance(error, OSError) and error.filename is not None:
-                name = str(error.filename)
-            _say(f"vqcodec: {name}: {_message(error)}")
-
-    @property
-    def status(self) -> int:
-        """The exit code."""
-        return 1 if self.failed else 0
-
-
-def _message(error: Exception) -> str:
-    if isinstance(error, MemoryError):
-        return "not enough memory"
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    line = next(iter(text.splitlines()), "")
-    if isinstance(error, (VqcodecError, OSError)):
-        return line
-    return f"{type(error).__name__}: {line} (vqcodec --debug ... shows where)"
-
-
-def _say(text: str) -> None:
-    """Write a line to stderr, in the place of a progress bar that may stand there."""
-    click.echo(("\r\x1b[K" if sys.stderr.isatty() else "") + text, err=True)
-
-
-class _Weights(click.Path):
-    """A weights file, or the name of a packaged one."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        with contextlib.suppress(VqcodecError):  # what is no file either is refused below
-            value = str(packaged.find(value))
-        return super().convert(value, param, ctx)
-
-
-def _weights_option(text: str) -> Callable[[Any], Any]:
-    return click.option("--weights", type=_Weights(exists=True, dir_okay=False, readable=True), help=text)
-
-
-_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
-
-
-def _size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
-    """Bytes of a text like 50000, 50KB, 48.8KiB or 1.5MB."""
-    if value is None:
-        return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?i?)b?", value.strip().lower())
-    size = int(Decimal(found[1]) * _UNITS[found[2]]) if found and found[2] in _UNITS else 0
-    if size < 1:
-        raise click.BadParameter(f"{value!r} is not a size like 50000, 50KB or 1.5MiB.")
-    return size
-
-
-_above_zero = click.FloatRange(min=0, min_open=True)
-_inputs = click.argument("inputs", metavar="IN...", nargs=-1, required=True, type=click.Path(allow_dash=True))
-_output = click.option(
-    "-o",
-    "--output",
-    metavar="OUT",
-    type=click.Path(allow_dash=True),
-    help="File, folder, or - for standard output.  [default: a name like that of IN]",
-)
-_picture = click.option(
-    "-o", "--output", metavar="OUT", type=click.Path(allow_dash=True), required=True, help="Picture to write."
-)
-_detail = click.option(
-    "-q", "--quality", type=click.IntRange(LOWEST, HIGHEST), default=50, show_default=True, help="How much detail."
-)
-_device = click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to compute."
-)
-_force = click.option("-f", "--force", is_flag=True, help="Overwrite existing files.")
-_quiet = click.option("--quiet", is_flag=True, help="Print errors only.")
-_weights = _weights_option("Weights file, or name of packaged ones, instead of the photo model.")
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.group(
@@ -162,12 +61,12 @@ def main(debug: bool) -> None:
     Shell completion: eval "$(_VQCODEC_COMPLETE=bash_source vqcodec)", likewise zsh_source, and fish_source piped to
     source.
     """
-    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what matters of it arrives as an exception or a warning
+    terminal.silence_libraries()
 
 
 @main.command()
-@_inputs
-@_output
+@options.inputs
+@options.output
 @click.option(
     "-q",
     "--quality",
@@ -175,18 +74,16 @@ def main(debug: bool) -> None:
     show_default="50",
     help="From small to beautiful.",
 )
-@click.option("--target-size", callback=_size, metavar="SIZE", help="Make a file of about SIZE.")
-@click.option("--target-bpp", type=_above_zero, metavar="BITS", help="... of about so many bits per pixel.")
-@click.option("--target-psnr", type=_above_zero, metavar="DB", help="... whose picture comes to this PSNR.")
+@options.size_option("--target-size", "Make a file of about SIZE.")
+@click.option("--target-bpp", type=options.ABOVE_ZERO, metavar="BITS", help="... of about so many bits per pixel.")
+@click.option("--target-psnr", type=options.ABOVE_ZERO, metavar="DB", help="... whose picture comes to this PSNR.")
 @click.option(
     "--target-ssimulacra2",
     type=click.FloatRange(max=100, max_open=True),
     metavar="POINTS",
     help="... to this SSIMULACRA2: 90 cannot be told from the original, 70 is high, 50 medium quality.",
 )
-@click.option(
-    "--max-size", callback=_size, metavar="SIZE", help="Never write more than SIZE; without -q or a target, fill it."
-)
+@options.size_option("--max-size", "Never write more than SIZE; without -q or a target, fill it.")
 @click.option(
     "--effort",
     type=click.IntRange(1, 9),
@@ -200,11 +97,11 @@ def main(debug: bool) -> None:
     help="Spend bits where the eye sees errors, or for the least squared error.  "
     "[default: visual; psnr with --target-psnr]",
 )
-@_weights
-@_device
-@_force
+@options.weights
+@options.device
+@options.force
 @click.option("--verify", is_flag=True, help="Decode the result and compare before writing it.")
-@_quiet
+@options.quiet
 def compress(
     inputs: tuple[str, ...],
     output: str | None,
@@ -251,7 +148,7 @@ def compress(
         start = time.perf_counter()
         data = files.read(job.source)
         picture = image.load(data, max_pixels=bitstream.DEFAULT_MAX_PIXELS)
-        with _search_bar(effort > 1 and len(jobs) == 1 and not quiet) as show:
+        with terminal.search_bar(wanted=effort > 1 and len(jobs) == 1 and not quiet) as show:
             encoded = codec.compress(
                 picture,
                 quality=quality,
@@ -267,17 +164,25 @@ def compress(
         files.write(job.target, encoded, overwrite=force)
         if not quiet:
             for note in picture.notes:
-                _say(f"vqcodec: {job.source}: note: {note}")
-            chosen = f", quality {bitstream.read_info(encoded).header.quality}" if target or max_size else ""
-            _say_result(job, picture, len(data), len(encoded), len(encoded), start, chosen)
+                terminal.say(f"vqcodec: {job.source}: note: {note}")
+            found = bitstream.read_header(encoded).quality if target or max_size else None
+            terminal.say_result(
+                job,
+                picture,
+                read=len(data),
+                written=len(encoded),
+                compressed=len(encoded),
+                seconds=time.perf_counter() - start,
+                quality=found,
+            )
         return len(data), len(encoded)
 
     return _run(jobs, work, overwrite=force, quiet=quiet)
 
 
 @main.command()
-@_inputs
-@_output
+@options.inputs
+@options.output
 @click.option(
     "--look",
     type=click.Choice(packaged.LOOKS),
@@ -294,10 +199,10 @@ def compress(
     show_default=True,
     help="Refuse larger pictures.",
 )
-@_weights
-@_device
-@_force
-@_quiet
+@options.weights
+@options.device
+@options.force
+@options.quiet
 def decompress(
     inputs: tuple[str, ...],
     output: str | None,
@@ -345,9 +250,17 @@ def decompress(
             encoded = image.save(picture, _suffix(job.target))
             files.write(job.target, encoded, overwrite=force)
         for problem in picture.notes:
-            _say(f"vqcodec: {job.source}: warning: {problem}")
+            terminal.say(f"vqcodec: {job.source}: warning: {problem}")
         if not quiet:
-            _say_result(job, picture, len(data), len(encoded), len(data), start, test=test)
+            terminal.say_result(
+                job,
+                picture,
+                read=len(data),
+                written=len(encoded),
+                compressed=len(data),
+                seconds=time.perf_counter() - start,
+                tested=test,
+            )
         return len(data), len(encoded)
 
     return _run(jobs, work, overwrite=force, quiet=quiet)
@@ -362,7 +275,7 @@ def decompress(
     metavar="[FILE]",
     help="Describe a weights file; without FILE, the photo model's.",
 )
-@_json
+@options.as_json
 def info(paths: tuple[str, ...], weights: str | None, as_json: bool) -> int:
     """Describe .vqz files without decoding them, or weights.
 
@@ -373,34 +286,30 @@ def info(paths: tuple[str, ...], weights: str | None, as_json: bool) -> int:
     """
     if (weights is None) == (not paths):
         raise click.UsageError("Give either files or --weights.")
-    outcome = _Outcome()
+    report = ErrorReport()
     if weights is not None:
-        with outcome.of("weights"):
+        with report.errors_of("weights"):
             from vqcodec import weights as weights_module
 
             described = weights_module.describe(packaged.find(weights or None))
-            _print_table(described, as_json)
-        return outcome.status
+            terminal.print_table(described, as_json=as_json)
+        return report.status
     with _usage():
         found = files.find(paths, files.VQZ_SUFFIXES)
     infos = []
     for path, _ in found:
-        with outcome.of(path):
+        with report.errors_of(path):
             infos.append((path, bitstream.read_info(files.read(path))))
-    if as_json:
-        click.echo(json.dumps([_info_json(path, about) for path, about in infos], indent=2))
-    else:
-        for path, about in infos:
-            click.echo(_info_text(path, about))
-    return outcome.status
+    terminal.print_infos(infos, as_json=as_json)
+    return report.status
 
 
 @main.command()
 @click.argument("first", metavar="A", type=click.Path())
 @click.argument("second", metavar="B", type=click.Path())
-@_weights
-@_device
-@_json
+@options.weights
+@options.device
+@options.as_json
 def compare(first: str, second: str, weights: str | None, device: str, as_json: bool) -> int:
     """Compare two pictures: PSNR, MS-SSIM, and what .vqz files take.
 
@@ -412,10 +321,10 @@ def compare(first: str, second: str, weights: str | None, device: str, as_json: 
     Example:
       vqcodec compare photo.png photo.vqz
     """
-    outcome = _Outcome()
+    report = ErrorReport()
     pictures, sizes = [], {}
     for path in (first, second):
-        with outcome.of(path):
+        with report.errors_of(path):
             from vqcodec import image
 
             data = files.read(path)
@@ -426,28 +335,19 @@ def compare(first: str, second: str, weights: str | None, device: str, as_json: 
                 sizes[path] = len(data)
             else:
                 pictures.append(image.load(data, max_pixels=bitstream.DEFAULT_MAX_PIXELS).pixels)
-    if outcome.failed:
-        return outcome.status
+    if report.failed:
+        return report.status
     from vqcodec import metrics
 
     a, b = pictures
     height, width, _ = a.shape
     if a.shape != b.shape:
-        _say(f"vqcodec: {second}: the picture has {b.shape[1]} x {b.shape[0]} pixels, {first} has {width} x {height}")
+        terminal.say(
+            f"vqcodec: {second}: the picture has {b.shape[1]} x {b.shape[0]} pixels, {first} has {width} x {height}"
+        )
         return 1
     psnr, ms_ssim = metrics.psnr(a, b), metrics.ms_ssim(a, b)
-    files_json = [
-        {"file": path, "bytes": size, "bpp": metrics.bits_per_pixel(size, width, height)}
-        for path, size in sizes.items()
-    ]
-    if as_json:
-        numbers = {"psnr": psnr, "ms_ssim": ms_ssim}
-        numbers_json = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        click.echo(json.dumps({"width": width, "height": height, "files": files_json, **numbers_json}, indent=2))
-    else:
-        for entry in files_json:
-            click.echo(f"{entry['file']}: {entry['bytes']:,} bytes, {entry['bpp']:.4f} bpp")
-        click.echo(f"PSNR {psnr:.2f} dB, MS-SSIM {ms_ssim:.4f}")
+    terminal.print_comparison(width, height, sizes, psnr=psnr, ms_ssim=ms_ssim, as_json=as_json)
     return 0
 
 
@@ -457,7 +357,7 @@ def compare(first: str, second: str, weights: str | None, device: str, as_json: 
 @click.option("--config", metavar="NAME|FILE", help="Configuration of the model.  [default: photo, or that of --from]")
 @click.option(
     "--minutes",
-    type=_above_zero,
+    type=options.ABOVE_ZERO,
     default=180,
     show_default=True,
     help="How long to train, all parts of a resumed run together.",
@@ -467,7 +367,7 @@ def compare(first: str, second: str, weights: str | None, device: str, as_json: 
     "--from",
     "start_from",
     metavar="FILE",
-    type=_Weights(exists=True, dir_okay=False, readable=True),
+    type=options.WeightsPath(),
     help="Train on from these weights, of whose configuration only the commitment, more codes and the rate model's scales can change.",
 )
 @click.option(
@@ -490,9 +390,9 @@ def compare(first: str, second: str, weights: str | None, device: str, as_json: 
     type=click.Path(exists=True, dir_okay=False, readable=True, path_type=Path),
     help="Log LPIPS as well, on these features of AlexNet.",
 )
-@_device
+@options.device
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of all random choices.")
-@_force
+@options.force
 def train(
     pictures: tuple[str, ...],
     output: str,
@@ -520,30 +420,16 @@ def train(
     """
     with _usage():
         found = files.find(pictures, files.PICTURE_SUFFIXES)
-    if Path(output).suffix != ".safetensors":
-        raise click.UsageError(f"OUT must end in .safetensors, got {output}")
-    if features is not None and start_from is None:
-        raise click.UsageError("--natural needs --from: the weights that the look is for.")
-    if features is not None and start_from is not None:
-        name = Path(start_from).with_suffix(".natural.safetensors").name
-        if Path(output).name != name:
-            raise click.UsageError(f"OUT of a natural look must be called {name} to be found, got {output}")
-        if config is not None:
-            raise click.UsageError("--natural has the configuration of --from: --config cannot change it.")
-    if not math.isfinite(minutes):
-        raise click.UsageError("--minutes must be a number.")
-    sheet = os.path.realpath(Path(output).with_suffix(".png"))
-    if any(os.path.realpath(path) == sheet for path, _ in found):
-        raise click.UsageError(f"the sheet of pictures beside OUT would replace the input {sheet}")
-    outcome = _Outcome()
+    _check_training(found, output, config=config, minutes=minutes, start_from=start_from, natural=features is not None)
+    report = ErrorReport()
     for path, _ in found:
-        with outcome.of(path):
+        with report.errors_of(path):
             files.check(files.Job(path, output), overwrite=force or resume)
             for suffix in (".ckpt", ".csv", ".png"):  # hours of work may lie in a checkpoint
                 files.check(files.Job(path, str(Path(output).with_suffix(suffix))), overwrite=force or resume)
-        if outcome.failed:
-            return outcome.status
-    with outcome.of(output), _training_bar() as show:
+        if report.failed:
+            return report.status
+    with report.errors_of(output), terminal.training_bar() as show:
         from vqcodec.train import run
 
         run.train(
@@ -559,17 +445,43 @@ def train(
             distortion=distortion,
             judge=judge,
             on_progress=show,
-            on_warning=lambda text: _say(f"vqcodec: warning: {text}"),
+            on_warning=terminal.warn,
         )
-    return outcome.status
+    return report.status
+
+
+def _check_training(
+    found: list[tuple[str, str]],
+    output: str,
+    *,
+    config: str | None,
+    minutes: float,
+    start_from: str | None,
+    natural: bool,
+) -> None:
+    if Path(output).suffix != ".safetensors":
+        raise click.UsageError(f"OUT must end in .safetensors, got {output}")
+    if natural:
+        if start_from is None:
+            raise click.UsageError("--natural needs --from: the weights that the look is for.")
+        name = Path(start_from).with_suffix(".natural.safetensors").name
+        if Path(output).name != name:
+            raise click.UsageError(f"OUT of a natural look must be called {name} to be found, got {output}")
+        if config is not None:
+            raise click.UsageError("--natural has the configuration of --from: --config cannot change it.")
+    if not math.isfinite(minutes):
+        raise click.UsageError("--minutes must be a number.")
+    sheet = os.path.realpath(Path(output).with_suffix(".png"))
+    if any(os.path.realpath(path) == sheet for path, _ in found):
+        raise click.UsageError(f"the sheet of pictures beside OUT would replace the input {sheet}")
 
 
 @main.command()
-@click.argument("weights", metavar="[WEIGHTS]", required=False, type=_Weights(exists=True, dir_okay=False))
-@_picture
+@click.argument("weights", metavar="[WEIGHTS]", required=False, type=options.WeightsPath())
+@options.output_picture
 @click.option("-n", "count", type=click.IntRange(1, 1024), default=16, show_default=True, help="How many to draw.")
 @click.option("--size", type=click.IntRange(1, 2048), help="Pixels a side of each.  [default: 256]")
-@_detail
+@options.quality
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0),
@@ -581,9 +493,9 @@ def train(
 @click.option(
     "--rows", type=click.IntRange(min=0), help="Rows of codes that are kept of it, from the top.  [default: half]"
 )
-@_device
+@options.device
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the dice.")
-@_force
+@options.force
 def sample(
     weights: str | None,
     output: str,
@@ -613,18 +525,18 @@ def sample(
     job = files.Job(complete or files.STREAM, output)
     _check_terminal([job])
     _check_suffixes([job])
-    outcome = _Outcome()
-    with outcome.of(output):
+    report = ErrorReport()
+    with report.errors_of(output):
         files.check(job, overwrite=force)
     picture = None
-    if complete is not None and not outcome.failed:
-        with outcome.of(complete):
+    if complete is not None and not report.failed:
+        with report.errors_of(complete):
             from vqcodec import image
 
             picture = image.load(files.read(complete), max_pixels=bitstream.DEFAULT_MAX_PIXELS)
-    if outcome.failed:
-        return outcome.status
-    with outcome.of(complete or output):
+    if report.failed:
+        return report.status
+    with report.errors_of(complete or output):
         from vqcodec import image, sampling
 
         drawn = sampling.sample(
@@ -639,23 +551,22 @@ def sample(
             rows=rows,
             device=device,
         )
-        hidden = not sys.stderr.isatty()
-        with click.progressbar(drawn, length=count, file=sys.stderr, hidden=hidden) as steps:
+        with terminal.sample_bar(drawn, count) as steps:
             sheet = image.contact_sheet(list(steps))
         files.write(output, image.save(image.Picture(sheet), _suffix(output)), overwrite=force)
-    return outcome.status
+    return report.status
 
 
 @main.command()
 @click.argument("source", metavar="PICTURE", type=click.Path(allow_dash=True))
-@_picture
-@_detail
+@options.output_picture
+@options.quality
 @click.option(
     "--levels", is_flag=True, help="A sheet: from the coarsest level of codes alone to all, then the original."
 )
-@_weights
-@_device
-@_force
+@options.weights
+@options.device
+@options.force
 def reconstruct(
     source: str, output: str, quality: int, levels: bool, weights: str | None, device: str, force: bool
 ) -> int:
@@ -668,8 +579,8 @@ def reconstruct(
     job = files.Job(source, output)
     _check_terminal([job])
     _check_suffixes([job])
-    outcome = _Outcome()
-    with outcome.of(source):
+    report = ErrorReport()
+    with report.errors_of(source):
         files.check(job, overwrite=force)
         from vqcodec import codec, image
 
@@ -677,7 +588,7 @@ def reconstruct(
         restored = codec.reconstruct(picture, quality=quality, weights=weights, device=device)
         pixels = image.contact_sheet([*restored, picture.pixels]) if levels else restored[-1]
         files.write(output, image.save(image.Picture(pixels), _suffix(output)), overwrite=force)
-    return outcome.status
+    return report.status
 
 
 @contextlib.contextmanager
@@ -721,134 +632,18 @@ def _run(
     jobs: Sequence[files.Job], work: Callable[[files.Job], tuple[int, int]], *, overwrite: bool, quiet: bool
 ) -> int:
     """Do the jobs, each on its own; work returns how many bytes it read and wrote."""
-    outcome = _Outcome()
+    report = ErrorReport()
     ready: list[files.Job] = []
     for job in jobs:
-        with outcome.of(job.source):
+        with report.errors_of(job.source):
             files.check(job, overwrite=overwrite)
             ready.append(job)
     read = written = 0
-    show_bar = len(ready) > 1 and not quiet and sys.stderr.isatty()
-    with click.progressbar(ready, file=sys.stderr) if show_bar else contextlib.nullcontext(ready) as steps:
+    with terminal.file_bar(ready, wanted=not quiet) as steps:
         for job in steps:
-            with outcome.of(job.source):
+            with report.errors_of(job.source):
                 job_read, job_written = work(job)
                 read, written = read + job_read, written + job_written
-    if len(jobs) > 1 and (outcome.failed or not quiet):
-        done = len(jobs) - outcome.failed
-        _say(f"vqcodec: {done} of {len(jobs)} files done, {outcome.failed} failed; {read:,} -> {written:,} bytes")
-    return outcome.status
-
-
-def _say_result(
-    job: files.Job,
-    picture: "Picture",
-    read: int,
-    written: int,
-    compressed: int,
-    start: float,
-    chosen: str = "",
-    test: bool = False,
-) -> None:
-    height, width, _ = picture.pixels.shape
-    bpp = 8 * compressed / (width * height)
-    seconds = time.perf_counter() - start
-    what = f"{job.source}: fine, {read:,}" if test else f"{job.source} -> {job.target}: {read:,} -> {written:,}"
-    _say(f"{what} bytes, {width} x {height}, {bpp:.4f} bpp{chosen}, {seconds:.2f} s")
-
-
-@contextlib.contextmanager
-def _search_bar(wanted: bool) -> Iterator[Callable[[float], None] | None]:
-    """A progress bar over the search for better codes, on a terminal."""
-    if not (wanted and sys.stderr.isatty()):
-        yield None
-        return
-    with click.progressbar(length=1000, label="searching", file=sys.stderr) as bar:
-
-        def show(share: float) -> None:
-            reached = round(1000 * share)
-            if reached < bar.pos:  # the next quality that is tried
-                bar.pos, bar.finished = 0, False
-            bar.update(reached - bar.pos)
-
-        yield show
-
-
-@contextlib.contextmanager
-def _training_bar() -> Iterator[Callable[["Progress"], None]]:
-    """A progress bar over the time of a training run; without a terminal, a line whenever the stage changes."""
-
-    def line(progress: "Progress | None") -> str:
-        if progress is None:
-            return ""
-        minutes, seconds = divmod(int(progress.remaining), 60)
-        left = f"{minutes // 60:02}:{minutes % 60:02}:{seconds:02}"
-        numbers = f"{progress.bpp:.3f} bpp, {progress.psnr:.2f} dB"
-        return f"{progress.stage}, step {progress.step}: {numbers}, {left} left"
-
-    if not sys.stderr.isatty():
-        shown = ""
-
-        def show_stage(progress: "Progress") -> None:
-            nonlocal shown
-            if progress.stage != shown:
-                shown = progress.stage
-                _say(line(progress))
-
-        yield show_stage
-        return
-
-    length = 1000
-    with click.progressbar(length=length, file=sys.stderr, show_eta=False, item_show_func=line) as bar:
-
-        def show(progress: "Progress") -> None:
-            total = progress.elapsed + progress.remaining
-            reached = int(length * progress.elapsed / total) if total > 0 else 0
-            bar.update(max(0, reached - bar.pos), progress)
-
-        yield show
-
-
-def _info_json(path: str, about: bitstream.Info) -> dict[str, Any]:
-    header = about.header
-    return {
-        "file": path,
-        "bytes": about.file_bytes,
-        "bpp": about.bits_per_pixel,
-        "format": header.version,
-        "width": header.width,
-        "height": header.height,
-        "grey": header.grey,
-        "quality": header.quality,
-        "weights": header.weights_id.hex(),
-        "tile": header.tile,
-        "tiles": list(header.tiles),
-        "layer_bytes": list(about.layer_bytes),
-        "chunks": [{"kind": kind, "bytes": size} for kind, size in about.chunks],
-    }
-
-
-def _info_text(path: str, about: bitstream.Info) -> str:
-    header = about.header
-    rows, columns = header.tiles
-    lines = [
-        click.format_filename(path),
-        f"  size      {header.width} x {header.height} pixels, {'grey' if header.grey else 'colour'}",
-        f"  file      {about.file_bytes:,} bytes, {about.bits_per_pixel:.4f} bits per pixel, format {header.version}",
-        f"  quality   {header.quality}",
-        f"  weights   {header.weights_id.hex()}",
-        f"  tiles     {columns} x {rows}" + (f" of {header.tile} pixels a side" if header.tile else ""),
-        f"  layers    {len(about.layer_bytes)}: {', '.join(f'{size:,}' for size in about.layer_bytes)} bytes",
-    ]
-    if about.chunks:
-        lines.append(f"  metadata  {', '.join(f'{kind.strip()} {size:,} bytes' for kind, size in about.chunks)}")
-    return "\n".join(lines)
-
-
-def _print_table(values: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(values, indent=2))
-        return
-    for name, value in values.items():
-        shown = json.dumps(value) if isinstance(value, (dict, list)) else value
-        click.echo(f"{name}: {shown}")
+    if len(jobs) > 1 and (report.failed or not quiet):
+        terminal.say_total(len(jobs), report.failed, read=read, written=written)
+    return report.status

@@ -9,9 +9,11 @@ import os
 import secrets
 import stat
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
+from typing import BinaryIO
 
 STREAM = "-"
 VQZ_SUFFIXES = (".vqz",)
@@ -132,12 +134,15 @@ def read(path: str) -> bytes:
 
 
 def write(path: str, data: bytes, *, overwrite: bool) -> None:
-    """Write a file so that it has all of the data or, on any failure or Ctrl-C, stays as it was.
+    """Write a file as `write_atomically` does, and the folders that are missing on the way to it.
 
-    Missing folders are made. A link is followed, a device or pipe written to as it is; "-" is standard output.
+    Args:
+        path: the file; "-" for standard output. A device or a pipe is written to as it is.
+        data: what the file should hold.
+        overwrite: whether an existing file may be replaced.
 
     Raises:
-        FileExistsError: there is such a file, and overwrite is false.
+        FileExistsError: the file exists, and overwrite is false.
         OSError: anything else, with the name of this file.
     """
     if path == STREAM:
@@ -147,31 +152,94 @@ def write(path: str, data: bytes, *, overwrite: bool) -> None:
     if os.path.exists(target) and not os.path.isfile(target):
         Path(target).write_bytes(data)
         return
+    with _naming(path):
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+    write_atomically(path, data, overwrite=overwrite)
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes, *, overwrite: bool = True) -> None:
+    """Write a file so that it holds all of the data or, on any failure or Ctrl-C, stays as it was.
+
+    The data go to a temporary file in the same folder, which then takes the name of the target. The folder must exist.
+    A symbolic link is followed. Nothing is synchronised: after a power failure the data may be missing.
+
+    Args:
+        path: the file.
+        data: what it should hold.
+        overwrite: whether an existing file may be replaced. If not, it is kept even if it appears in the meantime.
+
+    Raises:
+        FileExistsError: the file exists, and overwrite is false.
+        OSError: anything else, with the name of this file.
+    """
+    target = os.path.realpath(path)
     if not overwrite and os.path.exists(target):
         raise _exists(path)
-    folder = os.path.dirname(target)
-    temporary = os.path.join(folder, f".vqcodec-{secrets.token_hex(8)}.tmp")
+    temporary = os.path.join(os.path.dirname(target), f".vqcodec-{secrets.token_hex(8)}.tmp")
     try:
-        os.makedirs(folder, exist_ok=True)
-        with open(temporary, "xb") as file:  # with the mode that the umask says, unlike tempfile
-            file.write(data)
-        os.replace(temporary, target)
-    except BaseException as error:
+        with _naming(path):
+            with open(temporary, "xb", buffering=0) as file:  # its mode follows the umask, unlike that of tempfile
+                _write_all(file, data)
+            if overwrite:
+                os.replace(temporary, target)
+            else:
+                _move_to_free_name(temporary, target)
+    finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, path) from error
+
+
+def _move_to_free_name(source: str, target: str) -> None:
+    """Rename a file, but never replace another one. A second name may remain.
+
+    Raises:
+        FileExistsError: the target exists.
+    """
+    try:
+        os.link(source, target)  # fails if the target exists, as os.rename does not
+    except FileExistsError:
         raise
+    except OSError:  # a file system without hard links, FAT for example
+        with open(target, "xb"):  # reserves the name: fails if the target exists
+            pass
+        try:
+            os.replace(source, target)
+        except BaseException:
+            os.unlink(target)
+            raise
+
+
+@contextlib.contextmanager
+def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Make the system's errors in the body name this file, and not a folder or a temporary file."""
+    try:
+        yield
+    except FileExistsError as error:
+        raise _exists(path) from error
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 def _write_stdout(data: bytes) -> None:
     try:
-        sys.stdout.buffer.write(data)
+        _write_all(sys.stdout.buffer, data)
         sys.stdout.buffer.flush()
-    except BrokenPipeError:
-        # The interpreter flushes again when it ends and would complain in several lines.
+    except OSError:
+        # The interpreter flushes what is left when it ends: it would complain in several lines and change the exit code.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise
+
+
+def _write_all(file: BinaryIO | FileIO, data: bytes) -> None:
+    """Write all of the data. An unbuffered file, such as standard output of `python -u`, may take less at a time."""
+    rest = memoryview(data)
+    while rest:
+        taken = file.write(rest)
+        if not taken:  # it would block
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        rest = rest[taken:]
 
 
 def _renamed(name: str, suffixes: Sequence[str], new_suffix: str) -> str:
@@ -209,5 +277,5 @@ def _check_access(path: str, mode: int) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
 
-def _exists(path: str) -> FileExistsError:
-    return FileExistsError(errno.EEXIST, "File exists, -f would overwrite it", path)
+def _exists(path: str | os.PathLike[str]) -> FileExistsError:
+    return FileExistsError(errno.EEXIST, "File exists, -f would overwrite it", os.fspath(path))

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from vqcodec import files
 from vqcodec.errors import WeightsError
 from vqcodec.models.config import Config
 from vqcodec.models.counts import Tables
@@ -178,12 +179,7 @@ def save_look(path: Path, config: Config, vqvae: VQVAE, weights_id: str, notes: 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], notes: dict[str, Any]) -> bytes:
     """A file that is either there in full or not at all; returns its id."""
     data = _sort_header(save(tensors, {**metadata, "notes": json.dumps(notes, sort_keys=True)}))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    files.write_atomically(path, data)
     return hashlib.sha256(data).digest()[:ID_BYTES]
 
 
