@@ -1,6 +1,6 @@
 """Short training runs that differ in one thing: what does it bring?
 
-    python bench/ablate.py PICTURES... [--variants photo,scalar] [--minutes 5] [-o out/ablate] [--jobs 1]
+    python -m bench.ablate PICTURES... [--variants photo,scalar] [--minutes 5] [-o out/ablate] [--jobs 1]
 
 Every variant trains for the same minutes, from the same seed, on the same pictures, in a process of one thread, and is
 validated on the same crops (`vqcodec train` sets them aside). Printed: steps done, bits per pixel and PSNR at five
@@ -17,9 +17,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-if not __package__:  # run as a file: let the imports below find the repository's packages
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from vqcodec.models.config import PHOTO, Config, PriorConfig, SliceConfig
 from vqcodec.train import run as training

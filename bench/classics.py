@@ -1,6 +1,6 @@
 """The figures by which the literature compares VQ-VAEs and their priors, on pictures that training has not seen.
 
-    python bench/classics.py WEIGHTS PICTURES... [--batch 100]
+    python -m bench.classics WEIGHTS PICTURES... [--batch 100]
 
     mse         squared error with pixels in 0..1, and the same in units of their variance
     loss        the latter + codebook loss (where codes learn by gradient) + 0.25 commitment loss (van den Oord et al. 2017, eq. 3),
@@ -24,9 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
-if not __package__:  # run as a file: let the imports below find the repository's packages
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from vqcodec import bitstream, codec, weights
 from vqcodec.errors import VqcodecError
@@ -130,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
         pictures = [p for p in (reader.get(i) for i in range(len(reader))) if p is not None]
         found = measure(given.weights, pictures, given.batch)
     except (OSError, ValueError, VqcodecError) as error:
-        print(f"classics.py: {error}", file=sys.stderr)
+        print(f"classics: {error}", file=sys.stderr)
         return 1
     for name, value in found.items():
         numbers = value if isinstance(value, list) else [value]

@@ -3,7 +3,7 @@
 Every measurement has a process of its own, so that its peak memory is its own: it makes the picture (or reads the file), calls
 the codec once to warm up, then several times.
 
-    python bench/speed.py [-o out/speed.json] [--sizes 256x256,768x512]
+    python -m bench.speed [-o out/speed.json] [--sizes 256x256,768x512]
 """
 
 import argparse
@@ -21,9 +21,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # run as a file: let the imports below find the repository's packages
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import matplotlib
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +29,7 @@ from PIL import Image
 from bench import codecs
 from vqcodec.errors import VqcodecError
 
+ROOT = Path(__file__).resolve().parents[1]
 SIZES = "256x256,768x512,1536x1024,3000x2000,6000x4000"
 QUALITIES = {"vqcodec": 50.0, "jxl": 2.0}  # jxl: Butteraugli distance
 DIRECTIONS = ("encode", "decode")
@@ -142,11 +140,11 @@ def _sizes(text: str) -> list[tuple[int, int]]:
 def _in_own_process(
     options: argparse.Namespace, size: tuple[int, int], key: str, direction: str, file: Path
 ) -> Measurement:
-    command = [sys.executable, __file__, "--sizes", f"{size[0]}x{size[1]}", "--measure", key, direction, str(file)]
-    command += ["--device", options.device]
+    command = [sys.executable, "-m", "bench.speed", "--sizes", f"{size[0]}x{size[1]}"]
+    command += ["--measure", key, direction, str(file), "--device", options.device]
     command += ["--threads", str(options.threads), "--repeats", str(options.repeats)]
-    command += ["--weights", str(options.weights)] if options.weights else []
-    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+    command += ["--weights", str(options.weights.resolve())] if options.weights else []
+    done = subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(done.returncode)  # it has said why
     return Measurement(**json.loads(done.stdout))
