@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,14 +14,12 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from commandline import ROOT, fails, process, run, tree
 from PIL import Image
 
 import vqcodec
 from vqcodec import bitstream, cli, files, image, packaged, terminal
 from vqcodec.errors import FormatError, TrainingError, WeightsError
-
-ROOT = Path(vqcodec.__file__).parents[1]
 
 
 def fake_compress(picture, *, quality, target, max_size, weights, device, effort, tune, verify, on_progress):
@@ -66,19 +63,6 @@ def photo(make_photo):
     pixels = make_photo(30, 40)
     Image.fromarray(pixels).save("photo.png")
     return pixels
-
-
-def run(*arguments: str, stdin: bytes | None = None) -> Result:
-    return CliRunner().invoke(cli.main, arguments, input=stdin)
-
-
-def fails(ran: Result, status: int, *lines: str) -> None:
-    """Nothing on stdout, and exactly these lines on stderr."""
-    assert (ran.exit_code, ran.stdout, ran.stderr.splitlines()) == (status, "", list(lines))
-
-
-def tree(folder: str = ".") -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
 
 
 # The program
@@ -624,15 +608,6 @@ def test_train_failures(training, photo, monkeypatch):
     fails(run("train", "photo.png", "-o", "x.safetensors"), 1, "vqcodec: x.safetensors: nothing to train on")
 
 
-# Real processes
-
-
-def process(*arguments: str, **options: object) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, *arguments], **{"env": environment} | pipes | options)
-
-
 # sample
 
 
@@ -696,6 +671,9 @@ def test_reconstruct(codec, photo, monkeypatch):
     sheet = image.load(Path("levels.png").read_bytes(), max_pixels=None).pixels
     assert np.array_equal(sheet[30:, :40], photo) and not sheet[:30, :40].any()
     fails(run("reconstruct", "no.png", "-o", "x.png"), 1, "vqcodec: no.png: No such file or directory")
+
+
+# Real processes
 
 
 def test_python_m_vqcodec():

@@ -1,11 +1,13 @@
-"""Which weights file is meant."""
+"""Which weights file is meant, and the classic weights that are in the repository."""
 
 from pathlib import Path
 
 import models
+import numpy as np
 import pytest
+from PIL import Image, ImageDraw
 
-from vqcodec import packaged
+from vqcodec import codec, metrics, packaged
 from vqcodec.errors import WeightsError
 
 
@@ -27,3 +29,23 @@ def test_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("nothing", "../weights/digits", str(folder / "digits")):
         with pytest.raises(WeightsError, match="no weights file"):
             packaged.find(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "most_bytes", "least_psnr"), [("vqvae-mnist", 60, 25), ("vqvae-ema-cifar10", 110, 24)]
+)
+def test_classic_weights(name: str, most_bytes: int, least_psnr: float) -> None:
+    """Both load by their names, and a picture as they know them comes back about as well as docs/classics.md says."""
+    source = digit() if name == "vqvae-mnist" else Image.fromarray(models.picture(32, 32, seed=4))
+    data = codec.compress(source, weights=name, verify=True)
+    assert len(data) < most_bytes
+    restored = codec.decompress(data, weights=name)
+    assert (restored.mode, restored.size) == (source.mode, source.size)
+    assert metrics.psnr(np.asarray(source.convert("RGB")), np.asarray(restored.convert("RGB"))) > least_psnr
+
+
+def digit() -> Image.Image:
+    """A stroke as of MNIST: white on black, 28 x 28, soft at its edges."""
+    picture = Image.new("L", (112, 112))
+    ImageDraw.Draw(picture).line([(36, 24), (76, 24), (52, 92)], fill=255, width=11, joint="curve")
+    return picture.resize((28, 28), Image.Resampling.BOX)

@@ -2,11 +2,18 @@
 
 Only for a format that has not been released: files of a released version must be readable for ever, and the tests that
 read the golden ones are what shows it. After a change of the format they get company instead, of the new version.
+
+`python tests/golden/renew.py --photo` makes those of the packaged photo weights instead, in the folder photo/. They are for
+one weights file: whoever replaces weights/photo.safetensors renews them. With the same weights, on the same machine, it
+changes no byte, so `git status` shows whether a change of the program has changed what the encoder chooses.
 """
 
+import argparse
 import dataclasses
+import hashlib
 import io
 import itertools
+import json
 import re
 import sys
 from pathlib import Path
@@ -20,8 +27,10 @@ if __name__ == "__main__":
 
 import format_dump
 import models
+from numpy.typing import NDArray
+from torch import Tensor
 
-from vqcodec import bitstream, codec, image, weights
+from vqcodec import bitstream, codec, image, packaged, weights
 from vqcodec.bitstream import Chunk
 from vqcodec.image import Picture
 from vqcodec.models.config import TINY, Config, PriorConfig, SliceConfig, StageConfig
@@ -51,6 +60,21 @@ PICTURES = {
 }
 
 
+def textured(height: int, width: int, seed: int) -> NDArray[np.uint8]:
+    """`models.picture` with grain on it that changes with the place, so that many codes of the photo weights are in use."""
+    noise = np.random.default_rng(seed).normal(0, 1 / 3, (height + 2, width + 2, 1))
+    grain = np.sum([noise[y : y + height, x : x + width] for y in range(3) for x in range(3)], axis=0)
+    strength = 14 * np.linspace(0, 1, width)[:, None] ** 2
+    return np.clip(np.rint(models.picture(height, width, seed) + strength * grain), 0, 255).astype(np.uint8)
+
+
+# Neither is a multiple of anything; 12 tiles and 2.
+PHOTOS = {
+    "visual": (Picture(textured(150, 201, seed=21)), {"quality": 75, "tile": 64, "tune": "visual"}),
+    "psnr": (Picture(textured(90, 131, seed=22)), {"quality": 60, "tile": 128, "tune": "psnr"}),
+}
+
+
 def renew(folder: Path) -> None:
     """Write weights, good files with their codes and pixels, and bad files."""
     (folder / "bad").mkdir(parents=True, exist_ok=True)
@@ -66,6 +90,46 @@ def renew(folder: Path) -> None:
         (folder / f"{name}.png").write_bytes(image.save(restored, ".png"))
     for name, data in bad_files((folder / "tiny.vqz").read_bytes()).items():
         (folder / "bad" / f"{name}.vqz").write_bytes(data)
+
+
+def renew_photos(folder: Path) -> None:
+    """Write files of the packaged photo weights, their pixels in both looks and of a damaged file, and codes' hashes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = weights.load(packaged.find())
+    expected: dict[str, object] = {"weights": model.id.hex()}
+    for name, (picture, options) in PHOTOS.items():
+        data = codec.compress(picture, device="cpu", verify=True, **options)
+        (folder / f"{name}.vqz").write_bytes(data)
+        expected[name] = hash_of(codec.decode_codes(bitstream.read(data), model))
+        for look, suffix in (("faithful", ""), ("natural", ".natural")):
+            restored = codec.decode_picture(data, look=look, device="cpu")
+            (folder / f"{name}{suffix}.png").write_bytes(image.save(restored, ".png"))
+    broken, _ = damaged((folder / "visual.vqz").read_bytes())
+    restored = codec.decode_picture(broken, device="cpu", partial=True)
+    (folder / "visual.damaged.png").write_bytes(image.save(restored, ".png"))
+    (folder / "expected.json").write_text(json.dumps(expected, indent=4) + "\n", encoding="utf-8")
+
+
+def hash_of(codes: list[Tensor]) -> str:
+    """SHA-256 of the shapes and values of all levels' codes."""
+    digest = hashlib.sha256()
+    for level in codes:
+        digest.update(repr(tuple(level.shape)).encode())
+        digest.update(level.numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def damaged(good: bytes) -> tuple[bytes, list[bool]]:
+    """A file with a bit flipped in the second layer of tile 5 and cut within the third layer; which segments are left."""
+    header = bitstream.read_header(good)
+    tiles = header.segments // header.layers
+    bad, cut = tiles + 5, 2 * tiles + tiles // 2
+    lengths = [len(segment) for segment in bitstream.read(good).segments if segment is not None]
+    stored = [length + (5 if length < 128 else 6) for length in lengths]
+    start = len(good) - sum(stored)
+    data = bytearray(good[: start + sum(stored[:cut]) + 3])
+    data[start + sum(stored[: bad + 1]) - 1] ^= 0x10
+    return bytes(data), [number < cut and number != bad for number in range(header.segments)]
 
 
 def bad_files(good: bytes) -> dict[str, bytes]:
@@ -121,5 +185,10 @@ def renew_document(path: Path, data: bytes) -> None:
 
 
 if __name__ == "__main__":
-    renew(HERE)
-    renew_document(HERE.parents[1] / "FORMAT.md", (HERE / "tiny.vqz").read_bytes())
+    parser = argparse.ArgumentParser(description="Make the golden files anew; see the top of this file for when.")
+    parser.add_argument("--photo", action="store_true", help="those of weights/photo.safetensors, and only those")
+    if parser.parse_args().photo:
+        renew_photos(HERE / "photo")
+    else:
+        renew(HERE)
+        renew_document(HERE.parents[1] / "FORMAT.md", (HERE / "tiny.vqz").read_bytes())
