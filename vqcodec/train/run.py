@@ -250,15 +250,6 @@ def _follow(averages: Tensor, values: Tensor) -> Tensor:
     return torch.where(averages.isnan(), values, torch.where(values.isnan(), averages, averages.lerp(values, 0.02)))
 
 
-def _tensorboard(output: Path) -> Any:
-    """A TensorBoard writer beside the output, if TensorBoard is installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(output.with_suffix("")) + "-tensorboard")
-
-
 def _revive(book: Codebook, v: Tensor) -> None:
     """Move dead codes; all processes take the first one's."""
     book.revive(v)
@@ -311,7 +302,6 @@ class _Run:
         # Kept where the model is, so that no step waits for numbers: moving averages of bits per pixel and PSNR; the last loss.
         self.recent, self.loss = torch.full((2,), math.nan, device=device), torch.tensor(math.nan)
         self.recording: Recording[tuple[Tensor, Tensor]] | None = None  # for this phase and size of crops
-        self.board = _tensorboard(output) if rank == 0 else None
         self.judge: Callable[[Tensor, Tensor], Tensor] | None = None  # LPIPS, for the log alone
         self.before: list[data.Pixels] = []  # validation crops as the untrained model decodes them
         self.validation: list[data.Pixels] = []
@@ -449,8 +439,6 @@ class _Run:
         if self.rank == 0:
             self._validate()
             self._save()
-            if self.board is not None:
-                self.board.close()
 
     def export(self) -> None:
         """Write the weights file and the sheet."""
@@ -683,9 +671,6 @@ class _Run:
         self._report("validate")
         row = {"step": self.step, "minutes": round(self.spent / 60, 2), **self._measure(self.average)}
         row["perplexity"] = round(self._perplexity(), 2)
-        if self.board is not None:
-            for name, value in row.items():
-                self.board.add_scalar(name, value, self.step)
         self._write_log([*(self._log(self.step) if self.step else []), row])
 
     def _log(self, end: int) -> list[dict[str, Any]]:
