@@ -18,7 +18,6 @@ residual block ends in zeros, so the untrained network is a hierarchical Karhune
 """
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -424,26 +423,6 @@ class VQVAE(nn.Module):
             for block in blocks:
                 if isinstance(block, ResidualBlock):
                     block.deviation.copy_(deviation + 0.05 * deviation.max() / math.sqrt(len(deviation)) + 1e-4)
-
-    @torch.no_grad()
-    def take_over(self, given: "VQVAE") -> None:
-        """Become trained networks, with their codebooks (`Codebook.take_over`); blocks that they have not add nothing yet."""
-        state = given.state_dict()
-        for name, part in self.named_modules():
-            if isinstance(part, ResidualBlock) and f"{name}.deviation" not in state:
-                # The block before it knows the scale of the same input.
-                before = re.sub(r"further\.0$", "refine", name)
-                if before == name:
-                    before = re.sub(r"\d+$", lambda number: str(int(number[0]) - 1), name)
-                for last in (part.expand.weight, part.expand.bias):
-                    assert last is not None
-                    nn.init.zeros_(last)
-                own = {**part.state_dict(), "deviation": state[f"{before}.deviation"]}
-                state |= {f"{name}.{key}": value for key, value in own.items()}
-        for level in range(len(self.config.levels)):
-            for index, piece in enumerate(self.level_slices(level)):
-                piece.codebook.take_over(given.slice(level, index).codebook)
-        self.load_state_dict(state | {k: v for k, v in self.state_dict().items() if ".codebook." in k})
 
     def _start_laps(self, index: int) -> None:
         """Give the laps of a stage, whose finer ones have been started, the filters of pixels from which they are known."""

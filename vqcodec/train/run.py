@@ -49,6 +49,7 @@ from vqcodec.train.muon import Muon
 from vqcodec.train.recording import Recording
 from vqcodec.train.rounding import Rounding
 from vqcodec.train.schedule import LOOK, SCHEDULES, Schedule
+from vqcodec.train.warm_start import load_networks
 from vqcodec.visual import visual_distance
 
 CHECKPOINT_SECONDS = 180
@@ -116,11 +117,11 @@ def train(
 
     Args:
         pictures: files and folders. output: the weights file, .safetensors.
-        config: a configuration, the name of one, or a JSON file; None for "photo", or that of `start_from`. minutes: budget
+        config: a configuration, the name of one, or a JSON file; None for "photo", or that of `start_from`, from which
+            only the commitment may differ. minutes: budget
             of the whole run, earlier parts included.
         resume: go on from the checkpoint. device: "auto", "cpu" or "cuda". seed: of crops and initial weights.
-        start_from: a weights file to train on from, instead of from scratch; of `config` only the commitment, and more codes, scales
-            of the rate model and residual blocks count then.
+        start_from: a weights file to train on from, instead of from scratch.
             Where training begins with rounding, codebooks begin again as integers; what stood in for the prior when these weights were
             trained goes on if their checkpoint still lies beside them.
         features: of the network of LPIPS that says how alike pictures look, SqueezeNet 1.1 as safetensors: train the natural look
@@ -132,7 +133,8 @@ def train(
         on_progress, on_warning: called now and then with a `Progress`, and with one line for each picture skipped.
 
     Raises:
-        TrainingError: no pictures, no such device, no checkpoint to resume from, or one of another configuration; features
+        TrainingError: no pictures, no such device, no checkpoint to resume from, or one of another configuration; weights
+            of another configuration; features
             without weights to start from, or without the packages.
         ValueError: no such distortion.
         WeightsError: unknown configuration; unreadable features.
@@ -141,9 +143,10 @@ def train(
     if given and start_from and features and weights.is_look_of(output, given.id):
         given = weights.load(start_from, look=output)
     settings = config if isinstance(config, Config) else load_config(str(config or "photo"))
-    if given:  # what shapes a model comes with its weights, how it learns need not
-        kept = given.config if config is None else settings
-        settings = dataclasses.replace(given.config, commitment=kept.commitment).grown(kept)
+    if given and config is None:
+        settings = given.config
+    elif given and features is None and (fields := _differences(settings, given.config)):
+        raise TrainingError(f"{start_from} has another configuration than {settings.name!r}, differing in {fields}")
     if features is not None:
         if given is None:
             raise TrainingError("a look needs the weights that it is for")
@@ -226,6 +229,12 @@ def _optimisers(model: RateDistortion, schedule: Schedule) -> dict[str, torch.op
     if schedule.kernel_rate:
         optimisers["muon"] = Muon([{"params": muon, "peak": schedule.kernel_rate}], schedule.kernel_rate)
     return optimisers
+
+
+def _differences(asked: Config, given: Config) -> str:
+    """The fields in which two configurations differ; the commitment may."""
+    names = (field.name for field in dataclasses.fields(Config) if field.name != "commitment")
+    return ", ".join(name for name in names if getattr(asked, name) != getattr(given, name))
 
 
 def _lpips(load: Callable[[], Callable[[Tensor, Tensor], Tensor]]) -> Callable[[Tensor, Tensor], Tensor]:
@@ -330,10 +339,10 @@ class _Run:
 
     def start_from(self, given: weights.Model, path: Path) -> None:
         """Continue from exported weights, read from `path`; the rate counts in full from the first step."""
-        self.model.vqvae.take_over(given.vqvae)
+        load_networks(self.model.vqvae, given.vqvae)
         prior = copy.deepcopy(given.prior)
         prior.thaw()
-        self.model.prior.take_over(prior)
+        self.model.prior.load_state_dict(prior.state_dict())
         self.rate_start = 1.0
         rounding = self.model.rounding
         self.model.rounding = self.average.rounding = None
