@@ -48,7 +48,7 @@ from vqcodec.train.loss import Losses, RateDistortion
 from vqcodec.train.muon import Muon
 from vqcodec.train.recording import Recording
 from vqcodec.train.rounding import Rounding
-from vqcodec.train.schedule import LOOK, SCHEDULES, Schedule
+from vqcodec.train.schedule import LOOK, SCHEDULES, Phase, Schedule
 from vqcodec.train.warm_start import load_networks
 from vqcodec.visual import visual_distance
 
@@ -487,9 +487,9 @@ class _Run:
         unused = self.config.rate == "after"
         return nn.parallel.DistributedDataParallel(self.model, device_ids=ids, find_unused_parameters=unused)
 
-    def _enter(self, phase: int) -> nn.Module:
+    def _enter(self, phase: Phase) -> nn.Module:
         """Begin a phase, or go on in it: what learns, as one module."""
-        if phase and self.model.rounding is not None:
+        if phase is not Phase.ROUNDING and self.model.rounding is not None:
             self._end_rounding()
         self.phase = phase
         self.recording = None
@@ -502,9 +502,9 @@ class _Run:
             self._learn_only((vqvae, self.model.rounding))
             for book in books:
                 book.requires_grad_(False)
-        elif phase == 1:
+        elif phase is Phase.PRIOR:
             self._learn_only((self.model.prior, *biases))
-        elif phase == 3:
+        elif phase is Phase.POLISH:
             self._learn_only((self.model.prior, *vqvae.renderer().values(), *biases))
         else:
             self._learn_only((vqvae, self.model.prior))
@@ -767,7 +767,7 @@ class _Run:
         if metadata.get("look_of", "") != self.look_of:
             what = f"a look of weights {metadata['look_of']}" if metadata.get("look_of") else "a model of its own"
             raise TrainingError(f"{path} is of {what}")
-        if facts["phase"]:
+        if facts["phase"] != Phase.ROUNDING:
             self.model.rounding = self.average.rounding = None
             self.stood_in = {k: tensors.pop(k) for k in list(tensors) if k.startswith(ROUNDING)}
         for prefix, module in (("model.", self.model), ("average.", self.average)):
@@ -782,6 +782,7 @@ class _Run:
         self.before = [tensors[f"before.{i}"].numpy() for i in range(SHEET_PICTURES) if f"before.{i}" in tensors]
         for name in FACTS:
             setattr(self, name, facts[name])
+        self.phase = Phase(facts["phase"])
         self.recent = torch.tensor(facts["recent"], device=self.device)
         if self.rank == 0 and (rows := self._log(self.step + 1)):
             self._write_log(rows)  # without what came after the checkpoint and is lost
