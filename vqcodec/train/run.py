@@ -49,6 +49,7 @@ from vqcodec.train.muon import Muon
 from vqcodec.train.recording import Recording
 from vqcodec.train.rounding import Rounding
 from vqcodec.train.schedule import LOOK, SCHEDULES, Phase, Schedule
+from vqcodec.train.start import start_from_pictures
 from vqcodec.train.warm_start import load_networks
 from vqcodec.visual import visual_distance
 
@@ -361,7 +362,7 @@ class _Run:
     def start_fresh(self) -> None:
         """The KLT start."""
         pixels = self._start_crops()
-        self.model.vqvae.start_from_pictures(pixels)
+        start_from_pictures(self.model.vqvae, pixels)
         if self.model.rounding is not None:
             self.model.rounding.start_from_pictures(self.model.vqvae, pixels)
         if not self.config.structured:
