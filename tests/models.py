@@ -20,6 +20,7 @@ from vqcodec.models.prior import Prior, SlicePrior
 from vqcodec.models.quantizer import Codebook
 from vqcodec.models.vqvae import VQVAE, ResidualBlock, SliceQuantizer
 from vqcodec.train.loss import RateDistortion
+from vqcodec.train.start import start_from_pictures
 from vqcodec.tuning import Tuning, path_of
 
 Pixels = NDArray[np.uint8]
@@ -61,7 +62,7 @@ def tiny(config: Config = TINY, seed: int = 0, shake: float = 1.0) -> RateDistor
 
     torch.manual_seed(seed)
     model = RateDistortion(config)
-    model.vqvae.start_from_pictures(batch(*(picture(256, 256, s) for s in range(4))))
+    start_from_pictures(model.vqvae, batch(*(picture(256, 256, s) for s in range(4))))
     with torch.no_grad():
         for part in model.modules():
             if isinstance(part, ResidualBlock):

@@ -98,27 +98,6 @@ def test_look_up() -> None:
 # The start
 
 
-def test_a_larger_codebook_says_of_its_codes_what_a_smaller_one_said() -> None:
-    old, new = (
-        Codebook(SliceConfig(3, 2, codes, 0, outposts=outposts), "gradient")
-        for codes, outposts in ((40, "far"), (90, "near"))
-    )
-    with torch.no_grad():
-        old.bias.copy_(torch.randn(3, 40))
-        old.spread.copy_(torch.tensor([1.0, 2.0, 4.0]))
-    new.take_over(old)
-    assert torch.equal(new.spread, old.spread)
-    assert torch.equal(new.vectors, Codebook(new.config, "gradient").vectors)
-    lattice = {tuple(point): k for k, point in enumerate(old.vectors[0].tolist()) if all(x == round(x) for x in point)}
-    shared = [(lattice[tuple(point)], k) for k, point in enumerate(new.vectors[0].tolist()) if tuple(point) in lattice]
-    assert len(shared) == len(lattice)
-    for before, after in shared:
-        assert torch.equal(new.bias[:, after], old.bias[:, before])
-    same = Codebook(old.config, "gradient")
-    same.take_over(old)
-    assert all(torch.equal(x, y) for x, y in zip(same.state_dict().values(), old.state_dict().values(), strict=True))
-
-
 @pytest.mark.parametrize("outposts", ["far", "near"])
 @pytest.mark.parametrize(("codes", "dim"), [(9, 2), (96, 2), (160, 2), (400, 2), (256, 4), (500, 8)])
 def test_structured_start(codes: int, dim: int, outposts: str) -> None:

@@ -21,10 +21,9 @@ from vqcodec.models.vqvae import (
     Linear1x1,
     Stage,
     _Moments,
-    lapped_filter,
-    principal_components,
     usual_step,
 )
+from vqcodec.train.start import lapped_filter, principal_components, start_from_pictures
 
 QUALITY = torch.tensor([50])
 
@@ -34,7 +33,7 @@ def started(config: Config = TINY) -> VQVAE:
     """On its KLT start, not trained; not to be changed."""
     torch.manual_seed(0)
     model = VQVAE(config)
-    model.start_from_pictures(models.batch(*(models.picture(256, 256, seed) for seed in range(4))))
+    start_from_pictures(model, models.batch(*(models.picture(256, 256, seed) for seed in range(4))))
     return model.requires_grad_(False)
 
 

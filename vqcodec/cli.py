@@ -368,7 +368,7 @@ def compare(first: str, second: str, weights: str | None, device: str, as_json: 
     "start_from",
     metavar="FILE",
     type=options.WeightsPath(),
-    help="Train on from these weights, of whose configuration only the commitment, more codes and the rate model's scales can change.",
+    help="Train on from these weights, of whose configuration --config can change nothing but the commitment.",
 )
 @click.option(
     "--natural",

@@ -216,33 +216,6 @@ class Config:
         stages = (replace(s, decoder_blocks=s.decoder_blocks + LOOK_BLOCKS * (s.stride < finest)) for s in self.stages)
         return replace(self, stages=tuple(stages))
 
-    def grown(self, other: "Config") -> "Config":
-        """With the codes and scales of another configuration's slices, and its residual blocks, where those are more."""
-        others = {(stage.stride, stage.channels, stage.hidden): stage for stage in other.stages}
-        pieces = {(stage.stride, i): p for stage in other.stages for i, p in enumerate(stage.slices)}
-
-        def grow(piece: SliceConfig, like: SliceConfig | None) -> SliceConfig:
-            if like is None or (piece.planes, piece.dim) != (like.planes, like.dim):
-                return piece
-            if piece.codes < like.codes and piece.structured:
-                piece = replace(piece, codes=like.codes, outposts=like.outposts)
-            return replace(piece, scales=max(piece.scales, like.scales))
-
-        def deepen(stage: StageConfig) -> StageConfig:
-            like = others.get((stage.stride, stage.channels, stage.hidden), stage)
-            return replace(
-                stage,
-                encoder_blocks=max(stage.encoder_blocks, like.encoder_blocks),
-                decoder_blocks=max(stage.decoder_blocks, like.decoder_blocks),
-                refine_blocks=max(stage.refine_blocks, like.refine_blocks),
-                slices=tuple(grow(p, pieces.get((stage.stride, i))) for i, p in enumerate(stage.slices)),
-            )
-
-        prior = self.prior
-        if replace(prior, blocks=other.prior.blocks) == other.prior:
-            prior = replace(prior, blocks=max(prior.blocks, other.prior.blocks))
-        return replace(self, stages=tuple(map(deepen, self.stages)), prior=prior)
-
     def lambda_of(self, t: float) -> float:
         """Distortion weight at t = (quality - 1) / 99; see `lambda_range`."""
         low, high = self.lambda_range

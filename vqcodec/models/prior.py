@@ -30,7 +30,7 @@ from vqcodec.models.integers import (
     clamp8,
     gate,
 )
-from vqcodec.models.quantizer import Rates, companding, start_of
+from vqcodec.models.quantizer import Rates
 
 # Order of the interleaved passes: each phase is a (row, column) offset on the 2 x 2 pattern.
 PHASES = ((0, 0), (1, 1), (0, 1), (1, 0))
@@ -265,33 +265,6 @@ class Prior(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.levels = nn.ModuleList([LevelPrior(config, level) for level in range(len(config.levels))])
-
-    @torch.no_grad()
-    def take_over(self, given: "Prior") -> None:
-        """Become a trained prior, thawed, as far as it goes: where its symbols have one scale and ours have one for each
-        dimension, all of them are that one; where ours are of a larger codebook, whose inputs have another unit, they count as before;
-        blocks that it has not add nothing yet."""
-        state = given.state_dict()
-        for name, part in self.named_modules():
-            if isinstance(part, GatedBlock) and f"{name}.merge.weight" not in state:
-                nn.init.zeros_(part.merge.weight)
-                state |= {f"{name}.{key}": value for key, value in part.state_dict().items()}
-        for level, stage in enumerate(given.levels):
-            assert isinstance(stage, LevelPrior)
-            for index in range(len(stage.slices)):
-                old, new = stage.slice(index).piece, self.level(level).slice(index).piece
-                unit = companding(start_of(old)) / companding(start_of(new))
-                for name in ("near", "absorb"):
-                    key = f"levels.{level}.slices.{index}.{name}.weight"
-                    if key in state:
-                        state[key] = state[key] * unit
-                if old.scales < new.scales:
-                    square, linear, zero = range(old.dim, old.dim + 3)
-                    rows = [*range(old.dim), *[square] * old.dim, *[linear] * old.dim, zero]
-                    for name in ("weight", "bias", "exponent"):
-                        key = f"levels.{level}.slices.{index}.head.{name}"
-                        state[key] = state[key].unflatten(0, (old.planes, -1))[:, rows].flatten(0, 1)
-        self.load_state_dict(state)
 
     def check(self) -> None:
         """Make sure that frozen weights are what exact sums need.

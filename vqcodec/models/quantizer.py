@@ -157,19 +157,6 @@ class Codebook(nn.Module):
         """Code vectors as before training; the rate model stays."""
         self.vectors.data.copy_(start_of(self.config))
 
-    @torch.no_grad()
-    def take_over(self, given: "Codebook") -> None:
-        """Become another codebook of these planes; or, with more codes, keep the start, and say of each code what the other one says
-        of that next to it on its lattice."""
-        old = given.config
-        if (old.codes, old.outposts) == (self.config.codes, self.config.outposts):
-            self.load_state_dict(given.state_dict())
-            return
-        start = start_of(old)
-        lattice = start[(start == start.round()).all(1).cumprod(0).bool()]
-        self.bias.copy_(given.bias[:, torch.cdist(self.vectors[0], lattice).argmin(1)])
-        self.spread.copy_(given.spread)
-
     def lookup(self, indices: Tensor) -> Tensor:
         """Code vectors: int64 (N, P) -> float32 (N, P, D)."""
         return look_up(self.vectors, indices)

@@ -13,12 +13,10 @@ A level's estimate starts from the coarser level (zero for the coarsest). Before
 block refines it from everything decoded so far; the slice then codes the difference to the latents of its channels,
 divided by a step that depends on the quality. The refinement works on floats: only indices reach the prior.
 
-KLT start (`start_from_pictures`): the 1x1 convolutions are the principal components of their inputs and every
-residual block ends in zeros, so the untrained network is a hierarchical Karhunen-Loeve transform codec.
+The 1x1 convolutions are the linear part, a hierarchical Karhunen-Loeve transform from the start (train/start.py); every
+residual block ends in zeros at first.
 """
 
-import math
-import re
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -33,8 +31,6 @@ from vqcodec.models.quantizer import Codebook
 PIXEL_CENTRE, PIXEL_SCALE = 128.0, 64.0
 # Steps before training, in usual ones: choosing codes by rate as well wants larger steps than rounding does.
 START_STEP = 1.5
-# Of the lapped transform at the start: 1 would be orthogonal, more compacts the energy better but spreads errors.
-LAP_SCALE = 1.3
 # What blocks add everywhere alike says nothing of the picture, but noise of the training feeds it: it counts so many times.
 COMMON = 20.0
 # Positions of one picture that a residual block does at a time on a CPU: what it keeps of them fits into caches.
@@ -188,23 +184,6 @@ class Lap(nn.Module):
         half = self.ratio // 2
         blocks = functional.pixel_unshuffle(x[:, :, half:-half, half:-half], self.ratio)
         return x + functional.pad(functional.pixel_shuffle(self.change(blocks), self.ratio), (half, half, half, half))
-
-
-def lapped_filter(size: int) -> Tensor:
-    """The filter across the border between two blocks of a DCT, float64 (size, size), half of it on each side.
-
-    Tran, Liang & Tu 2003, the one from DCT-II and DCT-IV; its first basis function is scaled by `LAP_SCALE`.
-    """
-    half = size // 2
-    k, n = torch.arange(half, dtype=torch.float64)[:, None], torch.arange(half, dtype=torch.float64)[None] + 0.5
-    dct2, dct4 = (torch.cos(math.pi * n * (k + shift) / half) * (2 / half) ** 0.5 for shift in (0.0, 0.5))
-    dct2[0] /= 2**0.5
-    dct4[0] *= LAP_SCALE
-    first, second = torch.diag(torch.tensor([1.0, 0.0])).double(), torch.diag(torch.tensor([0.0, 1.0])).double()
-    same = torch.eye(half, dtype=torch.float64)
-    butterfly = torch.kron(first - second, same) + torch.kron(torch.tensor([[0, 1.0], [1.0, 0]]).double(), same.flip(0))
-    middle = torch.kron(first, same) + torch.kron(second, (dct2.T @ dct4).flip(0, 1))
-    return butterfly @ middle @ butterfly / 2
 
 
 class Stage(nn.Module):
@@ -395,90 +374,6 @@ class VQVAE(nn.Module):
         for level, config in enumerate(self.config.levels):
             total += once(*self.level_slices(level)) / config.stride**2
         return total
-
-    @torch.no_grad()
-    def start_from_pictures(self, pixels: Tensor) -> None:
-        """KLT start from training crops, float (B, 3, H, W), 0..255, sides multiples of `Config.multiple`.
-
-        Sets the pointwise convolutions, the deviations of every residual block's input, and the spread of every plane.
-        """
-        x = (pixels - PIXEL_CENTRE) / PIXEL_SCALE
-        for index, config in enumerate(self.config.stages):
-            stage = self.stage(index)
-            if stage.lap is not None:
-                self._start_laps(index)
-                x = stage.lap(x)
-            inputs = functional.pixel_unshuffle(x, stage.ratio)
-            components = principal_components(inputs, config.channels)
-            stage.analysis.weight.copy_(components)
-            stage.synthesis.weight.copy_(components.T)
-            x = functional.conv2d(inputs, components[:, :, None, None])
-            deviation = x.square().mean((0, 2, 3)).sqrt()
-            blocks: list[nn.Module] = [*stage.encoder, *stage.decoder]
-            if config.slices:
-                for piece in self.level_slices(self.config.levels.index(config)):
-                    blocks += piece.blocks()
-                    energy = deviation[piece.start : piece.stop].reshape(piece.planes, piece.dim).mean(1)
-                    middle = piece.steps(torch.tensor([50]))[0]
-                    piece.codebook.spread.copy_(torch.exp2((energy / middle / 2).clamp(min=1).log2().round()))
-            for block in blocks:
-                if isinstance(block, ResidualBlock):
-                    block.deviation.copy_(deviation + 0.05 * deviation.max() / math.sqrt(len(deviation)) + 1e-4)
-
-    @torch.no_grad()
-    def take_over(self, given: "VQVAE") -> None:
-        """Become trained networks, with their codebooks (`Codebook.take_over`); blocks that they have not add nothing yet."""
-        state = given.state_dict()
-        for name, part in self.named_modules():
-            if isinstance(part, ResidualBlock) and f"{name}.deviation" not in state:
-                # The block before it knows the scale of the same input.
-                before = re.sub(r"further\.0$", "refine", name)
-                if before == name:
-                    before = re.sub(r"\d+$", lambda number: str(int(number[0]) - 1), name)
-                for last in (part.expand.weight, part.expand.bias):
-                    assert last is not None
-                    nn.init.zeros_(last)
-                own = {**part.state_dict(), "deviation": state[f"{before}.deviation"]}
-                state |= {f"{name}.{key}": value for key, value in own.items()}
-        for level in range(len(self.config.levels)):
-            for index, piece in enumerate(self.level_slices(level)):
-                piece.codebook.take_over(given.slice(level, index).codebook)
-        self.load_state_dict(state | {k: v for k, v in self.state_dict().items() if ".codebook." in k})
-
-    def _start_laps(self, index: int) -> None:
-        """Give the laps of a stage, whose finer ones have been started, the filters of pixels from which they are known."""
-        stage, stride = self.stage(index), self.config.stages[index].stride
-        # What the finer stages make of the pixels of one block: rows are pixels, columns their features.
-        basis = torch.eye(3 * stride**2).reshape(-1, 3, stride, stride)
-        for finer in range(index):
-            basis = self.stage(finer).analyse(basis)
-        basis = functional.pixel_unshuffle(basis, stage.ratio).flatten(1)
-        line = lapped_filter(stride)
-        for lap, row in ((stage.lap, line), (stage.unlap, torch.linalg.inv(line).contiguous())):
-            assert lap is not None
-            both = torch.kron(torch.eye(3).double(), torch.kron(row, row)) - torch.eye(3 * stride**2).double()
-            lap.change.weight.copy_(basis.T @ both.float() @ basis)
-
-
-def principal_components(x: Tensor, count: int, limit: int = 768) -> Tensor:
-    """Leading principal directions of the channels of x (B, C, h, w), about the origin: orthonormal rows (count, C).
-
-    With more than `limit` channels only as many are looked at: the inputs are an unshuffled map whose channels come
-    in decreasing energy, so the later ones of every group hold next to nothing of what the leading directions span.
-    """
-    channels = x.shape[1]
-    keep = torch.arange(channels)
-    if channels > limit:
-        # pixel_unshuffle orders channels (c, row, column): the first ones belong to the strongest input channels.
-        keep = keep[:limit]
-    flat = x[:, keep].transpose(0, 1).reshape(len(keep), -1).double()
-    _, vectors = torch.linalg.eigh(flat @ flat.T / flat.shape[1])
-    rows = torch.zeros(count, channels)
-    found = vectors.flip(1).T[:count].float()
-    # A direction and its negative are equally good; fix the sign so that starts are reproducible.
-    found = found * found.sum(1, keepdim=True).sign().where(found.sum(1, keepdim=True) != 0, torch.ones(()))
-    rows[: len(found), keep] = found
-    return rows
 
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
