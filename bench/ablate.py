@@ -18,7 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from vqcodec.models.config import PHOTO, Config, PriorConfig, SliceConfig
+from vqcodec.models.config import Config, PriorConfig, SliceConfig
+from vqcodec.models.recipes import PHOTO
 from vqcodec.train import run as training
 from vqcodec.train.schedule import Schedule
 

@@ -7,7 +7,6 @@ the codec once to warm up, then several times.
 """
 
 import argparse
-import importlib
 import json
 import os
 import resource
@@ -19,7 +18,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -27,6 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bench import codecs
+from vqcodec import spans
 from vqcodec.errors import VqcodecError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,7 +48,7 @@ class Measurement:
         seconds: median of the calls after it.
         peak_mib: largest resident memory of the process.
         start_mib: the same before the first call, with the picture or file in memory.
-        coding: of these, vqcodec's seconds for prior, choice of codes and range coder; None for other codecs.
+        stages: of these, vqcodec's seconds by the names of its spans, medians; empty for other codecs.
     """
 
     codec: str
@@ -61,7 +60,7 @@ class Measurement:
     seconds: float
     peak_mib: float
     start_mib: float
-    coding: float | None
+    stages: dict[str, float]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,8 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _line(f"{size[0]}x{size[1]}", f"{key} {direction}", *times, f"{m.peak_mib:.0f}", f"{m.start_mib:.0f}"),
                 flush=True,
             )
-            if m.coding is not None:
-                print(_line("", "  of it coding", "", f"{m.coding:.3f}"))
+            for name, seconds in m.stages.items():
+                print(_line("", f"  of it {name}", "", f"{seconds:.3f}"))
         measured += here.values()
 
     options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -159,24 +158,23 @@ def _measure(options: argparse.Namespace) -> Measurement:
     pixels = sample(width, height) if direction == "encode" else None
     data = b"" if direction == "encode" else file.read_bytes()
     start_mib = _peak_mib()
-    times, coding = [], []
-    clock = _CodingClock() if key == "vqcodec" else None
+    times: list[float] = []
+    spent: list[dict[str, float]] = []
     for _ in range(1 + options.repeats):
         start = time.perf_counter()
-        if pixels is not None:
-            data = codec.encode(pixels, QUALITIES[key])
-        else:
-            codec.decode(data)
+        with spans.collect() as seconds:
+            if pixels is not None:
+                data = codec.encode(pixels, QUALITIES[key])
+            else:
+                codec.decode(data)
         times.append(time.perf_counter() - start)
-        if clock:
-            coding.append(clock.seconds)
-            clock.seconds = 0.0
+        spent.append(seconds)
     if pixels is not None:
         file.write_bytes(data)
     first, *others = times
-    prior = statistics.median(coding[1:]) if coding else None
+    stages = {name: statistics.median(seconds[name] for seconds in spent[1:]) for name in spent[0]}
     return Measurement(
-        key, direction, width, height, len(data), first, statistics.median(others), _peak_mib(), start_mib, prior
+        key, direction, width, height, len(data), first, statistics.median(others), _peak_mib(), start_mib, stages
     )
 
 
@@ -187,24 +185,6 @@ def sample(width: int, height: int) -> NDArray[np.uint8]:
     rows = np.pad(np.arange(photo.shape[0]), (0, max(height - photo.shape[0], 0)), mode="symmetric")[:height]
     columns = np.pad(np.arange(photo.shape[1]), (0, max(width - photo.shape[1], 0)), mode="symmetric")[:width]
     return photo[rows[:, None], columns[None, :]]
-
-
-class _CodingClock:
-    """Adds up the seconds that vqcodec spends on its codes, prior and range coder, by wrapping the function that does."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        coding: Any = importlib.import_module("vqcodec.coding")
-        code_slice = coding.code_slice
-
-        def timed(*args: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return code_slice(*args)
-            finally:
-                self.seconds += time.perf_counter() - start
-
-        coding.code_slice = timed
 
 
 def _peak_mib() -> float:

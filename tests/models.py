@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vqcodec import coding, weights
 from vqcodec.bitstream import Header
-from vqcodec.models.config import TINY, Config, PriorConfig, SliceConfig, StageConfig
+from vqcodec.models.config import Config, PriorConfig, SliceConfig, StageConfig
 from vqcodec.models.integers import QualityBias
 from vqcodec.models.model import Model
 from vqcodec.models.prior import Prior, SlicePrior
@@ -24,6 +24,29 @@ from vqcodec.train.start import start_from_pictures
 from vqcodec.tuning import Tuning, path_of
 
 Pixels = NDArray[np.uint8]
+
+# Trains in a test: everything the photo model has, in miniature.
+TINY = Config(
+    name="tiny",
+    stages=(
+        StageConfig(4, 48, 16, 1, 1),
+        StageConfig(
+            8,
+            24,
+            16,
+            1,
+            1,
+            (
+                SliceConfig(planes=8, dim=1, codes=64, layer=1),
+                SliceConfig(planes=4, dim=4, codes=32, layer=2, scales=4, outposts="near"),
+            ),
+            lapped=True,
+            refine_blocks=2,
+        ),
+        StageConfig(32, 12, 16, 1, 1, (SliceConfig(planes=12, dim=1, codes=512, layer=0),)),
+    ),
+    prior=PriorConfig(channels=16, embedding=16, blocks=1),
+)
 
 
 def picture(height: int, width: int, seed: int = 0) -> Pixels:

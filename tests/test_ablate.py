@@ -5,11 +5,12 @@ from pathlib import Path
 import models
 import pytest
 import torch
+from models import TINY
 from PIL import Image
 
 from bench import ablate
 from bench.ablate import VARIANTS, Variant
-from vqcodec.models.config import PHOTO, TINY
+from vqcodec.models.recipes import PHOTO
 from vqcodec.train import run as training
 from vqcodec.train.schedule import Schedule
 

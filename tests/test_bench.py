@@ -24,12 +24,13 @@ import vqcodec
 pytest.importorskip("matplotlib", reason="needs the extra 'bench': pip install -e '.[bench]'")
 pytest.importorskip("imagecodecs", reason="needs the extra 'bench': pip install -e '.[bench]'")
 
+from models import TINY
+
 from bench import codecs, effort, measures, plots, rate_distortion, report, results, sensitivity, speed, strip, targets
 from bench.bd_rate import Curve, bd_rate, pchip
 from vqcodec import tuning
 from vqcodec import weights as weights_files
 from vqcodec.metrics import psnr as measured_psnr
-from vqcodec.models.config import TINY
 from vqcodec.models.prior import Prior
 from vqcodec.models.vqvae import VQVAE
 from vqcodec.ssimulacra2 import ssimulacra2

@@ -13,7 +13,7 @@ import models
 import numpy as np
 import pytest
 import torch
-from models import Pixels, picture
+from models import TINY, Pixels, picture
 from PIL import Image, ImageCms, features
 
 from vqcodec import bitstream, codec, coding, image, synthesis
@@ -23,7 +23,8 @@ from vqcodec.errors import ChecksumError, FormatError, HeaderError, ImageError, 
 from vqcodec.frame import Frame
 from vqcodec.image import Picture
 from vqcodec.metrics import psnr
-from vqcodec.models.config import TINY, VQVAE2, Config, SliceConfig, StageConfig
+from vqcodec.models.config import Config, SliceConfig, StageConfig
+from vqcodec.models.recipes import VQVAE2
 from vqcodec.ssimulacra2 import ssimulacra2
 from vqcodec.target import Target
 from vqcodec.weights import load

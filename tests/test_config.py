@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from models import TINY
 
 from vqcodec.errors import WeightsError
-from vqcodec.models.config import NAMED, PHOTO, TINY, VQVAE2, Config, SliceConfig, StageConfig, load_config
+from vqcodec.models.config import Config, SliceConfig, StageConfig
+from vqcodec.models.recipes import NAMED, PHOTO, VQVAE2, load_config
 
 
 @pytest.mark.parametrize("config", NAMED.values(), ids=NAMED)

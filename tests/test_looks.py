@@ -11,6 +11,7 @@ import models
 import numpy as np
 import pytest
 import torch
+from models import TINY
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -195,7 +196,7 @@ def test_refused(own: Path, look: Path, tmp_path: Path) -> None:
 
 def test_a_look_needs_weights(pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="needs the weights that it is for"):
-        training.train([pictures], tmp_path / "x.natural.safetensors", config="tiny", features=Path("features"))
+        training.train([pictures], tmp_path / "x.natural.safetensors", config=TINY, features=Path("features"))
 
 
 def test_features_of_the_wrong_network(tmp_path: Path) -> None:

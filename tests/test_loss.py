@@ -6,11 +6,12 @@ import functools
 import models
 import pytest
 import torch
+from models import TINY
 from torch import Tensor
 
 from vqcodec import encoder, synthesis
 from vqcodec.bitstream import Header
-from vqcodec.models.config import TINY, Config
+from vqcodec.models.config import Config
 from vqcodec.models.quantizer import Codebook
 from vqcodec.train.loss import RateDistortion, pattern
 

@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterator
 import models
 import pytest
 import torch
+from models import TINY
 from torch import Tensor
 from torch.nn import functional
 
 from vqcodec.models import integers as module
-from vqcodec.models.config import MAX_INPUTS, NAMED, TINY, Config
+from vqcodec.models.config import MAX_INPUTS, Config
 from vqcodec.models.integers import IntegerConv, QualityBias
 from vqcodec.models.prior import PHASES, Prior
+from vqcodec.models.recipes import NAMED
 from vqcodec.train.loss import RateDistortion
 
 HEIGHT, WIDTH = 96, 160  # of the picture: 3 x 5 top positions, 12 x 20 bottom ones

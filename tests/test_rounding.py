@@ -5,8 +5,8 @@ import math
 import models
 import pytest
 import torch
+from models import TINY
 
-from vqcodec.models.config import TINY
 from vqcodec.models.quantizer import MOST_BITS
 from vqcodec.train.loss import RateDistortion
 from vqcodec.train.rounding import Rounding, round_off

@@ -4,13 +4,12 @@ import models
 import numpy as np
 import pytest
 import torch
-from models import picture
+from models import TINY, picture
 from torch import Tensor
 
 from vqcodec import coding, tuning
 from vqcodec.encoder import encode
 from vqcodec.frame import Frame
-from vqcodec.models.config import TINY
 from vqcodec.models.model import Estimate, walk
 from vqcodec.train import sensitivity
 from vqcodec.train.sensitivity import AMPLITUDE, QUALITIES, measure

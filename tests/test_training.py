@@ -20,13 +20,14 @@ import models
 import numpy as np
 import pytest
 import torch
+from models import TINY
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from vqcodec import codec, tuning, weights
 from vqcodec.errors import TrainingError, WeightsError
 from vqcodec.metrics import ms_ssim, psnr
-from vqcodec.models.config import TINY, Config, PriorConfig, SliceConfig
+from vqcodec.models.config import Config, PriorConfig, SliceConfig
 from vqcodec.ssimulacra2 import ssimulacra2
 from vqcodec.train import perceptual
 from vqcodec.train import run as training
@@ -79,7 +80,7 @@ def run(pictures: Path, output: Path, seconds: float, **options: Any) -> list[Pr
         output,
         minutes=seconds / 60,
         on_progress=seen.append,
-        **{"config": "tiny", "device": "cpu", "schedule": SMALL} | options,
+        **{"config": TINY, "device": "cpu", "schedule": SMALL} | options,
     )
     return seen
 
@@ -296,7 +297,7 @@ if __name__ == "__main__":
     training.train(
         [Path(sys.argv[1])],
         Path(sys.argv[2]),
-        config="tiny",
+        config=TINY,
         minutes=float(sys.argv[3]),
         device="cpu",
         schedule={schedule!r},

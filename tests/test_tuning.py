@@ -11,12 +11,13 @@ import models
 import numpy as np
 import pytest
 import torch
-from models import Pixels, picture
+from models import TINY, Pixels, picture
 
 from vqcodec import bitstream, codec, coding, encoder, tuning
 from vqcodec.bitstream import Header
 from vqcodec.errors import WeightsError
-from vqcodec.models.config import PHOTO, TINY, VQVAE_MNIST, Config
+from vqcodec.models.config import Config
+from vqcodec.models.recipes import PHOTO, VQVAE_MNIST
 from vqcodec.target import Target
 from vqcodec.tuning import LEAST_VARIANCE, SHARE, USUAL_VARIANCE, Importance, activity
 

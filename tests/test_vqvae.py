@@ -9,12 +9,14 @@ import models
 import numpy as np
 import pytest
 import torch
+from models import TINY
 from torch import Tensor, nn
 from torch.nn import functional
 
 from vqcodec.models import vqvae
-from vqcodec.models.config import NAMED, PHOTO, TINY, VQVAE2, Config
+from vqcodec.models.config import Config
 from vqcodec.models.prior import Prior
+from vqcodec.models.recipes import NAMED, PHOTO, VQVAE2
 from vqcodec.models.vqvae import (
     KNOTS,
     VQVAE,

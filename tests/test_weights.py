@@ -12,12 +12,12 @@ import models
 import numpy as np
 import pytest
 import torch
+from models import TINY
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from vqcodec import weights
 from vqcodec.errors import WeightsError
-from vqcodec.models.config import TINY
 from vqcodec.models.prior import Prior
 
 

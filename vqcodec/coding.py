@@ -12,6 +12,7 @@ from vqcodec.frame import Box, Frame
 from vqcodec.models.config import Config
 from vqcodec.models.counts import CodeTables, flag_counts
 from vqcodec.models.model import Context, Level, Model, Pass, Slice, walk
+from vqcodec.spans import span, timed
 
 
 @contextlib.contextmanager
@@ -41,6 +42,16 @@ class Tile(Context):
         height, width = (side // level.stage.stride for side in self.size)
         self.window = slice(top, top + height), slice(left, left + width)
 
+    def passes(self, given: Tensor | None = None) -> Iterator[Pass]:
+        """As of `Context`, timed."""
+        passes = super().passes(given)
+        while True:
+            with span("prior"):
+                one = next(passes, None)
+            if one is None:
+                return
+            yield one
+
 
 def tiles_of(model: Model, frame: Frame) -> list[Tile]:
     """The tiles of a picture in the order of the file."""
@@ -59,6 +70,7 @@ def no_codes(config: Config, frame: Frame) -> list[Tensor]:
     ]
 
 
+@timed("range coder")
 def put(coder: Encoder, piece: Slice, one: Pass) -> None:
     """Encode the codes of one pass; those of a prior in raster order position by position, as decoding needs them."""
     assert piece.prior is not None and piece.tables is not None and one.codes is not None
@@ -75,6 +87,7 @@ def _put(coder: Encoder, tables: CodeTables, parameters: Tensor, k: Tensor) -> N
     coder.put(k.T[other.T].cpu().numpy() - 1, tables.value_counts(parameters, other))
 
 
+@timed("range coder")
 def get(coder: Source, piece: Slice, one: Pass) -> Tensor:
     """The codes of one pass, int64 (N, P): the inverse of `put`."""
     assert piece.tables is not None

@@ -11,6 +11,7 @@ from vqcodec.frame import Frame
 from vqcodec.models.model import Model, Pass, Slice, walk
 from vqcodec.models.prior import rates
 from vqcodec.models.quantizer import rows
+from vqcodec.spans import timed
 from vqcodec.tuning import Importance
 
 
@@ -55,6 +56,7 @@ def _nearest(piece: Slice, v: Tensor) -> Tensor | None:
     return piece.codebook.nearest(rows(v, piece.config.planes)).reshape(1, *v.shape[2:], -1)
 
 
+@timed("choice")
 def _choose(piece: Slice, one: Pass, v: Tensor, weight: Tensor, places: Tensor | None, bias: float) -> Tensor:
     """The codes of one pass by bits and weighted error: int64 (N, P).
 

@@ -30,6 +30,7 @@ from vqcodec.frame import Frame
 from vqcodec.models.model import Context, Estimate, Model, Slice, walk
 from vqcodec.models.prior import rates
 from vqcodec.models.quantizer import MOST_BITS, Codebook, Rates, grid, look_up, rate_blocks, rows, softplus2
+from vqcodec.spans import timed
 from vqcodec.ssimulacra2 import SMALLEST
 from vqcodec.tuning import Importance
 from vqcodec.visual import visual_distance
@@ -114,6 +115,7 @@ class _Curvature:
         self.estimate = torch.maximum(measured, LEAST_CURVATURE * self.weight)
 
 
+@timed("search")
 def improve(
     model: Model,
     frame: Frame,

@@ -8,11 +8,16 @@
 """
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from types import TracebackType
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _NOTHING: AbstractContextManager[None] = contextlib.nullcontext()
 
@@ -55,6 +60,20 @@ def span(name: str) -> AbstractContextManager[None]:
     """
     collector = _collector.get()
     return _NOTHING if collector is None else _Span(collector, name)
+
+
+def timed(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A decorator: every call of the function is a `span`."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            with span(name):
+                return function(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 @contextlib.contextmanager

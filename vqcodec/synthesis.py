@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from vqcodec.frame import Frame
 from vqcodec.models.model import Estimate, Level, Model, Slice, walk
+from vqcodec.spans import timed
 
 # Side of the windows.
 WINDOW = 2048
@@ -37,6 +38,7 @@ class GridEstimate(Estimate):
         super().__init__(model.vqvae, quality, *frame.padded(model.config.multiple))
         self.model, self.frame = model, frame
 
+    @timed("refinement")
     def begin(self, level: Level) -> None:
         """As of `Estimate`, window by window."""
         layout = torch.channels_last
@@ -52,6 +54,7 @@ class GridEstimate(Estimate):
                 values[finer(inner, ratio)] = start[finer(part, ratio)]
         self.values = values
 
+    @timed("refinement")
     def enter(self, piece: Slice) -> None:
         """As of `Estimate`; strip by strip, in place, if the grid is large."""
         height, width = self.values.shape[2:]
@@ -69,11 +72,13 @@ class GridEstimate(Estimate):
             refined = self.vqvae.refine(piece.level, piece.index, cut, self.quality)
             self.values[:, :, strip] = refined[:, :, first : first + strip.stop - strip.start]
 
+    @timed("refinement")
     def add_at(self, window: "Box", vectors: Tensor) -> None:
         """Correct the slice's channels in a window of the grid, in place, by vectors in steps, (1, P D, h, w)."""
         assert self.piece is not None
         self.values[(slice(None), self.piece.channels, *window)] += vectors * self.scale
 
+    @timed("decoder")
     def picture(self) -> NDArray[np.uint8]:
         """After the walk: the pixels, uint8 (H, W, 3), cropped to the picture and rounded."""
         pixels = np.empty((self.frame.height, self.frame.width, 3), np.uint8)
@@ -105,6 +110,7 @@ def _strips(height: int, width: int, side: int) -> list[slice]:
     return [slice(start, min(start + rows, height)) for start in range(0, height, rows)]
 
 
+@timed("encoder")
 def analyse(model: Model, pixels: NDArray[np.uint8], quality: Tensor) -> list[Tensor]:
     """Pixels (H, W, 3) -> latents of each level over the padded picture."""
     unit = model.config.multiple

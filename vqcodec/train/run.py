@@ -39,9 +39,10 @@ from torch import Tensor, distributed, nn
 from vqcodec import precision, tuning, weights
 from vqcodec.errors import TrainingError
 from vqcodec.metrics import ms_ssim
-from vqcodec.models.config import Config, load_config
+from vqcodec.models.config import Config
 from vqcodec.models.model import Model
 from vqcodec.models.quantizer import Codebook
+from vqcodec.models.recipes import load_config
 from vqcodec.models.vqvae import Linear1x1, ResidualBlock, channels_last
 from vqcodec.ssimulacra2 import score
 from vqcodec.train import data, perceptual, sensitivity
