@@ -1,7 +1,7 @@
-"""The command line: arguments -> calls of the library. Only here: click, exit codes, terminals.
+"""The commands of vqcodec: each checks its arguments, calls the library and returns an exit code.
 
-Exit codes: 0 all done, 1 some file failed, 2 wrong usage, 130 interrupted. Everything but data goes to stderr.
-Modules that import numpy or torch are imported inside the commands, after what can fail cheaply has been checked.
+Exit codes: 0 everything was done, 1 at least one file failed, 2 wrong usage, 130 interrupted. Only data goes to stdout.
+The commands import numpy and torch themselves, after the checks that need neither.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from vqcodec.terminal import ErrorReport
 
 
 class _Program(click.Group):
-    """A group whose errors are one line each, with the exit codes above."""
+    """A command group that reports wrong usage and interruption in one line, with the exit codes above."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run the command line and exit the process."""
@@ -72,35 +72,35 @@ def main(debug: bool) -> None:
     "--quality",
     type=click.IntRange(LOWEST, HIGHEST),
     show_default="50",
-    help="From small to beautiful.",
+    help="1 makes the smallest file, 100 the best picture.",
 )
 @options.size_option("--target-size", "Make a file of about SIZE.")
-@click.option("--target-bpp", type=options.ABOVE_ZERO, metavar="BITS", help="... of about so many bits per pixel.")
-@click.option("--target-psnr", type=options.ABOVE_ZERO, metavar="DB", help="... whose picture comes to this PSNR.")
+@click.option("--target-bpp", type=options.ABOVE_ZERO, metavar="BITS", help="Make a file of about BITS per pixel.")
+@click.option("--target-psnr", type=options.ABOVE_ZERO, metavar="DB", help="Make a file with about this PSNR.")
 @click.option(
     "--target-ssimulacra2",
     type=click.FloatRange(max=100, max_open=True),
     metavar="POINTS",
-    help="... to this SSIMULACRA2: 90 cannot be told from the original, 70 is high, 50 medium quality.",
+    help="Make a file with about this SSIMULACRA2: 90 looks like the original, 70 is high and 50 medium quality.",
 )
-@options.size_option("--max-size", "Never write more than SIZE; without -q or a target, fill it.")
+@options.size_option("--max-size", "Never write a larger file. Without -q and targets, make the best file up to SIZE.")
 @click.option(
     "--effort",
     type=click.IntRange(1, 9),
     default=1,
     show_default=True,
-    help="How long to search for better codes: 3 takes five times as long as 1, 9 about a hundred times.",
+    help="How long to search for better codes. 3 takes about five times as long as 1, 9 about a hundred times.",
 )
 @click.option(
     "--tune",
     type=click.Choice(TUNES),
-    help="Spend bits where the eye sees errors, or for the least squared error.  "
+    help="Optimise for what the eye sees (SSIMULACRA2), or for squared error.  "
     "[default: visual; psnr with --target-psnr]",
 )
 @options.weights
 @options.device
 @options.force
-@click.option("--verify", is_flag=True, help="Decode the result and compare before writing it.")
+@click.option("--verify", is_flag=True, help="Decode the file again before writing it, and compare the codes.")
 @options.quiet
 def compress(
     inputs: tuple[str, ...],
@@ -121,10 +121,12 @@ def compress(
 ) -> int:
     """Compress pictures: PNG, JPEG, WebP, AVIF, TIFF, BMP, GIF, PNM.
 
-    IN is a picture, a folder to search for pictures, or - for standard input. photo.png becomes photo.vqz beside it
-    unless -o says otherwise; for several inputs, -o is a folder. A SIZE is in bytes, or like 50KB (50,000) or 50KiB
-    (51,200). To meet a target several settings are tried, for a size about eight. Most lie between two qualities: -q with
-    the one that is shown comes close.
+    IN is a picture, a folder that is searched for pictures, or - for standard input. photo.png becomes photo.vqz beside
+    it unless -o says otherwise. With several inputs, -o is a folder.
+
+    SIZE is a number of bytes, or has a unit: 50KB is 50,000 bytes and 50KiB is 51,200. A target needs several trial
+    encodings, about eight for a size. It usually lies between two qualities, so -q with the quality shown only comes
+    close to it.
 
     \b
     Examples:
@@ -188,10 +190,10 @@ def compress(
     type=click.Choice(packaged.LOOKS),
     default=packaged.LOOKS[0],
     show_default=True,
-    help="Nearest to the pixels of the original, or to what it looks like.",
+    help="Stay closest to the pixels of the original, or look most like a photo.",
 )
-@click.option("--partial", is_flag=True, help="Decode what is whole of a cut or damaged file.")
-@click.option("--test", is_flag=True, help="Decode and write nothing.")
+@click.option("--partial", is_flag=True, help="Decode the intact parts of a cut or damaged file.")
+@click.option("--test", is_flag=True, help="Decode, but write nothing.")
 @click.option(
     "--max-pixels",
     type=click.IntRange(min=1),
@@ -217,9 +219,9 @@ def decompress(
 ) -> int:
     """Restore pictures from .vqz files.
 
-    IN is a .vqz file, a folder to search for them, or - for standard input. photo.vqz becomes photo.png beside it unless
-    -o says otherwise; the suffix of OUT (.png .jpg .webp .avif .tif .bmp .ppm) says the format. For several inputs, -o is
-    a folder. Standard output gets PNG.
+    IN is a .vqz file, a folder that is searched for .vqz files, or - for standard input. photo.vqz becomes photo.png
+    beside it unless -o says otherwise. The suffix of OUT (.png .jpg .webp .avif .tif .bmp .ppm) sets the format;
+    standard output gets PNG. With several inputs, -o is a folder.
 
     \b
     Examples:
@@ -229,7 +231,7 @@ def decompress(
     if test and output is not None:
         raise click.UsageError("--test writes nothing, so -o has no use.")
     if test and partial:
-        raise click.UsageError("--test asks whether files are whole, --partial makes do with less.")
+        raise click.UsageError("--test checks whether files are whole, so --partial has no use.")
     if test:
         with _usage():
             jobs = [files.Job(path, files.STREAM) for path, _ in files.find(inputs, files.VQZ_SUFFIXES)]
@@ -273,11 +275,11 @@ def decompress(
     is_flag=False,
     flag_value="",
     metavar="[FILE]",
-    help="Describe a weights file; without FILE, the photo model's.",
+    help="Describe a weights file; without FILE, the packaged photo model.",
 )
 @options.as_json
 def info(paths: tuple[str, ...], weights: str | None, as_json: bool) -> int:
-    """Describe .vqz files without decoding them, or weights.
+    """Describe .vqz files without decoding them, or a weights file.
 
     \b
     Examples:
@@ -289,10 +291,9 @@ def info(paths: tuple[str, ...], weights: str | None, as_json: bool) -> int:
     report = ErrorReport()
     if weights is not None:
         with report.errors_of("weights"):
-            from vqcodec import weights as weights_module
+            from vqcodec.weights import describe
 
-            described = weights_module.describe(packaged.find(weights or None))
-            terminal.print_table(described, as_json=as_json)
+            terminal.print_table(describe(packaged.find(weights or None)), as_json=as_json)
         return report.status
     with _usage():
         found = files.find(paths, files.VQZ_SUFFIXES)
@@ -311,11 +312,10 @@ def info(paths: tuple[str, ...], weights: str | None, as_json: bool) -> int:
 @options.device
 @options.as_json
 def compare(first: str, second: str, weights: str | None, device: str, as_json: bool) -> int:
-    """Compare two pictures: PSNR, MS-SSIM, and what .vqz files take.
+    """Compare two pictures by PSNR and MS-SSIM, and show the sizes of .vqz files.
 
-    The metrics are taken over the 8-bit RGB values as they are; transparency and colour profiles are not looked at. In
-    JSON, a number is null where there is none: the PSNR of equal pictures, the MS-SSIM of pictures below 11 pixels a
-    side.
+    Both metrics compare 8-bit RGB values. They ignore transparency and colour profiles. In JSON, the PSNR of equal
+    pictures is null, and so is the MS-SSIM of pictures with a side below 11 pixels.
 
     \b
     Example:
@@ -360,27 +360,27 @@ def compare(first: str, second: str, weights: str | None, device: str, as_json: 
     type=options.ABOVE_ZERO,
     default=180,
     show_default=True,
-    help="How long to train, all parts of a resumed run together.",
+    help="How long to train. The time of a resumed run includes its earlier parts.",
 )
-@click.option("--resume", is_flag=True, help="Go on from the checkpoint of an earlier run with the same OUT.")
+@click.option("--resume", is_flag=True, help="Continue from the checkpoint of an earlier run with the same OUT.")
 @click.option(
     "--from",
     "start_from",
     metavar="FILE",
     type=options.WeightsPath(),
-    help="Train on from these weights, of whose configuration --config can change nothing but the commitment.",
+    help="Start from these weights and keep their configuration; --config can only change the commitment.",
 )
 @click.option(
     "--natural",
     "features",
     metavar="FEATURES",
     type=click.Path(exists=True, dir_okay=False, readable=True, path_type=Path),
-    help="Train the natural look of the weights --from, by LPIPS on these features of SqueezeNet 1.1.",
+    help="Train the natural look of the weights that --from names, with LPIPS on these features of SqueezeNet 1.1.",
 )
 @click.option(
     "--distortion",
     type=click.Choice(["mse", "visual"]),
-    help="What counts as error: squared error, or half of it how different pictures look (SSIMULACRA2).  "
+    help="Train for squared error, or half for squared error and half for visual distance (SSIMULACRA2).  "
     "[default: visual for the photo model]",
 )
 @click.option(
@@ -388,10 +388,10 @@ def compare(first: str, second: str, weights: str | None, device: str, as_json: 
     "judge",
     metavar="FEATURES",
     type=click.Path(exists=True, dir_okay=False, readable=True, path_type=Path),
-    help="Log LPIPS as well, on these features of AlexNet.",
+    help="Also log LPIPS, on these features of AlexNet.",
 )
 @options.device
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of all random choices.")
+@options.seed
 @options.force
 def train(
     pictures: tuple[str, ...],
@@ -407,10 +407,10 @@ def train(
     seed: int,
     force: bool,
 ) -> int:
-    """Train weights on picture files and on folders of them.
+    """Train weights on picture files and on folders of pictures.
 
-    Beside OUT lie a checkpoint (.ckpt), a log (.csv), a sheet of pictures before and after (.png) and what compress --tune visual
-    has to know of the weights (.visual.json).
+    Beside OUT, the command writes a checkpoint (.ckpt), a log (.csv), a sheet of pictures before and after compression
+    (.png) and the visual tuning, which compress --tune visual needs (.visual.json).
 
     \b
     Examples:
@@ -459,6 +459,11 @@ def _check_training(
     start_from: str | None,
     natural: bool,
 ) -> None:
+    """Refuse combinations of arguments that `train` cannot use.
+
+    Raises:
+        click.UsageError: these arguments do not go together.
+    """
     if Path(output).suffix != ".safetensors":
         raise click.UsageError(f"OUT must end in .safetensors, got {output}")
     if natural:
@@ -470,7 +475,7 @@ def _check_training(
         if config is not None:
             raise click.UsageError("--natural has the configuration of --from: --config cannot change it.")
     if not math.isfinite(minutes):
-        raise click.UsageError("--minutes must be a number.")
+        raise click.UsageError("--minutes must be finite.")
     sheet = os.path.realpath(Path(output).with_suffix(".png"))
     if any(os.path.realpath(path) == sheet for path, _ in found):
         raise click.UsageError(f"the sheet of pictures beside OUT would replace the input {sheet}")
@@ -479,22 +484,27 @@ def _check_training(
 @main.command()
 @click.argument("weights", metavar="[WEIGHTS]", required=False, type=options.WeightsPath())
 @options.output_picture
-@click.option("-n", "count", type=click.IntRange(1, 1024), default=16, show_default=True, help="How many to draw.")
-@click.option("--size", type=click.IntRange(1, 2048), help="Pixels a side of each.  [default: 256]")
+@click.option("-n", "count", type=click.IntRange(1, 1024), default=16, show_default=True, help="Number of pictures.")
+@click.option("--size", type=click.IntRange(1, 2048), help="Side of each picture in pixels.  [default: 256]")
 @options.quality
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0),
     default=1.0,
     show_default=True,
-    help="Below 1 the probable becomes more probable; at 0 there is no chance left.",
+    help="Below 1, probable codes are drawn more often; at 0, always the most probable.",
 )
-@click.option("--complete", metavar="PICTURE", type=click.Path(allow_dash=True), help="Complete this picture.")
 @click.option(
-    "--rows", type=click.IntRange(min=0), help="Rows of codes that are kept of it, from the top.  [default: half]"
+    "--complete",
+    metavar="PICTURE",
+    type=click.Path(allow_dash=True),
+    help="Keep the top of this picture and draw the rest.",
+)
+@click.option(
+    "--rows", type=click.IntRange(min=0), help="Rows of codes to keep of --complete, from the top.  [default: half]"
 )
 @options.device
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the dice.")
+@options.seed
 @options.force
 def sample(
     weights: str | None,
@@ -509,7 +519,7 @@ def sample(
     seed: int,
     force: bool,
 ) -> int:
-    """Draw pictures from the prior: what these weights take for likely. Several make a sheet.
+    """Draw pictures from the prior of a model. Several pictures make a contact sheet.
 
     \b
     Examples:
@@ -521,7 +531,7 @@ def sample(
     if complete is not None and size is not None:
         raise click.UsageError("--complete PICTURE has a size of its own: --size cannot change it.")
     if not math.isfinite(temperature):
-        raise click.UsageError("--temperature must be a number.")
+        raise click.UsageError("--temperature must be finite.")
     job = files.Job(complete or files.STREAM, output)
     _check_terminal([job])
     _check_suffixes([job])
@@ -562,7 +572,9 @@ def sample(
 @options.output_picture
 @options.quality
 @click.option(
-    "--levels", is_flag=True, help="A sheet: from the coarsest level of codes alone to all, then the original."
+    "--levels",
+    is_flag=True,
+    help="Write a contact sheet: the coarsest level alone, then with each finer level, then the original.",
 )
 @options.weights
 @options.device
@@ -570,7 +582,7 @@ def sample(
 def reconstruct(
     source: str, output: str, quality: int, levels: bool, weights: str | None, device: str, force: bool
 ) -> int:
-    """Show what a model makes of a picture, without a file in between.
+    """Show how a picture looks after compression, without making a .vqz file.
 
     \b
     Example:
@@ -593,7 +605,7 @@ def reconstruct(
 
 @contextlib.contextmanager
 def _usage() -> Iterator[None]:
-    """Arguments that make no sense together are wrong usage."""
+    """Report a ValueError of the body as wrong usage."""
     try:
         yield
     except ValueError as error:
@@ -601,6 +613,11 @@ def _usage() -> Iterator[None]:
 
 
 def _plan(inputs: Sequence[str], output: str | None, suffixes: Sequence[str], new_suffix: str) -> list[files.Job]:
+    """Decide which file goes where; see `files.plan`.
+
+    Raises:
+        click.UsageError: the inputs and the output do not go together, or standard output is a terminal.
+    """
     with _usage():
         jobs = files.plan(inputs, output, suffixes=suffixes, new_suffix=new_suffix)
     _check_terminal(jobs)
@@ -608,11 +625,21 @@ def _plan(inputs: Sequence[str], output: str | None, suffixes: Sequence[str], ne
 
 
 def _check_terminal(jobs: Iterable[files.Job]) -> None:
+    """Refuse to write binary data to a terminal.
+
+    Raises:
+        click.UsageError: a target is standard output, and that is a terminal.
+    """
     if any(job.target == files.STREAM for job in jobs) and sys.stdout.isatty():
         raise click.UsageError("Standard output is a terminal; give a file with -o, or redirect it.")
 
 
 def _check_suffixes(jobs: Iterable[files.Job]) -> None:
+    """Refuse targets whose suffix names no picture format that can be written.
+
+    Raises:
+        click.UsageError: there is such a target.
+    """
     from vqcodec import image
 
     for suffix in {_suffix(job.target) for job in jobs}:
@@ -623,7 +650,7 @@ def _check_suffixes(jobs: Iterable[files.Job]) -> None:
 
 
 def _suffix(target: str) -> str:
-    """The suffix that says the format; streams and devices get PNG."""
+    """The suffix that sets the format of a target: ".png" for standard output and for devices."""
     device = os.path.exists(target) and not os.path.isfile(target)
     return ".png" if target == files.STREAM or device else Path(target).suffix
 
@@ -631,7 +658,17 @@ def _suffix(target: str) -> str:
 def _run(
     jobs: Sequence[files.Job], work: Callable[[files.Job], tuple[int, int]], *, overwrite: bool, quiet: bool
 ) -> int:
-    """Do the jobs, each on its own; work returns how many bytes it read and wrote."""
+    """Do the jobs one after the other. An error in one of them does not stop the others.
+
+    Args:
+        jobs: the files to make.
+        work: does one job and returns how many bytes it read and wrote.
+        overwrite: whether existing files may be replaced.
+        quiet: whether to print errors only.
+
+    Returns:
+        The exit code.
+    """
     report = ErrorReport()
     ready: list[files.Job] = []
     for job in jobs:

@@ -1,6 +1,6 @@
-"""Where bytes come from and go to: "-", folders, derived names, the overwrite rule, atomic replacement.
+"""Finds input files, plans the names of outputs, and reads and writes whole files. Standard library only.
 
-Errors of the file system are OSError, with the file's name; arguments that make no sense together are ValueError.
+Errors of the file system are raised as OSError with the file's name, arguments that do not go together as ValueError.
 """
 
 import contextlib
@@ -27,9 +27,11 @@ PICTURE_SUFFIXES = (
 class Job:
     """One file to make from another.
 
-    Args:
-        source, target: file names, or "-".
-        folder: a folder that must be there, while those between it and the target are made; "" for the target's own.
+    Attributes:
+        source: the file to read, or "-" for standard input.
+        target: the file to write, or "-" for standard output.
+        folder: if not "", an output folder above the target: missing folders down to the target are made. If "", the
+            folder of the target must exist.
     """
 
     source: str
@@ -38,16 +40,20 @@ class Job:
 
 
 def find(inputs: Iterable[str], suffixes: Sequence[str]) -> list[tuple[str, str]]:
-    """List input files, with folders replaced by the files in them that have one of the suffixes.
+    """List input files, and replace each folder by the files in it that have one of the suffixes.
 
-    Folders are walked to the bottom in alphabetical order. Symbolic links to folders are not followed, and names that
-    start with a dot are left out, both only inside of folders.
+    Folders are searched recursively, in alphabetical order. Inside them, symbolic links to folders are not followed and
+    names that start with a dot are left out.
+
+    Args:
+        inputs: names of files and folders.
+        suffixes: with the dot, in lower case; upper case in names matches too.
 
     Returns:
-        For each file its name, and its name below the input it was found in.
+        (path, name) of each file. The name is relative to the folder in which the file was found.
 
     Raises:
-        ValueError: a folder without any such file.
+        ValueError: a folder holds no such file.
     """
     found = []
     for given in inputs:
@@ -71,14 +77,14 @@ def plan(inputs: Sequence[str], output: str | None, *, suffixes: Sequence[str], 
 
     Args:
         inputs: files, folders, or "-" alone.
-        output: a file; a folder, there or to be made, which is given the layout of the input folders; "-"; or None: beside the input, and
-            standard output for standard input.
-        suffixes: what inputs usually end in: this is replaced in the name of the target, anything else is kept.
-        new_suffix: what targets end in.
+        output: a file, a folder or "-". A folder receives the layout of the input folders; it may be missing. None
+            puts outputs beside their inputs, and the output of standard input on standard output.
+        suffixes: the usual suffixes of inputs. The target's suffix replaces these; it follows any other.
+        new_suffix: the suffix of targets.
 
     Raises:
-        ValueError: several inputs and an output that is not a folder, two inputs with the same target, a target that is
-            one of the inputs, or "-" where a name is needed.
+        ValueError: there are several inputs and the output is not a folder, two inputs have the same target, a target
+            is one of the inputs, or "-" stands where a name is needed.
     """
     if STREAM in inputs:
         if len(inputs) > 1:
@@ -104,10 +110,14 @@ def plan(inputs: Sequence[str], output: str | None, *, suffixes: Sequence[str], 
 
 
 def check(job: Job, *, overwrite: bool) -> None:
-    """Find out cheaply whether a job will fail: source there, target free, folder there and writable.
+    """Check, before the work begins, that the source can be read and the target can be written.
+
+    Args:
+        job: the files.
+        overwrite: whether the target may exist.
 
     Raises:
-        OSError: it will, and the message says why.
+        OSError: the job would fail; the message says why.
     """
     if job.source != STREAM:
         _check_access(job.source, os.R_OK)
@@ -123,13 +133,17 @@ def check(job: Job, *, overwrite: bool) -> None:
             raise _exists(job.target)
     written = os.path.realpath(job.target) if os.path.islink(job.target) else job.target
     folder = job.folder or os.path.dirname(written) or os.curdir
-    while job.folder and not os.path.exists(folder):  # it will be made
+    while job.folder and not os.path.exists(folder):  # write() makes it
         folder = os.path.dirname(folder.rstrip("/")) or os.curdir
     _check_access(folder, os.W_OK | os.X_OK)
 
 
 def read(path: str) -> bytes:
-    """The bytes of a file or, for "-", of standard input."""
+    """Read a whole file or, for "-", standard input.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     return sys.stdin.buffer.read() if path == STREAM else Path(path).read_bytes()
 
 
@@ -196,7 +210,7 @@ def _move_to_free_name(source: str, target: str) -> None:
         FileExistsError: the target exists.
     """
     try:
-        os.link(source, target)  # fails if the target exists, as os.rename does not
+        os.link(source, target)  # fails if the target exists, unlike os.rename
     except FileExistsError:
         raise
     except OSError:  # a file system without hard links, FAT for example
@@ -227,7 +241,7 @@ def _write_stdout(data: bytes) -> None:
         _write_all(sys.stdout.buffer, data)
         sys.stdout.buffer.flush()
     except OSError:
-        # The interpreter flushes what is left when it ends: it would complain in several lines and change the exit code.
+        # When the interpreter ends, it flushes what is left: it would report several lines and change the exit code.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise
 
@@ -266,7 +280,7 @@ def _check_distinct(jobs: Sequence[Job]) -> None:
 
 
 def _identity(path: str) -> tuple[int, int]:
-    """What tells files apart, whatever name or link leads to them."""
+    """Return device and inode, which are the same for all names of and links to a file."""
     status = os.stat(path)
     return status.st_dev, status.st_ino
 

@@ -56,14 +56,21 @@ output_picture = click.option(
     "-o", "--output", metavar="OUT", type=click.Path(allow_dash=True), required=True, help="Picture to write."
 )
 quality = click.option(
-    "-q", "--quality", type=click.IntRange(LOWEST, HIGHEST), default=50, show_default=True, help="How much detail."
+    "-q", "--quality", type=click.IntRange(LOWEST, HIGHEST), default=50, show_default=True, help="Quality of the codes."
 )
 weights = click.option(
-    "--weights", type=WeightsPath(), help="Weights file, or name of packaged ones, instead of the photo model."
+    "--weights", type=WeightsPath(), help="Weights file, or name of packaged weights.  [default: photo]"
 )
 device = click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to compute."
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Device to compute on.",
 )
 force = click.option("-f", "--force", is_flag=True, help="Overwrite existing files.")
 quiet = click.option("--quiet", is_flag=True, help="Print errors only.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+seed = click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the random numbers."
+)

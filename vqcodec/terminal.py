@@ -41,7 +41,7 @@ class ErrorReport:
     def errors_of(self, name: str) -> Iterator[None]:
         """Report an exception that the body raises as an error of the file `name`, and go on after the body.
 
-        Wrong usage and interruption pass through: they end the command. With `vqcodec --debug`, a traceback comes first.
+        Wrong usage and interruption pass through: they end the command. `vqcodec --debug` prints a traceback first.
         """
         try:
             yield
