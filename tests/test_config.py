@@ -143,6 +143,6 @@ def test_load_config(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="cannot read the configuration"):
         load_config(str(path))
     with pytest.raises(
-        WeightsError, match="known are photo, vqvae2, vqvae2-3level, vqvae-mnist, vqvae-ema-cifar10, tiny"
+        WeightsError, match="known are photo, vqvae2, vqvae2-3level, vqvae-mnist, vqvae-ema-cifar10"
     ):
         load_config(str(tmp_path / "missing.json"))
