@@ -19,7 +19,9 @@ from vqcodec.models.config import Config
 from vqcodec.models.prior import Prior, rates
 from vqcodec.models.quantizer import Codebook, Rates, grid, look_up, rows
 from vqcodec.models.vqvae import PIXEL_SCALE, VQVAE, Slice
+from vqcodec.train.codebooks import update_averages
 from vqcodec.train.distortion import Distortion
+from vqcodec.train.quantise import quantise
 from vqcodec.train.rounding import Rounding, round_off
 
 # At an optimum the loss grows about as lambda^0.4 or lambda^0.5; this exponent lets all qualities count alike.
@@ -191,8 +193,8 @@ class RateDistortion(nn.Module):
             share = (run.balance * run.rate_weight / (batch * run.area)).repeat_interleave(count)
             importances = importance.repeat_interleave(count, 0)
             bias = self.config.choice_bias * run.rate_weight
-            rate, k, spent = book.quantise(
-                sought.detach() if run.only_prior else sought, model, importances, bias, share
+            rate, k, spent = quantise(
+                book, sought.detach() if run.only_prior else sought, model, importances, bias, share
             )
             run.rate = run.rate + rate
             run.bits[:, target.level] += spent.reshape(batch, -1).sum(1)
@@ -213,7 +215,7 @@ class RateDistortion(nn.Module):
         if self.config.commitment:
             run.loss = run.loss + self.config.commitment * (scaled * (flat - chosen.detach()).square()).sum()
         if self.training and not run.only_prior:
-            book.update_averages(flat.detach(), indices.reshape(-1, piece.planes))
+            update_averages(book, flat.detach(), indices.reshape(-1, piece.planes))
         # Straight-through: the decoder sees the code, the encoder gets the decoder's gradient.
         straight = grid(flat + (chosen - flat).detach(), batch, h, w)
         return straight, part.update(state, known)
