@@ -13,6 +13,7 @@ from vqcodec import encoder, synthesis
 from vqcodec.bitstream import Header
 from vqcodec.models.config import Config
 from vqcodec.models.quantizer import Codebook
+from vqcodec.train import loss
 from vqcodec.train.loss import RateDistortion, pattern
 
 EMA = dataclasses.replace(TINY, codebook="ema", commitment=0.25)
@@ -46,7 +47,7 @@ def test_loss_and_what_the_codebook_learns_from(monkeypatch: pytest.MonkeyPatch)
     steps, weighted as the choice weighs it: from which alone, and not from the decoder, the code vectors learn."""
     pixels, quality = pictures(), torch.tensor([10, 50, 90])
     seen: dict[Codebook, tuple[Tensor, Tensor]] = {}
-    monkeypatch.setattr(Codebook, "update_averages", lambda self, v, k: seen.update({self: (v, k)}))
+    monkeypatch.setattr(loss, "update_averages", lambda book, v, k: seen.update({book: (v, k)}))
     trained = models.tiny().train()
     losses = trained(pixels, quality, rate_weight=0.7)
     losses.total.backward()

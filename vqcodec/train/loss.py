@@ -20,7 +20,9 @@ from vqcodec.models.model import Context, Estimate, Follower, Slice, levels_of, 
 from vqcodec.models.prior import Prior, rates
 from vqcodec.models.quantizer import Codebook, Rates, grid, rows
 from vqcodec.models.vqvae import VQVAE
+from vqcodec.train.codebooks import update_averages
 from vqcodec.train.distortion import Distortion
+from vqcodec.train.quantise import quantise
 from vqcodec.train.rounding import Rounding, round_off
 
 # At an optimum the loss grows about as lambda^0.4 or lambda^0.5; this exponent lets all qualities count alike.
@@ -184,8 +186,8 @@ class RateDistortion(nn.Module):
             share = (run.balance * run.rate_weight / (batch * run.area)).repeat_interleave(count)
             importances = importance.repeat_interleave(count, 0)
             bias = self.config.choice_bias * run.rate_weight
-            rate, one.codes, spent = book.quantise(
-                sought.detach() if run.only_prior else sought, model, importances, bias, share
+            rate, one.codes, spent = quantise(
+                book, sought.detach() if run.only_prior else sought, model, importances, bias, share
             )
             run.rate = run.rate + rate
             run.bits[:, piece.level] += spent.reshape(batch, -1).sum(1)
@@ -204,7 +206,7 @@ class RateDistortion(nn.Module):
         if self.config.commitment:
             run.loss = run.loss + self.config.commitment * (scaled * (flat - chosen.detach()).square()).sum()
         if self.training and not run.only_prior:
-            book.update_averages(flat.detach(), indices)
+            update_averages(book, flat.detach(), indices)
         # Straight-through: the decoder sees the code, the encoder gets the decoder's gradient.
         return grid(flat + (chosen - flat).detach(), batch, h, w)
 

@@ -45,7 +45,7 @@ from vqcodec.models.quantizer import Codebook
 from vqcodec.models.recipes import load_config
 from vqcodec.models.vqvae import Linear1x1, ResidualBlock, channels_last
 from vqcodec.ssimulacra2 import score
-from vqcodec.train import data, perceptual, sensitivity
+from vqcodec.train import codebooks, data, perceptual, sensitivity
 from vqcodec.train.loss import Losses, RateDistortion
 from vqcodec.train.muon import Muon
 from vqcodec.train.recording import Recording
@@ -262,14 +262,6 @@ def _follow(averages: Tensor, values: Tensor) -> Tensor:
     return torch.where(averages.isnan(), values, torch.where(values.isnan(), averages, averages.lerp(values, 0.02)))
 
 
-def _revive(book: Codebook, v: Tensor) -> None:
-    """Move dead codes; all processes take the first one's."""
-    book.revive(v)
-    if distributed.is_available() and distributed.is_initialized():
-        for tensor in (book.vectors.data, book.usage, book.sums):
-            distributed.broadcast(tensor, 0)
-
-
 def _keep_memory() -> None:
     """Let the process keep what it frees: the C library of Linux would hand large tensors back to the system, which clears
     their memory again at every step (a fifth of the time, where measured)."""
@@ -352,7 +344,7 @@ class _Run:
         self._begin()  # the log begins with the weights as they are
         if rounding is not None:
             for book in self._books():
-                book.restart()
+                codebooks.restart(book)
             rounding.start_from_pictures(self.model.vqvae, self._start_crops())
             stood_in = _stood_in(path.with_suffix(".ckpt"))
             if {k: v.shape for k, v in stood_in.items()} == {k: v.shape for k, v in rounding.state_dict().items()}:
@@ -368,7 +360,7 @@ class _Run:
         if self.model.rounding is not None:
             self.model.rounding.start_from_pictures(self.model.vqvae, pixels)
         if not self.config.structured:
-            with torch.no_grad(), self._maintenance(Codebook.start_from):
+            with torch.no_grad(), self._maintenance(codebooks.start_by_k_means):
                 self.model(pixels, torch.full((len(pixels),), 50))
         self._begin()
 
@@ -559,7 +551,7 @@ class _Run:
     def _maintenance(self, work: Callable[[Codebook, Tensor], object] | None) -> Iterator[None]:
         """In forward passes of the body, do this to each codebook that has no structured start."""
         if work is not None:
-            self.model.maintain = lambda book, v: None if book.structured else work(book, v)
+            self.model.maintain = lambda book, v: None if book.config.structured else work(book, v)
         try:
             yield
         finally:
@@ -578,7 +570,7 @@ class _Run:
                 self.recording = self._record(trained, [x.to(self.device) for x in inputs])
             recent, self.loss = self.recording(*inputs)
         else:
-            with self._maintenance(_revive if revive else None):
+            with self._maintenance(codebooks.revive if revive else None):
                 recent, self.loss = self._gradients(
                     trained, crops.to(self.device), quality.to(self.device), rate_weight
                 )
