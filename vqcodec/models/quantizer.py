@@ -208,22 +208,14 @@ class Codebook(nn.Module):
         return cost >= weight * (nearest - length).clamp(min=0).square()
 
     def _choose(self, v: Tensor, rates: Rates, weight: Tensor, bias: float | Tensor) -> Tensor:
-        open_rows = self.open_symbols(v, rates.zero, weight, bias)
-        features, vectors = self.features(), self.vectors.detach()
-        lengths = vectors.square().sum(-1)
         # One row for each open symbol, plane after plane.
-        mask = open_rows.T
-        target, theta, zero = (x.transpose(0, 1)[mask] for x in (v, rates.theta, rates.zero))
-        importance = weight.T[mask][:, None]
-        chosen = torch.empty(len(target), dtype=torch.int64, device=v.device)
-        for rows, parts, logp, _ in rate_blocks(features, self.bias.detach(), theta, zero, mask.sum(1).tolist()):
-            distances = torch.empty_like(logp)
-            for plane, part, here in parts:
-                torch.addmm(-lengths[plane], target[part], vectors[plane].T, alpha=2, out=distances[here])
-            scores = logp.clamp_(min=-MOST_BITS).mul_(bias).add_(distances.mul_(importance[rows]))
-            chosen[rows] = scores.max(-1)[1]
+        mask = self.open_symbols(v, rates.zero, weight, bias).T
+        target, theta, zero, importance = (x.transpose(0, 1)[mask] for x in (v, rates.theta, rates.zero, weight))
+        chosen = [
+            k for *_, k in chosen_blocks(self, target, Rates(theta, zero), importance, bias, mask.sum(1).tolist())
+        ]
         indices = torch.zeros(v.shape[:2], dtype=torch.int64, device=v.device)
-        indices.T[mask] = chosen
+        indices.T[mask] = torch.cat(chosen) if chosen else indices.new_zeros(0)
         return indices
 
 
@@ -283,6 +275,29 @@ def rate_blocks(
         for plane, part, here in parts:
             torch.addmm(bias[plane], theta[part], features[plane].T, out=logits[here])
         yield block, parts, *_normalise(logits, zero[block, None])
+
+
+def chosen_blocks(
+    book: Codebook, v: Tensor, rates: Rates, weight: Tensor, bias: float | Tensor, members: list[int]
+) -> Iterator[tuple[slice, list[tuple[int, slice, slice]], Tensor, Tensor, Tensor, Tensor]]:
+    """The entropy-constrained choice of symbols that lie plane after plane, in blocks that fit the cache.
+
+    Args:
+        v: (M, D), in steps. rates: theta (M, F) and zero (M,). weight: (M,). bias: see `Codebook.choose`. members: as of `rate_blocks`.
+
+    Yields:
+        what `rate_blocks` does, with log2 p at least -MOST_BITS; -|v - e|^2 up to a constant of the row, (rows of the block, K); and
+        the codes chosen, int64 (rows of the block,).
+    """
+    features, vectors = book.features(), book.vectors.detach()
+    lengths = vectors.square().sum(-1)
+    for block, parts, logp, values in rate_blocks(features, book.bias.detach(), rates.theta, rates.zero, members):
+        distances = torch.empty_like(logp)
+        for plane, part, here in parts:
+            torch.addmm(-lengths[plane], v[part], vectors[plane].T, alpha=2, out=distances[here])
+        logp.clamp_(min=-MOST_BITS)
+        scores = torch.mul(logp, bias).add_(distances * weight[block, None])
+        yield block, parts, logp, values, distances, scores.max(-1)[1]
 
 
 def _normalise(logits: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:

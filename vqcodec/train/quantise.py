@@ -15,9 +15,9 @@ from vqcodec.models.quantizer import (
     MOST_BITS,
     Codebook,
     Rates,
+    chosen_blocks,
     log_probabilities,
     negative_distances,
-    rate_blocks,
     softplus2,
 )
 
@@ -111,7 +111,6 @@ def _quantise_open(book: Codebook, task: _Task) -> _Answer:
     """Only for symbols for which another code than 0 could win, in blocks that fit the cache."""
     v, theta, zero, bias = task.v, task.rates.theta, task.rates.zero, book.bias.detach()
     features, vectors = book.features(), book.vectors.detach()
-    lengths = vectors.square().sum(-1)
     bits = (softplus2(zero) - zero).clamp_(max=MOST_BITS)
     indices = torch.zeros(zero.shape, dtype=torch.int64, device=v.device)
     grad_theta, grad_bias = torch.zeros_like(theta), torch.zeros_like(bias)
@@ -124,17 +123,15 @@ def _quantise_open(book: Codebook, task: _Task) -> _Answer:
     # One row for each open symbol, plane after plane; the others have code 0.
     mask = book.open_symbols(v, zero, task.weight, task.bias).T
     target, drift, odds = (x.transpose(0, 1)[mask] for x in (v, theta, zero))
-    importance = task.weight.T[mask][:, None]
+    importance = task.weight.T[mask]
     portion = task.share.expand(mask.shape)[mask]
     count = len(target)
     chosen, spent = torch.empty(count, dtype=torch.int64, device=v.device), torch.empty(count, device=v.device)
     soft, expected = torch.empty_like(target), torch.empty_like(drift)
-    for rows, parts, logp, values in rate_blocks(features, bias, drift, odds, mask.sum(1).tolist()):
-        distances = torch.empty_like(logp)
-        for plane, part, here in parts:
-            torch.addmm(-lengths[plane], target[part], vectors[plane].T, alpha=2, out=distances[here])
-        logp.clamp_(min=-MOST_BITS)
-        k = torch.add(logp * task.bias, distances * importance[rows]).max(-1)[1]
+    open_rates, members = Rates(drift, odds), mask.sum(1).tolist()
+    for rows, parts, logp, values, distances, k in chosen_blocks(
+        book, target, open_rates, importance, task.bias, members
+    ):
         chosen[rows] = k
         spent[rows] = -logp.gather(-1, k[:, None])[:, 0]
         if task.pulled:  # as `_pull`
