@@ -210,15 +210,14 @@ def describe(path: Path) -> dict[str, Any]:
     """
     config, metadata, weights_id = _metadata(path)
     vqvae, prior = VQVAE(config), Prior(config)
-    decoder, entropy = vqvae.macs_per_pixel() / 1000, prior.macs_per_pixel(config) / 1000
+    macs = {**vqvae.macs_per_pixel(), "prior": prior.macs_per_pixel(config)}
     return {
         "id": weights_id.hex(),
         "bytes": path.stat().st_size,
         "name": config.name,
         "parameters": sum(p.numel() for m in (vqvae, prior) for p in m.parameters()),
-        "decoder_kmac_per_pixel": round(decoder, 2),
-        "prior_kmac_per_pixel": round(entropy, 2),
-        "total_kmac_per_pixel": round(decoder + entropy, 2),
+        **{f"{part}_kmac_per_pixel": round(count / 1000, 2) for part, count in macs.items()},
+        "decoding_kmac_per_pixel": round((sum(macs.values()) - macs["encoder"]) / 1000, 2),
         "notes": json.loads(metadata.get("notes", "{}")),
         "config": json.loads(metadata["config"]),
     }

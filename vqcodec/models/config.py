@@ -84,6 +84,7 @@ class StageConfig:
         encoder_blocks, decoder_blocks: residual blocks on each side. refine_blocks: before each slice.
         slices: the code planes quantised at this resolution; empty for a stage that is only passed through.
         lapped: whether the blocks of the transform from the next finer stage overlap (`vqvae.Lap`).
+        renderer: hidden channels of the network that refines pixels behind the finest stage (`pixels.Renderer`); 0 for none.
     """
 
     stride: int
@@ -94,10 +95,11 @@ class StageConfig:
     slices: tuple[SliceConfig, ...] = ()
     lapped: bool = False
     refine_blocks: int = 1
+    renderer: int = 0
 
     def __post_init__(self) -> None:
         _check_range(self, 1, "stride", "channels", "hidden", "refine_blocks")
-        _check_range(self, 0, "encoder_blocks", "decoder_blocks")
+        _check_range(self, 0, "encoder_blocks", "decoder_blocks", "renderer")
 
     @property
     def spans(self) -> tuple[slice, ...]:

@@ -41,6 +41,39 @@ PHOTO = Config(
     prior=PriorConfig(blocks=2),
 )
 
+# A tenth of the multiplications: all blocks at strides 16 and 64, and pointwise layers on cells of 4 x 4 pixels.
+PHOTO_FAST = Config(
+    name="photo-fast",
+    stages=(
+        StageConfig(
+            stride=16,
+            channels=288,
+            hidden=128,
+            encoder_blocks=8,
+            decoder_blocks=3,
+            slices=(
+                SliceConfig(planes=56, dim=1, codes=256, layer=1),
+                SliceConfig(planes=28, dim=2, codes=512, layer=2, scales=2, outposts="near"),
+                SliceConfig(planes=88, dim=2, codes=256, layer=3, scales=2, outposts="near"),
+            ),
+            lapped=True,
+            renderer=64,
+        ),
+        StageConfig(
+            stride=64,
+            channels=48,
+            hidden=96,
+            encoder_blocks=1,
+            decoder_blocks=1,
+            slices=(
+                SliceConfig(planes=3, dim=1, codes=2048, layer=0),
+                SliceConfig(planes=45, dim=1, codes=512, layer=0),
+            ),
+        ),
+    ),
+    prior=PriorConfig(channels=64, embedding=32),
+)
+
 # The classic systems: codes chosen for the distortion alone, one quality, and a prior that is learned after the rest.
 
 # van den Oord et al. 2017: one level of one plane. On digits of 28 x 28, 7 x 7 codes.
@@ -86,7 +119,7 @@ VQVAE2_3LEVEL = replace(
     ),
 )
 
-NAMED = {config.name: config for config in (PHOTO, VQVAE2, VQVAE2_3LEVEL, VQVAE_MNIST, VQVAE_EMA_CIFAR10)}
+NAMED = {config.name: config for config in (PHOTO, PHOTO_FAST, VQVAE2, VQVAE2_3LEVEL, VQVAE_MNIST, VQVAE_EMA_CIFAR10)}
 
 
 def load_config(name: str) -> Config:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vqcodec.models.config import Config, StageConfig
+from vqcodec.models.pixels import Renderer, SeparableLap
 from vqcodec.models.quantizer import Codebook
 
 # Pixels are centred and scaled to about unit range; latents are orthonormal combinations of such pixels.
@@ -178,6 +179,10 @@ class Lap(nn.Module):
         self.change = Linear1x1(channels * ratio**2, channels * ratio**2)
         nn.init.zeros_(self.change.weight)
 
+    def macs_per_pixel(self, positions: int) -> float:
+        """Multiply-accumulate operations per picture pixel, where a block of `ratio` x `ratio` covers so many pixels."""
+        return self.change.weight.numel() / positions
+
     def forward(self, x: Tensor) -> Tensor:
         if min(x.shape[2:]) <= self.ratio:
             return x  # all of it is outermost
@@ -194,7 +199,7 @@ class Stage(nn.Module):
         self.ratio = config.stride // (finer.stride if finer else 1)
         channels = finer.channels if finer else 3
         inputs = channels * self.ratio**2
-        self.lap = Lap(self.ratio, channels) if config.lapped else None
+        self.lap = self._new_lap(config, finer)
         self.analysis = Linear1x1(inputs, config.channels)
         self.encoder = nn.ModuleList(
             [ResidualBlock(config.channels, config.hidden) for _ in range(config.encoder_blocks)]
@@ -203,7 +208,14 @@ class Stage(nn.Module):
             [ResidualBlock(config.channels, config.hidden) for _ in range(config.decoder_blocks)]
         )
         self.synthesis = Linear1x1(config.channels, inputs)
-        self.unlap = Lap(self.ratio, channels) if config.lapped else None
+        self.unlap = self._new_lap(config, finer)
+        self.renderer = Renderer(config.channels, config.renderer, config.stride) if config.renderer else None
+
+    @staticmethod
+    def _new_lap(config: StageConfig, finer: StageConfig | None) -> Lap | SeparableLap | None:
+        if not config.lapped:
+            return None
+        return Lap(config.stride // finer.stride, finer.channels) if finer else SeparableLap(config.stride)
 
     def analyse(self, x: Tensor) -> Tensor:
         """The linear part of `encode`."""
@@ -220,8 +232,9 @@ class Stage(nn.Module):
     def decode(self, x: Tensor, cond: Condition) -> Tensor:
         for block in self.decoder:
             x = block(x, cond)
-        x = functional.pixel_shuffle(self.synthesis(x), self.ratio)
-        return x if self.unlap is None else self.unlap(x)
+        finer = functional.pixel_shuffle(self.synthesis(x), self.ratio)
+        finer = finer if self.unlap is None else self.unlap(finer)
+        return finer if self.renderer is None else self.renderer(finer, x, cond.unit)
 
 
 class SliceQuantizer(nn.Module):
@@ -328,7 +341,8 @@ class VQVAE(nn.Module):
         parts: dict[str, nn.Module] = {}
         for index in self._below(len(self.config.levels) - 1):
             stage = self.stage(index)
-            for name, part in (("decoder", stage.decoder), ("synthesis", stage.synthesis), ("unlap", stage.unlap)):
+            for name in ("decoder", "synthesis", "unlap", "renderer"):
+                part: nn.Module | None = getattr(stage, name)
                 if part is not None:
                     parts[f"stages.{index}.{name}"] = part
         return parts
@@ -360,20 +374,24 @@ class VQVAE(nn.Module):
         finer = [i for i in range(start) if self.config.stages[i].slices]
         return range(start, finer[-1] if finer else -1, -1)
 
-    def macs_per_pixel(self) -> float:
-        """Multiply-accumulate operations of the decoder per picture pixel."""
+    def macs_per_pixel(self) -> dict[str, float]:
+        """Multiply-accumulate operations per picture pixel of "encoder", "refinement" and "decoder"."""
 
-        def once(*modules: nn.Module) -> int:
-            convs = (c for m in modules for c in m.modules() if isinstance(c, nn.Conv2d | Linear1x1))
+        def once(*modules: nn.Module | None) -> int:
+            convs = (c for m in modules if m for c in m.modules() if isinstance(c, nn.Conv2d | Linear1x1))
             return sum(c.weight.numel() for c in convs)
 
-        total = 0.0
+        found = dict.fromkeys(("encoder", "refinement", "decoder"), 0.0)
         for index, config in enumerate(self.config.stages):
-            stage = self.stage(index)
-            total += once(stage.decoder, stage.synthesis, *([stage.unlap] if stage.unlap else [])) / config.stride**2
+            stage, positions = self.stage(index), config.stride**2
+            laps = 0 if stage.lap is None else stage.lap.macs_per_pixel(positions)
+            found["encoder"] += once(stage.encoder, stage.analysis) / positions + laps
+            found["decoder"] += once(stage.decoder, stage.synthesis) / positions + laps
+            if stage.renderer is not None:
+                found["decoder"] += stage.renderer.macs_per_pixel()
         for level, config in enumerate(self.config.levels):
-            total += once(*self.level_slices(level)) / config.stride**2
-        return total
+            found["refinement"] += once(*self.level_slices(level)) / config.stride**2
+        return found
 
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vqcodec.models.vqvae import PIXEL_CENTRE, PIXEL_SCALE, VQVAE, ResidualBlock
+from vqcodec.models.pixels import CELL, SeparableLap
+from vqcodec.models.vqvae import PIXEL_CENTRE, PIXEL_SCALE, VQVAE, Lap, ResidualBlock
 
 # Of the lapped transform: 1 would be orthogonal. More compacts the energy better but spreads errors.
 LAP_SCALE = 1.3
@@ -26,7 +27,7 @@ def start_from_pictures(vqvae: VQVAE, pixels: Tensor) -> None:
         vqvae: a new network, on the CPU. pixels: training crops, float (B, 3, H, W), 0..255, H and W multiples of
             `Config.multiple`.
     """
-    x = (pixels - PIXEL_CENTRE) / PIXEL_SCALE
+    picture = x = (pixels - PIXEL_CENTRE) / PIXEL_SCALE
     for index, config in enumerate(vqvae.config.stages):
         stage = vqvae.stage(index)
         if stage.lap is not None:
@@ -45,9 +46,16 @@ def start_from_pictures(vqvae: VQVAE, pixels: Tensor) -> None:
                 energy = deviation[piece.start : piece.stop].reshape(piece.planes, piece.dim).mean(1)
                 middle = piece.steps(torch.tensor([50]))[0]
                 piece.codebook.spread.copy_(torch.exp2((energy / middle / 2).clamp(min=1).log2().round()))
+        typical = deviation + 0.05 * deviation.max() / math.sqrt(len(deviation)) + 1e-4
         for block in blocks:
             assert isinstance(block, ResidualBlock)
-            block.deviation.copy_(deviation + 0.05 * deviation.max() / math.sqrt(len(deviation)) + 1e-4)
+            block.deviation.copy_(typical)
+        if stage.renderer is not None:
+            stage.renderer.deviation.copy_(typical)
+            cells = functional.pixel_unshuffle(picture, CELL)
+            stage.renderer.basis.copy_(principal_components(cells, cells.shape[1]))
+            components = functional.conv2d(cells, stage.renderer.basis[:, :, None, None])
+            stage.renderer.detail.copy_(components.square().mean((0, 2, 3)).sqrt())
 
 
 def _start_laps(vqvae: VQVAE, index: int) -> None:
@@ -62,8 +70,13 @@ def _start_laps(vqvae: VQVAE, index: int) -> None:
         basis = vqvae.stage(finer).analyse(basis)
     basis = functional.pixel_unshuffle(basis, stage.ratio).flatten(1)
     line = lapped_filter(stride)
+    if isinstance(stage.lap, SeparableLap):
+        assert isinstance(stage.unlap, SeparableLap)
+        stage.lap.weight.copy_(line)
+        stage.unlap.weight.copy_(torch.linalg.inv(line))
+        return
     for lap, row in ((stage.lap, line), (stage.unlap, torch.linalg.inv(line).contiguous())):
-        assert lap is not None
+        assert isinstance(lap, Lap)
         both = torch.kron(torch.eye(3).double(), torch.kron(row, row)) - torch.eye(3 * stride**2).double()
         lap.change.weight.copy_(basis.T @ both.float() @ basis)
 
