@@ -22,7 +22,7 @@ from vqcodec.models.model import Estimate, Model, walk
 from vqcodec.tuning import LEAST_VARIANCE, Tuning
 from vqcodec.visual import visual_distance
 
-QUALITIES = (5, 20, 40, 60, 80, 95)
+QUALITIES = (1, 8, 25, 50, 75, 95)
 AMPLITUDE = 0.5  # of the errors, in quantiser steps
 # Bounds of sensitivities: planes that hardly matter are measured badly.
 LEAST, MOST = 0.05, 40.0
