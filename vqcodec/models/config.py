@@ -85,6 +85,7 @@ class StageConfig:
         slices: the code planes quantised at this resolution; empty for a stage that is only passed through.
         lapped: whether the blocks of the transform from the next finer stage overlap (`vqvae.Lap`).
         renderer: hidden channels of the network that refines pixels behind the finest stage (`pixels.Renderer`); 0 for none.
+        groups: of the 3x3 convolutions of residual blocks; as many as `hidden` make them depthwise.
     """
 
     stride: int
@@ -96,10 +97,14 @@ class StageConfig:
     lapped: bool = False
     refine_blocks: int = 1
     renderer: int = 0
+    groups: int = 1
 
     def __post_init__(self) -> None:
         _check_range(self, 1, "stride", "channels", "hidden", "refine_blocks")
         _check_range(self, 0, "encoder_blocks", "decoder_blocks", "renderer")
+        _check_range(self, 1, "groups", high=self.hidden)
+        if self.hidden % self.groups:
+            raise ValueError(f"groups must divide hidden, {self.hidden}, got {self.groups}")
 
     @property
     def spans(self) -> tuple[slice, ...]:
