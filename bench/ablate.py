@@ -17,6 +17,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from vqcodec.models.config import Config, PriorConfig, SliceConfig
 from vqcodec.models.recipes import PHOTO, PHOTO_FAST
@@ -73,7 +74,7 @@ def _shallow() -> Config:
     return replace(PHOTO, stages=stages)
 
 
-def _fast(**changes: int) -> Config:
+def _fast(**changes: Any) -> Config:
     """The fast photo model with another body at stride 16."""
     return replace(PHOTO_FAST, stages=(replace(PHOTO_FAST.stages[0], **changes), *PHOTO_FAST.stages[1:]))
 
