@@ -1,6 +1,6 @@
 """Short training runs that differ in one thing: what does it bring?
 
-    python bench/ablate.py PICTURES... [--variants photo,scalar] [--minutes 5] [-o out/ablate] [--jobs 1]
+    python -m bench.ablate PICTURES... [--variants photo,scalar] [--minutes 5] [-o out/ablate] [--jobs 1]
 
 Every variant trains for the same minutes, from the same seed, on the same pictures, in a process of one thread, and is
 validated on the same crops (`vqcodec train` sets them aside). Printed: steps done, bits per pixel and PSNR at five
@@ -17,11 +17,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-if not __package__:  # run as a file: let the imports below find the repository's packages
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from vqcodec.models.config import PHOTO, Config, PriorConfig, SliceConfig
+from vqcodec.models.config import Config, PriorConfig, SliceConfig
+from vqcodec.models.recipes import PHOTO, PHOTO_FAST
 from vqcodec.train import run as training
 from vqcodec.train.schedule import Schedule
 
@@ -75,12 +74,20 @@ def _shallow() -> Config:
     return replace(PHOTO, stages=stages)
 
 
+def _fast(**changes: Any) -> Config:
+    """The fast photo model with another body at stride 16."""
+    return replace(PHOTO_FAST, stages=(replace(PHOTO_FAST.stages[0], **changes), *PHOTO_FAST.stages[1:]))
+
+
+# Rounding to the end: transforms, steps and estimates learn, and bits are those of what stands in for the prior.
+ROUNDING = Schedule(prior_at=1.0, joint_at=1.0, polish_from=1.0, rate_rise=0.6)
+
 VARIANTS = {
     "photo": Variant("as shipped"),
     # The quantiser
     "scalar": Variant(
         "rounding to the end, bits of what stands in for the prior",
-        schedule=Schedule(prior_at=1.0, joint_at=1.0, polish_from=1.0, rate_rise=0.6),
+        schedule=ROUNDING,
     ),
     "no-rounding": Variant(
         "codebooks and prior from the start",
@@ -107,6 +114,13 @@ VARIANTS = {
     "prior-1-block": Variant("one gated block before each slice", replace(PHOTO, prior=PriorConfig(96, 64, 1))),
     # Depth
     "shallow": Variant("half of the residual blocks", _shallow()),
+    # The fast model, rounding to the end, at about equal work
+    "fast": Variant("the fast model: dense 3x3 of 128", PHOTO_FAST, ROUNDING),
+    "fast-mse": Variant("on squared error alone", PHOTO_FAST, replace(ROUNDING, visual_share=0.0)),
+    "fast-groups": Variant("3x3 of 256 in 8 groups", _fast(hidden=256, groups=8), ROUNDING),
+    "fast-depthwise": Variant("depthwise 3x3 of 384", _fast(hidden=384, groups=384), ROUNDING),
+    "fast-no-renderer": Variant("five decoder blocks and no renderer", _fast(decoder_blocks=5, renderer=0), ROUNDING),
+    "fast-encoder": Variant("sixteen encoder blocks", _fast(encoder_blocks=16), ROUNDING),
     # The schedule
     "half-rate": Variant("half the learning rates", schedule=Schedule(rate=5e-4, prior_rate=1.5e-3)),
     "double-rate": Variant("twice the learning rates", schedule=Schedule(rate=2e-3, prior_rate=6e-3)),

@@ -1,6 +1,6 @@
 """The figures by which the literature compares VQ-VAEs and their priors, on pictures that training has not seen.
 
-    python bench/classics.py WEIGHTS PICTURES... [--batch 100]
+    python -m bench.classics WEIGHTS PICTURES... [--batch 100]
 
     mse         squared error with pixels in 0..1, and the same in units of their variance
     loss        the latter + codebook loss (where codes learn by gradient) + 0.25 commitment loss (van den Oord et al. 2017, eq. 3),
@@ -25,11 +25,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-if not __package__:  # run as a file: let the imports below find the repository's packages
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 from vqcodec import bitstream, codec, weights
 from vqcodec.errors import VqcodecError
+from vqcodec.models.model import Model
 from vqcodec.models.quantizer import Codebook
 from vqcodec.models.vqvae import PIXEL_SCALE
 from vqcodec.train import data
@@ -44,7 +42,7 @@ WHOLE_RUNS = 5
 class Watched(RateDistortion):
     """Remembers what the codebooks were given."""
 
-    def __init__(self, model: weights.Model) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__(model.config, model.vqvae, model.prior)
         self.seen: list[tuple[Codebook, torch.Tensor]] = []
         self.maintain = lambda book, v: self.seen.append((book, v))
@@ -99,7 +97,7 @@ def measure(path: Path, pictures: list[np.ndarray], batch: int) -> dict[str, flo
 
 
 @torch.inference_mode()
-def time_per_position(model: weights.Model, height: int, width: int) -> tuple[float, float]:
+def time_per_position(model: Model, height: int, width: int) -> tuple[float, float]:
     """Milliseconds, of the finest level: of a step of `SlicePrior.walk`, and of a run over the whole grid."""
     level = len(model.config.levels) - 1
     prior = model.prior.level(level)
@@ -129,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
         pictures = [p for p in (reader.get(i) for i in range(len(reader))) if p is not None]
         found = measure(given.weights, pictures, given.batch)
     except (OSError, ValueError, VqcodecError) as error:
-        print(f"classics.py: {error}", file=sys.stderr)
+        print(f"classics: {error}", file=sys.stderr)
         return 1
     for name, value in found.items():
         numbers = value if isinstance(value, list) else [value]

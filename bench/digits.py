@@ -1,6 +1,6 @@
 """MNIST's files to a folder of pictures, as `vqcodec train --config vqvae-mnist` wants them.
 
-    python bench/digits.py train-images-idx3-ubyte.gz digits/train
+    python -m bench.digits train-images-idx3-ubyte.gz digits/train
 
 The format (LeCun, Cortes & Burges): four numbers of four bytes, big endian, magic 2051, count, rows and columns, then bytes.
 """
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         for number, digit in enumerate(digits):
             Image.fromarray(digit).save(given.folder / f"{number:05}.png")
     except (OSError, EOFError, ValueError) as error:
-        print(f"digits.py: {error}", file=sys.stderr)
+        print(f"digits: {error}", file=sys.stderr)
         return 1
     print(f"{len(digits)} pictures in {given.folder}")
     return 0

@@ -1,6 +1,6 @@
 """What searching for better codes brings, and how long it takes.
 
-    python bench/effort.py PICTURES... [--efforts 1,3,9] [--qualities 20,50,80] [--jobs 1] [-o out/effort.json]
+    python -m bench.effort PICTURES... [--efforts 1,3,9] [--qualities 20,50,80] [--jobs 1] [-o out/effort.json]
 
 For each effort: BD-rate against effort 1 (PSNR, means over the pictures), seconds a picture, and bits per pixel and PSNR at each
 quality. What is in the output file already is not measured again. It tells weights by their id and pictures by their bytes, but
@@ -19,9 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-
-if not __package__:  # run as a file: let the imports below find the repository's packages
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench.bd_rate import Curve, bd_rate
 from vqcodec import codec, packaged, weights

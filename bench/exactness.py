@@ -3,7 +3,7 @@
 Every variant is a process of its own, because libraries choose their kernels once. Besides the files, each variant convolves
 integers at their bounds (1035 inputs of 127, as many as float32 sums exactly) and must come to the result of 64-bit integers.
 
-    python bench/exactness.py [--weights FILE] [FILES.vqz ...]
+    python -m bench.exactness [--weights FILE] [FILES.vqz ...]
 
 Without files: the golden files of the tests, whose codes are kept beside them, and a made picture coded with the packaged weights.
 Prints SHA-256 prefixes of the codes; the exit code is 1 if any differ. The lines of another machine or another version of torch
@@ -22,10 +22,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if not __package__:  # run as a file: let the imports below find the repository's packages
-    sys.path[0] = str(ROOT)
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -34,6 +30,7 @@ from vqcodec import bitstream, codec, packaged, weights
 from vqcodec.errors import WeightsError
 from vqcodec.models.integers import IntegerConv
 
+ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 BOUNDS = "integers at their bounds"  # the row that is no file
 
@@ -127,10 +124,11 @@ def _run(variant: Variant, jobs: Sequence[Job]) -> tuple[str, dict[str, str]]:
     task = {
         "threads": variant.threads,
         "device": variant.device,
-        "jobs": [(str(job.file), str(job.weights)) for job in jobs],
+        "jobs": [(str(job.file), str(job.weights.resolve())) for job in jobs],
     }
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).resolve()), "--child", json.dumps(task)],
+        [sys.executable, "-m", "bench.exactness", "--child", json.dumps(task)],
+        cwd=ROOT,
         check=True,
         stdout=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": str(variant.threads), **variant.environment},

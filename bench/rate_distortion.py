@@ -3,7 +3,7 @@
 Every picture is encoded at every quality, the file written and its bytes counted, read back, decoded and compared with the
 original. Results: one JSON file per codec, one plot per measure, BD-rates, and a report in one HTML file.
 
-    python bench/rate_distortion.py [FOLDER_OR_PICTURES...] [-o out/rd]
+    python -m bench.rate_distortion [FOLDER_OR_PICTURES...] [-o out/rd]
 """
 
 import argparse
@@ -21,9 +21,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-
-if not __package__:  # run as a file: let the imports below find the repository's packages
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import matplotlib
 import numpy as np

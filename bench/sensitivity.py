@@ -1,6 +1,6 @@
 """Measure anew what `compress --tune visual` knows of weights: to errors of which code planes the eye is sensitive.
 
-    python bench/sensitivity.py WEIGHTS PICTURES... [--crops 32] [--side 384]
+    python -m bench.sensitivity WEIGHTS PICTURES... [--crops 32] [--side 384]
 
 `vqcodec train` does this at its end. The result lies beside the weights (.visual.json), whose id does not change. Give
 pictures that nothing is judged by, such as those of the training.
@@ -9,9 +9,6 @@ pictures that nothing is judged by, such as those of the training.
 import argparse
 import sys
 from pathlib import Path
-
-if not __package__:  # run as a file: let the imports below find the repository's packages
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 

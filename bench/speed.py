@@ -3,11 +3,10 @@
 Every measurement has a process of its own, so that its peak memory is its own: it makes the picture (or reads the file), calls
 the codec once to warm up, then several times.
 
-    python bench/speed.py [-o out/speed.json] [--sizes 256x256,768x512]
+    python -m bench.speed [-o out/speed.json] [--sizes 256x256,768x512]
 """
 
 import argparse
-import importlib
 import json
 import os
 import resource
@@ -19,10 +18,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-if not __package__:  # run as a file: let the imports below find the repository's packages
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import matplotlib
 import numpy as np
@@ -30,8 +25,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bench import codecs
+from vqcodec import spans
 from vqcodec.errors import VqcodecError
 
+ROOT = Path(__file__).resolve().parents[1]
 SIZES = "256x256,768x512,1536x1024,3000x2000,6000x4000"
 QUALITIES = {"vqcodec": 50.0, "jxl": 2.0}  # jxl: Butteraugli distance
 DIRECTIONS = ("encode", "decode")
@@ -51,7 +48,7 @@ class Measurement:
         seconds: median of the calls after it.
         peak_mib: largest resident memory of the process.
         start_mib: the same before the first call, with the picture or file in memory.
-        coding: of these, vqcodec's seconds for prior, choice of codes and range coder; None for other codecs.
+        stages: of these, vqcodec's seconds by the names of its spans, medians; empty for other codecs.
     """
 
     codec: str
@@ -63,7 +60,7 @@ class Measurement:
     seconds: float
     peak_mib: float
     start_mib: float
-    coding: float | None
+    stages: dict[str, float]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,8 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _line(f"{size[0]}x{size[1]}", f"{key} {direction}", *times, f"{m.peak_mib:.0f}", f"{m.start_mib:.0f}"),
                 flush=True,
             )
-            if m.coding is not None:
-                print(_line("", "  of it coding", "", f"{m.coding:.3f}"))
+            for name, seconds in m.stages.items():
+                print(_line("", f"  of it {name}", "", f"{seconds:.3f}"))
         measured += here.values()
 
     options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -142,11 +139,11 @@ def _sizes(text: str) -> list[tuple[int, int]]:
 def _in_own_process(
     options: argparse.Namespace, size: tuple[int, int], key: str, direction: str, file: Path
 ) -> Measurement:
-    command = [sys.executable, __file__, "--sizes", f"{size[0]}x{size[1]}", "--measure", key, direction, str(file)]
-    command += ["--device", options.device]
+    command = [sys.executable, "-m", "bench.speed", "--sizes", f"{size[0]}x{size[1]}"]
+    command += ["--measure", key, direction, str(file), "--device", options.device]
     command += ["--threads", str(options.threads), "--repeats", str(options.repeats)]
-    command += ["--weights", str(options.weights)] if options.weights else []
-    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+    command += ["--weights", str(options.weights.resolve())] if options.weights else []
+    done = subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(done.returncode)  # it has said why
     return Measurement(**json.loads(done.stdout))
@@ -161,24 +158,23 @@ def _measure(options: argparse.Namespace) -> Measurement:
     pixels = sample(width, height) if direction == "encode" else None
     data = b"" if direction == "encode" else file.read_bytes()
     start_mib = _peak_mib()
-    times, coding = [], []
-    clock = _CodingClock() if key == "vqcodec" else None
+    times: list[float] = []
+    spent: list[dict[str, float]] = []
     for _ in range(1 + options.repeats):
         start = time.perf_counter()
-        if pixels is not None:
-            data = codec.encode(pixels, QUALITIES[key])
-        else:
-            codec.decode(data)
+        with spans.collect() as seconds:
+            if pixels is not None:
+                data = codec.encode(pixels, QUALITIES[key])
+            else:
+                codec.decode(data)
         times.append(time.perf_counter() - start)
-        if clock:
-            coding.append(clock.seconds)
-            clock.seconds = 0.0
+        spent.append(seconds)
     if pixels is not None:
         file.write_bytes(data)
     first, *others = times
-    prior = statistics.median(coding[1:]) if coding else None
+    stages = {name: statistics.median(seconds[name] for seconds in spent[1:]) for name in spent[0]}
     return Measurement(
-        key, direction, width, height, len(data), first, statistics.median(others), _peak_mib(), start_mib, prior
+        key, direction, width, height, len(data), first, statistics.median(others), _peak_mib(), start_mib, stages
     )
 
 
@@ -189,24 +185,6 @@ def sample(width: int, height: int) -> NDArray[np.uint8]:
     rows = np.pad(np.arange(photo.shape[0]), (0, max(height - photo.shape[0], 0)), mode="symmetric")[:height]
     columns = np.pad(np.arange(photo.shape[1]), (0, max(width - photo.shape[1], 0)), mode="symmetric")[:width]
     return photo[rows[:, None], columns[None, :]]
-
-
-class _CodingClock:
-    """Adds up the seconds that vqcodec spends on its codes, prior and range coder, by wrapping the function that does."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        coding: Any = importlib.import_module("vqcodec.coding")
-        code_slice = coding.code_slice
-
-        def timed(*args: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return code_slice(*args)
-            finally:
-                self.seconds += time.perf_counter() - start
-
-        coding.code_slice = timed
 
 
 def _peak_mib() -> float:

@@ -1,6 +1,6 @@
 """A piece of a picture as several codecs restore it at equal bytes, in a row: the original, then the others in order.
 
-    python bench/strip.py [PICTURE] [--rate 0.15] [--codecs vqcodec,vqcodec-natural,avif,jxl] [--piece LEFT,TOP,SIDE]
+    python -m bench.strip [PICTURE] [--rate 0.15] [--codecs vqcodec,vqcodec-natural,avif,jxl] [--piece LEFT,TOP,SIDE]
         -o docs/looks.jpg
 
 The whole picture is coded: the first codec takes its quality nearest to the rate, the others theirs nearest to its
@@ -11,9 +11,6 @@ a whole factor, without smoothing. Without a picture it is matplotlib's sample p
 import argparse
 import sys
 from pathlib import Path
-
-if not __package__:  # run as a file: let the imports below find the repository's packages
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 from numpy.typing import NDArray

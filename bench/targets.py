@@ -1,6 +1,6 @@
 """How near `compress --target-...` comes, over pictures.
 
-    python bench/targets.py PICTURES... [--targets bpp=.3,psnr=34,ssimulacra2=70,size=40000,max=40000]
+    python -m bench.targets PICTURES... [--targets bpp=.3,psnr=34,ssimulacra2=70,size=40000,max=40000]
 
 For each target: the largest and the mean deviation (percent of the rate, dB, points), for `max` how much of the room is
 used and whether any file exceeds it; pictures out of range are counted; seconds a picture.
@@ -13,9 +13,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-
-if not __package__:  # run as a file: let the imports below find the repository's packages
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from vqcodec import codec
 from vqcodec.errors import TargetError

@@ -13,16 +13,40 @@ from torch import Tensor
 
 from vqcodec import coding, weights
 from vqcodec.bitstream import Header
-from vqcodec.models.config import TINY, Config, PriorConfig, SliceConfig, StageConfig
+from vqcodec.models.config import Config, PriorConfig, SliceConfig, StageConfig
 from vqcodec.models.integers import QualityBias
+from vqcodec.models.model import Model
 from vqcodec.models.prior import Prior, SlicePrior
 from vqcodec.models.quantizer import Codebook
-from vqcodec.models.vqvae import VQVAE, ResidualBlock, Slice
+from vqcodec.models.vqvae import VQVAE, ResidualBlock, SliceQuantizer
 from vqcodec.train.loss import RateDistortion
+from vqcodec.train.start import start_from_pictures
 from vqcodec.tuning import Tuning, path_of
-from vqcodec.weights import Model
 
 Pixels = NDArray[np.uint8]
+
+# Trains in a test: everything the photo model has, in miniature.
+TINY = Config(
+    name="tiny",
+    stages=(
+        StageConfig(4, 48, 16, 1, 1),
+        StageConfig(
+            8,
+            24,
+            16,
+            1,
+            1,
+            (
+                SliceConfig(planes=8, dim=1, codes=64, layer=1),
+                SliceConfig(planes=4, dim=4, codes=32, layer=2, scales=4, outposts="near"),
+            ),
+            lapped=True,
+            refine_blocks=2,
+        ),
+        StageConfig(32, 12, 16, 1, 1, (SliceConfig(planes=12, dim=1, codes=512, layer=0),)),
+    ),
+    prior=PriorConfig(channels=16, embedding=16, blocks=1),
+)
 
 
 def picture(height: int, width: int, seed: int = 0) -> Pixels:
@@ -61,13 +85,13 @@ def tiny(config: Config = TINY, seed: int = 0, shake: float = 1.0) -> RateDistor
 
     torch.manual_seed(seed)
     model = RateDistortion(config)
-    model.vqvae.start_from_pictures(batch(*(picture(256, 256, s) for s in range(4))))
+    start_from_pictures(model.vqvae, batch(*(picture(256, 256, s) for s in range(4))))
     with torch.no_grad():
         for part in model.modules():
             if isinstance(part, ResidualBlock):
                 part.expand.weight += noise(part.expand.weight, 0.015 * shake)
                 part.quality.weight += noise(part.quality.weight, 0.1)
-            elif isinstance(part, Slice):
+            elif isinstance(part, SliceQuantizer):
                 part.log_steps += noise(part.log_steps, 0.1)
             elif isinstance(part, Codebook):
                 part.vectors[:, 1:] += noise(part.vectors[:, 1:], 0.03)
@@ -181,7 +205,7 @@ def run_prior(prior: Prior, inputs: list[list[Tensor]], quality: int = 50) -> li
 def encode_codes(model: Model, header: Header, codes: list[Tensor]) -> list[bytes]:
     """Segments of given codes (as `codec.decode_codes` returns them): the encoder without its choice."""
     with coding.exact(model):
-        return coding.encode(model, header, codes)
+        return coding.encode(model, header.frame, codes)
 
 
 def raster(layers: int = 3, seed: int = 0) -> RateDistortion:

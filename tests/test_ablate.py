@@ -5,20 +5,23 @@ from pathlib import Path
 import models
 import pytest
 import torch
+from models import TINY
 from PIL import Image
 
 from bench import ablate
 from bench.ablate import VARIANTS, Variant
-from vqcodec.models.config import PHOTO, TINY
+from vqcodec.models.recipes import PHOTO, PHOTO_FAST
 from vqcodec.train import run as training
 from vqcodec.train.schedule import Schedule
 
 
-def test_variants_differ_from_the_photo_model_in_one_thing() -> None:
+def test_variants_differ_from_their_model_in_one_thing() -> None:
     assert VARIANTS["photo"].config == PHOTO and VARIANTS["photo"].schedule == Schedule()
+    assert VARIANTS["fast"].config == PHOTO_FAST
     for name, variant in VARIANTS.items():
-        changed = (variant.config != PHOTO) + (variant.schedule != Schedule())
-        assert changed == (name != "photo"), name
+        base = VARIANTS["fast" if variant.config.name == "photo-fast" else "photo"]
+        changed = (variant.config != base.config) + (variant.schedule != base.schedule)
+        assert changed == (variant is not base), name
         if name != "no-top":
             assert [s.channels for s in variant.config.levels] == [s.channels for s in PHOTO.levels], name
     assert len(VARIANTS["no-top"].config.levels) == 1

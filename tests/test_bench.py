@@ -3,8 +3,10 @@
 import importlib.util
 import io
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,22 +21,22 @@ from PIL import Image
 
 import vqcodec
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench is not installed
-
 pytest.importorskip("matplotlib", reason="needs the extra 'bench': pip install -e '.[bench]'")
 pytest.importorskip("imagecodecs", reason="needs the extra 'bench': pip install -e '.[bench]'")
+
+from models import TINY
 
 from bench import codecs, effort, measures, plots, rate_distortion, report, results, sensitivity, speed, strip, targets
 from bench.bd_rate import Curve, bd_rate, pchip
 from vqcodec import tuning
 from vqcodec import weights as weights_files
 from vqcodec.metrics import psnr as measured_psnr
-from vqcodec.models.config import TINY
 from vqcodec.models.prior import Prior
 from vqcodec.models.vqvae import VQVAE
 from vqcodec.ssimulacra2 import ssimulacra2
 from vqcodec.weights import save_model
 
+ROOT = Path(__file__).resolve().parents[1]
 Array = NDArray[np.float64]
 PSNR = measures.MEASURES["psnr"]
 
@@ -332,6 +334,21 @@ def test_published_curves(tmp_path: Path) -> None:
 
 
 # Whole runs
+
+
+@pytest.mark.parametrize("script", [["-m", "bench.rate_distortion"], [str(ROOT / "bench" / "rate_distortion.py")]])
+def test_scripts_run_as_modules_and_as_files(script: list[str], tmp_path: Path) -> None:
+    """As modules in the folder of the repository; as files anywhere, where vqcodec alone is installed."""
+    (tmp_path / "vqcodec").symlink_to(ROOT / "vqcodec")
+    done = subprocess.run(
+        [sys.executable, *script, "missing.png"],
+        cwd=ROOT if script[0] == "-m" else tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (2, "rate_distortion: missing.png: no such file or folder\n")
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vqcodec import bitstream
-from vqcodec.bitstream import Chunk, Container, Header, read, read_header, read_info, tile_boxes, write
+from vqcodec.bitstream import Chunk, Container, Header, read, read_header, read_info, write
 from vqcodec.errors import (
     ChecksumError,
     FormatError,
@@ -150,14 +150,14 @@ def test_round_trip_of_any_container(
     ],
 )
 def test_tile_boxes(width: int, height: int, tile: int, expected: list[tuple[int, int, int, int]]) -> None:
-    assert tile_boxes(dataclasses.replace(HEADER, width=width, height=height, tile=tile)) == expected
+    assert dataclasses.replace(HEADER, width=width, height=height, tile=tile).frame.tiles() == expected
 
 
 @fixed
 @given(headers)
 def test_tiles_cover_every_pixel_once(header: Header) -> None:
     covered = [0] * header.pixels
-    boxes = tile_boxes(header)
+    boxes = header.frame.tiles()
     for top, left, height, width in boxes:
         assert height > 0 and width > 0
         for y in range(top, top + height):

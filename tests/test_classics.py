@@ -57,7 +57,7 @@ def test_command(raster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     ]
     Image.fromarray(models.picture(16, 28, 9)).save(tmp_path / "other.png")
     assert classics.main([str(raster), str(tmp_path)]) == 1
-    assert capsys.readouterr().err.startswith("classics.py: ")
+    assert capsys.readouterr().err.startswith("classics: ")
 
 
 def test_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

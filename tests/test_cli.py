@@ -1,5 +1,6 @@
 """The command line with a codec that is no codec: PNG files inside of .vqz containers."""
 
+import contextlib
 import importlib
 import io
 import json
@@ -17,7 +18,7 @@ from commandline import ROOT, fails, process, run, tree
 from PIL import Image
 
 import vqcodec
-from vqcodec import bitstream, cli, files, image, packaged
+from vqcodec import bitstream, cli, files, image, packaged, terminal
 from vqcodec.errors import FormatError, TrainingError, WeightsError
 
 
@@ -113,9 +114,9 @@ def test_help_has_ranges_and_defaults():
         (["sample"], "Missing option '-o' / '--output'."),
         (["sample", "-o", "a.xyz"], "no picture format has the suffix '.xyz'"),
         (["sample", "-o", "a.png", "--rows", "3"], "--rows says what to keep of --complete PICTURE."),
-        (["sample", "-o", "a.png", "--temperature", "nan"], "--temperature must be a number."),
+        (["sample", "-o", "a.png", "--temperature", "nan"], "--temperature must be finite."),
         (["sample", "-o", "a.png", "--complete", "b.png", "--size", "8"], "--complete PICTURE has a size of its own"),
-        (["train", "x", "-o", "w.safetensors", "--minutes", "inf"], "--minutes must be a number."),
+        (["train", "x", "-o", "w.safetensors", "--minutes", "inf"], "--minutes must be finite."),
         (["train", "x"], "Missing option '-o' / '--output'."),
         (["train", "x", "-o", "y", "--minutes", "0"], "Invalid value for '--minutes'"),
         (["train", "x", "-o", "y", "--distortion", "psnr"], "Invalid value for '--distortion'"),
@@ -351,6 +352,7 @@ def test_full_disk(codec, photo, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files.os, "replace", replace)
+    monkeypatch.setattr(files.os, "link", replace)
     fails(run("compress", "photo.png"), 1, "vqcodec: photo.vqz: No space left on device")
     assert tree() == ["photo.png"]
 
@@ -374,14 +376,14 @@ def test_progress_bar_on_a_terminal_only(codec, photo, monkeypatch):
 
     def progressbar(jobs, **options):
         shown.append(options)
-        return cli.contextlib.nullcontext(jobs)
+        return contextlib.nullcontext(jobs)
 
-    monkeypatch.setattr(cli.click, "progressbar", progressbar)
+    monkeypatch.setattr(terminal.click, "progressbar", progressbar)
     run("compress", "photo.png", "second.png")
     assert shown == []
-    terminal = io.TextIOWrapper(io.BytesIO())
-    terminal.isatty = lambda: True
-    monkeypatch.setattr(cli.sys, "stderr", terminal)
+    screen = io.TextIOWrapper(io.BytesIO())
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", screen)
     jobs = [files.Job("photo.png", "-"), files.Job("second.png", "-")]
     context = cli.click.Context(cli.main, info_name="vqcodec")
     context.params["debug"] = False
@@ -390,7 +392,7 @@ def test_progress_bar_on_a_terminal_only(codec, photo, monkeypatch):
         assert cli._run(jobs[:1], lambda job: (1, 1), overwrite=False, quiet=False) == 0
         assert shown == []
         assert cli._run(jobs, lambda job: (1, 1), overwrite=False, quiet=False) == 0
-    assert [options["file"] for options in shown] == [terminal]
+    assert [options["file"] for options in shown] == [screen]
 
 
 # info
@@ -562,23 +564,23 @@ def test_train_a_look(training, photo):
 
 
 def test_the_search_bar_starts_again_for_every_quality(monkeypatch):
-    terminal = io.StringIO()
-    terminal.isatty = lambda: True
-    monkeypatch.setattr(cli.sys, "stderr", terminal)
-    with cli._search_bar(True) as show:
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", screen)
+    with terminal.search_bar(wanted=True) as show:
         for share in (0.5, 1.0, 0.25):
             show(share)
-    shown = re.findall(r"(\d+)%", terminal.getvalue())
+    shown = re.findall(r"(\d+)%", screen.getvalue())
     assert [int(number) for number in shown][-3:] == [50, 100, 25]
 
 
 def test_train_on_a_terminal(training, monkeypatch):
-    terminal = io.StringIO()
-    terminal.isatty = lambda: True
-    monkeypatch.setattr(cli.sys, "stderr", terminal)
-    with cli._training_bar() as show:
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", screen)
+    with terminal.training_bar() as show:
         training.train([], None, on_progress=show, on_warning=lambda text: None)
-    assert "prior, step 2: 0.500 bpp, 30.00 dB, 01:00:00 left" in terminal.getvalue()
+    assert "prior, step 2: 0.500 bpp, 30.00 dB, 01:00:00 left" in screen.getvalue()
 
 
 def test_train_failures(training, photo, monkeypatch):

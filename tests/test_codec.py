@@ -13,16 +13,18 @@ import models
 import numpy as np
 import pytest
 import torch
-from models import Pixels, picture
+from models import TINY, Pixels, picture
 from PIL import Image, ImageCms, features
 
 from vqcodec import bitstream, codec, coding, image, synthesis
 from vqcodec.bitstream import Chunk, Container, Header, read_info
 from vqcodec.entropy import Counts, Encoder
 from vqcodec.errors import ChecksumError, FormatError, HeaderError, ImageError, LimitError, TargetError, WeightsError
+from vqcodec.frame import Frame
 from vqcodec.image import Picture
 from vqcodec.metrics import psnr
-from vqcodec.models.config import TINY, VQVAE2, Config, SliceConfig, StageConfig
+from vqcodec.models.config import Config, SliceConfig, StageConfig
+from vqcodec.models.recipes import VQVAE2
 from vqcodec.ssimulacra2 import ssimulacra2
 from vqcodec.target import Target
 from vqcodec.weights import load
@@ -631,7 +633,9 @@ def test_pixels_are_rounded() -> None:
     with torch.inference_mode():
         estimate = model.vqvae.analyse(models.batch(picture(64, 64, seed=46)) * 4 - 384, quality)[1]
         expected = model.vqvae.descend(1, estimate, quality)[0].permute(1, 2, 0).numpy()
-        found = synthesis._synthesise(model, estimate, Header(60, 50, 50, model.id, 3, 0), quality)
+        grid = synthesis.GridEstimate(model, Frame(60, 50, 50))
+        grid.values = estimate
+        found = grid.picture()
     assert (expected < 0).any() and (expected > 255).any()
     assert np.array_equal(found, np.clip(np.rint(expected), 0, 255)[:50, :60])
 

@@ -2,14 +2,15 @@
 
 import dataclasses
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from models import TINY
 
 from vqcodec.errors import WeightsError
-from vqcodec.models.config import NAMED, PHOTO, TINY, VQVAE2, Config, SliceConfig, StageConfig, load_config
+from vqcodec.models.config import Config, SliceConfig, StageConfig
+from vqcodec.models.recipes import NAMED, PHOTO, VQVAE2, load_config
 
 
 @pytest.mark.parametrize("config", NAMED.values(), ids=NAMED)
@@ -30,21 +31,6 @@ def test_the_layout_of_the_paper() -> None:
     slices = [piece for stage in VQVAE2.levels for piece in stage.slices]
     assert [(piece.planes, piece.codes) for piece in slices] == [(1, 512), (1, 512)]
     assert VQVAE2.codebook == "ema"
-
-
-def test_scales_and_codes_of_another_configuration() -> None:
-    def smaller(piece: SliceConfig) -> SliceConfig:
-        return replace(piece, scales=1, codes=160 if piece.dim == 2 else piece.codes, outposts="far")
-
-    stages = [replace(s, slices=tuple(smaller(piece) for piece in s.slices)) for s in PHOTO.stages]
-    single = replace(PHOTO, stages=tuple(stages))
-    assert single != PHOTO
-    assert single.grown(PHOTO) == PHOTO
-    assert PHOTO.grown(single) == PHOTO, "never fewer"
-    assert single.grown(TINY) == single, "of other slices"
-    assert single.grown(single) == single
-    learned = replace(VQVAE2, stages=(replace(VQVAE2.stages[0], slices=(SliceConfig(1, 64, 9, 1),)), VQVAE2.stages[1]))
-    assert learned.grown(VQVAE2) == learned, "codes that come from data are as many as there are"
 
 
 def test_scales_are_one_or_one_for_each_dimension() -> None:
@@ -157,6 +143,6 @@ def test_load_config(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="cannot read the configuration"):
         load_config(str(path))
     with pytest.raises(
-        WeightsError, match="known are photo, vqvae2, vqvae2-3level, vqvae-mnist, vqvae-ema-cifar10, tiny"
+        WeightsError, match="known are photo, photo-fast, vqvae2, vqvae2-3level, vqvae-mnist, vqvae-ema-cifar10"
     ):
         load_config(str(tmp_path / "missing.json"))

@@ -8,10 +8,11 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import TINY
 from torch import Tensor
 
 from vqcodec.models import counts
-from vqcodec.models.config import TINY, SliceConfig
+from vqcodec.models.config import SliceConfig
 from vqcodec.models.counts import TOTAL, CodeTables, Tables, flag_counts, power
 from vqcodec.models.prior import rates
 from vqcodec.models.quantizer import Codebook, log_probabilities

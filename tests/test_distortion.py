@@ -3,9 +3,9 @@
 import models
 import pytest
 import torch
+from models import TINY
 from torch import Tensor
 
-from vqcodec.models.config import TINY
 from vqcodec.train.distortion import KNOTS, MEMORY, Distortion
 from vqcodec.train.loss import RateDistortion
 from vqcodec.visual import visual_distance

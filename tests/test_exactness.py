@@ -1,4 +1,4 @@
-"""bench/exactness.py: golden files give the same codes with other threads and instruction sets, and it would notice."""
+"""bench.exactness: golden files give the same codes with other threads and instruction sets, and it would notice."""
 
 import os
 import platform
@@ -12,8 +12,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
-
-sys.path.append(str(ROOT))  # the benchmark is not installed
 
 from bench import exactness
 from bench.exactness import Variant
@@ -38,7 +36,7 @@ def test_threads_and_instruction_sets(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.slow
 def test_everything_there_is() -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "bench" / "exactness.py")], check=False, capture_output=True, text=True
+        [sys.executable, "-m", "bench.exactness"], cwd=ROOT, check=False, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -1,3 +1,4 @@
+import io
 import os
 import shutil
 import stat
@@ -200,21 +201,70 @@ def test_existing_files_are_kept_unless_told():
     assert read("x") == b"new"
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(5, "Input/output error")])
-def test_failure_leaves_everything_as_it_was(monkeypatch, error):
-    def failing_replace(source, target):
+def fail_with(error: BaseException):
+    """A stand-in for os.replace or os.link that checks what it is given and fails."""
+
+    def failing(source, target):
         assert Path(source).read_bytes() == b"new"
         assert os.path.dirname(source) == os.path.dirname(target)
         raise error
 
+    return failing
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(5, "Input/output error"), OSError("odd")])
+def test_failure_leaves_everything_as_it_was(monkeypatch, error):
     touch("x")
-    monkeypatch.setattr(os, "replace", failing_replace)
-    with pytest.raises(type(error)) as caught:
-        write("x", b"new", overwrite=True)
+    for name in ("replace", "link"):
+        monkeypatch.setattr(os, name, fail_with(error))
+    for path, overwrite in (("x", True), ("y", False)):
+        with pytest.raises(type(error)) as caught:
+            write(path, b"new", overwrite=overwrite)
+        assert os.listdir() == ["x"]
+        assert Path("x").read_bytes() == b"x"
+        if isinstance(error, OSError) and error.errno:
+            assert caught.value.filename == path
+
+
+def test_file_that_appears_in_the_meantime_is_kept(monkeypatch):
+    touch("x")
+    monkeypatch.setattr(os.path, "exists", lambda path: False)  # what was true before
+    with pytest.raises(FileExistsError, match="-f would overwrite it: 'x'"):
+        write("x", b"new", overwrite=False)
+    monkeypatch.setattr(os, "link", fail_with(PermissionError(1, "Operation not permitted")))
+    with pytest.raises(FileExistsError, match="-f would overwrite it: 'x'"):
+        write("x", b"new", overwrite=False)
     assert os.listdir() == ["x"]
-    assert Path("x").read_bytes() == b"x"
-    if isinstance(error, OSError):
-        assert caught.value.filename == "x"
+    assert read("x") == b"x"
+
+
+def test_file_system_without_hard_links(monkeypatch):
+    monkeypatch.setattr(os, "link", fail_with(PermissionError(1, "Operation not permitted")))
+    write("x", b"new", overwrite=False)
+    assert os.listdir() == ["x"]
+    assert read("x") == b"new"
+
+
+def test_file_that_takes_less_than_it_is_given(monkeypatch):
+    class Slow(io.FileIO):
+        def write(self, data):
+            return super().write(bytes(data[:3]))
+
+    monkeypatch.setattr(files, "open", lambda name, mode, **_: Slow(name, mode), raising=False)
+    write("x", b"all of it", overwrite=True)
+    assert read("x") == b"all of it"
+
+
+def test_standard_output_that_takes_less_than_it_is_given():
+    code = "import resource; from vqcodec import files; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000));"
+    code += "files.write('-', bytes(5000), overwrite=True)"
+    environment = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[1]), "PYTHONDONTWRITEBYTECODE": "1"}
+    for unbuffered in ("", "1"):
+        environment["PYTHONUNBUFFERED"] = unbuffered
+        with open("out", "wb") as out:
+            command = [sys.executable, "-c", code]
+            ran = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, env=environment, check=False)
+        assert ran.returncode == 1 and b"OSError: [Errno 27] File too large" in ran.stderr
 
 
 def test_full_disk_leaves_everything_as_it_was():

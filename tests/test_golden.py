@@ -89,7 +89,7 @@ def test_codes_by_the_second_reader(name: str, data: bytes) -> None:
     header = container.header
     loaded = reference.Weights(WEIGHTS)
     unit = loaded.levels[0]["stride"]
-    boxes = bitstream.tile_boxes(header)
+    boxes = header.frame.tiles()
     for number, (top, left, height, width) in enumerate(boxes):
         height, width = -(-height // unit) * unit, -(-width // unit) * unit
         segments = [segment for segment in container.segments[number :: len(boxes)] if segment is not None]

@@ -1,6 +1,5 @@
 """Another look of the same codes: trained for given weights, kept beside them, and nothing but pixels differ."""
 
-import copy
 import csv
 import importlib.util
 import math
@@ -12,6 +11,7 @@ import models
 import numpy as np
 import pytest
 import torch
+from models import TINY
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,13 +20,13 @@ from torch.nn import functional
 import vqcodec
 from vqcodec import codec, packaged, weights
 from vqcodec.errors import TrainingError, WeightsError
-from vqcodec.models.config import TINY, Config
-from vqcodec.models.prior import Prior
+from vqcodec.models.config import Config
+from vqcodec.models.model import Model
 from vqcodec.models.vqvae import VQVAE
 from vqcodec.train import perceptual
 from vqcodec.train import run as training
-from vqcodec.train.loss import RateDistortion
 from vqcodec.train.schedule import LOOK
+from vqcodec.train.warm_start import load_networks
 
 PLAN = replace(LOOK, crop=64, batch=4, kernel_rate=1e-2, rate=1e-2, warm_up_steps=5)
 
@@ -65,9 +65,9 @@ def look(own: Path) -> Path:
     return path
 
 
-def taken_over(given: weights.Model, config: Config) -> VQVAE:
+def taken_over(given: Model, config: Config) -> VQVAE:
     vqvae = VQVAE(config).requires_grad_(False).eval()
-    vqvae.take_over(given.vqvae)
+    load_networks(vqvae, given.vqvae)
     return vqvae
 
 
@@ -100,31 +100,6 @@ def test_new_blocks_change_nothing_at_first(own: Path) -> None:
     level = len(config.levels) - 1
     before, after = (net.descend(level, estimate, quality) for net in (model.vqvae, vqvae))
     torch.testing.assert_close(after, before, rtol=0, atol=0.01)  # pixel levels
-
-
-def test_a_deeper_model_says_what_it_grew_from_said(tmp_path: Path) -> None:
-    shallow = replace(TINY, stages=tuple(replace(stage, refine_blocks=1) for stage in TINY.stages))
-    deep = replace(
-        TINY,
-        stages=tuple(replace(s, encoder_blocks=2, decoder_blocks=3, refine_blocks=3) for s in TINY.stages),
-        prior=replace(TINY.prior, blocks=2),
-    )
-    assert shallow.grown(deep) == deep
-    assert deep.grown(shallow) == deep
-    before = models.tiny(shallow, shake=30)
-    weights.save_model(tmp_path / "own.safetensors", shallow, before.vqvae, before.prior, {})
-    given = weights.load(tmp_path / "own.safetensors")
-    thawed, prior = copy.deepcopy(given.prior), Prior(deep)
-    thawed.thaw()
-    prior.take_over(thawed)
-    pair = (
-        RateDistortion(shallow, given.vqvae, thawed).eval(),
-        RateDistortion(deep, taken_over(given, deep), prior).eval(),
-    )
-    with torch.no_grad():
-        said, says = (model(models.batch(models.picture(96, 128)), torch.tensor([60])) for model in pair)
-    torch.testing.assert_close(says.level_bits, said.level_bits)
-    torch.testing.assert_close(says.mse, said.mse)
 
 
 def test_training(own: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +196,7 @@ def test_refused(own: Path, look: Path, tmp_path: Path) -> None:
 
 def test_a_look_needs_weights(pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="needs the weights that it is for"):
-        training.train([pictures], tmp_path / "x.natural.safetensors", config="tiny", features=Path("features"))
+        training.train([pictures], tmp_path / "x.natural.safetensors", config=TINY, features=Path("features"))
 
 
 def test_features_of_the_wrong_network(tmp_path: Path) -> None:

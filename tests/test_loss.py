@@ -6,12 +6,14 @@ import functools
 import models
 import pytest
 import torch
+from models import TINY
 from torch import Tensor
 
-from vqcodec import codec, synthesis
+from vqcodec import encoder, synthesis
 from vqcodec.bitstream import Header
-from vqcodec.models.config import TINY, Config
+from vqcodec.models.config import Config
 from vqcodec.models.quantizer import Codebook
+from vqcodec.train import loss
 from vqcodec.train.loss import RateDistortion, pattern
 
 EMA = dataclasses.replace(TINY, codebook="ema", commitment=0.25)
@@ -45,7 +47,7 @@ def test_loss_and_what_the_codebook_learns_from(monkeypatch: pytest.MonkeyPatch)
     steps, weighted as the choice weighs it: from which alone, and not from the decoder, the code vectors learn."""
     pixels, quality = pictures(), torch.tensor([10, 50, 90])
     seen: dict[Codebook, tuple[Tensor, Tensor]] = {}
-    monkeypatch.setattr(Codebook, "update_averages", lambda self, v, k: seen.update({self: (v, k)}))
+    monkeypatch.setattr(loss, "update_averages", lambda book, v, k: seen.update({book: (v, k)}))
     trained = models.tiny().train()
     losses = trained(pixels, quality, rate_weight=0.7)
     losses.total.backward()
@@ -119,8 +121,8 @@ def test_training_believes_what_files_cost(quality: int) -> None:
     loaded = models.tiny_model()
     header = Header(160, 128, quality, loaded.id, TINY.layers, 0)
     with torch.inference_mode():
-        segments, codes = codec.encode(loaded, header, picture)
-        restored = synthesis.reconstruct(loaded, header, codes)
+        segments, codes = encoder.encode(loaded, header.frame, picture)
+        restored = synthesis.reconstruct(loaded, header.frame, codes)
     bits = 8 * sum(map(len, segments))
     assert all(segments), "a layer of nothing but code 0 takes no bytes, which the loss cannot know"
     believed = float(losses.bpp) * 128 * 160

@@ -77,7 +77,7 @@ def test_ms_ssim_uses_five_scales_from_161_pixels_on(make_photo, monkeypatch):
     other = noisy(photo, 15)
     five = metrics.ms_ssim(photo, other)
     four = metrics.ms_ssim(photo[:160], other[:160])
-    monkeypatch.setattr(metrics, "_SCALE_WEIGHTS", WEIGHTS[:4])
+    monkeypatch.setattr(metrics, "_EXPONENTS", WEIGHTS[:4])
     assert metrics.ms_ssim(photo[:160], other[:160]) == four
     assert metrics.ms_ssim(photo, other) != five
 

@@ -9,8 +9,8 @@ import torch
 from models import picture, tiny_model
 
 from vqcodec import precision, search
-from vqcodec.bitstream import Header
-from vqcodec.codec import encode
+from vqcodec.encoder import encode
+from vqcodec.frame import Frame
 
 CPU = torch.device("cpu")
 
@@ -49,10 +49,10 @@ def test_the_search_asks(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         return convolve(x, *args, **kwargs)  # type: ignore[arg-type]
 
     model = tiny_model()
-    header = Header(64, 64, 50, model.id, model.config.layers, 0, False)
+    frame = Frame(64, 64, 50)
     pixels = picture(64, 64)
-    _, codes = encode(model, header, pixels)
+    _, codes = encode(model, frame, pixels)
     monkeypatch.setattr(precision, "bfloat16_pays", lambda device: pays)
     monkeypatch.setattr(torch.nn.functional, "conv2d", watched)
-    search.improve(model, header, pixels, codes, 1)
+    search.improve(model, frame, pixels, codes, 1)
     assert (True in seen) == pays

@@ -4,18 +4,19 @@ import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import models
 import pytest
 import torch
+from models import TINY
 from torch import Tensor
 from torch.nn import functional
 
 from vqcodec.models import integers as module
-from vqcodec.models.config import MAX_INPUTS, NAMED, TINY, Config
+from vqcodec.models.config import MAX_INPUTS, Config
 from vqcodec.models.integers import IntegerConv, QualityBias
-from vqcodec.models.prior import PHASES, Prior, rates
+from vqcodec.models.prior import PHASES, Prior
+from vqcodec.models.recipes import NAMED
 from vqcodec.train.loss import RateDistortion
 
 HEIGHT, WIDTH = 96, 160  # of the picture: 3 x 5 top positions, 12 x 20 bottom ones
@@ -141,22 +142,6 @@ def test_thawing_is_the_inverse_of_freezing() -> None:
         elif name.endswith("table"):
             assert float((found - expected).abs().max()) <= 1
             assert float((found != expected).float().mean()) < 0.05
-
-
-def test_one_scale_becomes_one_for_each_dimension() -> None:
-    """A prior taken over says of every symbol what it said before."""
-    stages = [replace(s, slices=tuple(replace(piece, scales=1) for piece in s.slices)) for s in TINY.stages]
-    given, taken = models.tiny(replace(TINY, stages=tuple(stages))).prior, Prior(TINY)
-    taken.take_over(given)
-    before, after = (parameters_of(prior, codes()) for prior in (given, taken))
-    for piece, ours, other in zip((p for s in TINY.levels for p in s.slices), after, before, strict=True):
-        assert ours.shape[-1] == piece.parameters
-        ours, other = (rates(parameters.flatten(0, 2), piece.dim) for parameters in (ours, other))
-        assert torch.equal(ours.zero, other.zero)
-        drift, square, linear = ours.theta.unflatten(-1, (3, piece.dim)).unbind(-2)
-        assert torch.equal(drift, other.theta[..., :-2])
-        assert torch.equal(square, other.theta[..., -2:-1].expand_as(square))
-        assert torch.equal(linear, other.theta[..., -1:].expand_as(linear))
 
 
 def test_parameters_are_integers_in_range_and_not_all_at_the_bound() -> None:

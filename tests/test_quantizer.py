@@ -25,6 +25,8 @@ from vqcodec.models.quantizer import (
     rows,
     structured_start,
 )
+from vqcodec.train import quantise
+from vqcodec.train.codebooks import revive, start_by_k_means, update_averages
 
 Floats = NDArray[np.float64]
 SHAPES = [(1, 1, 16, 1), (5, 1, 64, 1), (3, 2, 40, 1), (2, 4, 33, 1), (3, 2, 40, 2)]  # planes, dim, codes, scales
@@ -96,27 +98,6 @@ def test_look_up() -> None:
 
 
 # The start
-
-
-def test_a_larger_codebook_says_of_its_codes_what_a_smaller_one_said() -> None:
-    old, new = (
-        Codebook(SliceConfig(3, 2, codes, 0, outposts=outposts), "gradient")
-        for codes, outposts in ((40, "far"), (90, "near"))
-    )
-    with torch.no_grad():
-        old.bias.copy_(torch.randn(3, 40))
-        old.spread.copy_(torch.tensor([1.0, 2.0, 4.0]))
-    new.take_over(old)
-    assert torch.equal(new.spread, old.spread)
-    assert torch.equal(new.vectors, Codebook(new.config, "gradient").vectors)
-    lattice = {tuple(point): k for k, point in enumerate(old.vectors[0].tolist()) if all(x == round(x) for x in point)}
-    shared = [(lattice[tuple(point)], k) for k, point in enumerate(new.vectors[0].tolist()) if tuple(point) in lattice]
-    assert len(shared) == len(lattice)
-    for before, after in shared:
-        assert torch.equal(new.bias[:, after], old.bias[:, before])
-    same = Codebook(old.config, "gradient")
-    same.take_over(old)
-    assert all(torch.equal(x, y) for x, y in zip(same.state_dict().values(), old.state_dict().values(), strict=True))
 
 
 @pytest.mark.parametrize("outposts", ["far", "near"])
@@ -229,10 +210,10 @@ def test_choice_near_zero() -> None:
 def test_result_does_not_depend_on_how_planes_are_chunked(monkeypatch: pytest.MonkeyPatch) -> None:
     book, v = book_and_rows(5, 2, 40)
     rates, weight, share = rate_model(book), torch.ones(50, 5), torch.ones(50)
-    whole, chosen = book.quantise(v, rates, weight, 0.5, share), book.choose(v, rates, weight, 0.5)
+    whole, chosen = quantise.quantise(book, v, rates, weight, 0.5, share), book.choose(v, rates, weight, 0.5)
     monkeypatch.setattr(quantizer, "CHUNK", 1)
     assert torch.equal(book.choose(v, rates, weight, 0.5), chosen)
-    for ours, expected in zip(book.quantise(v, rates, weight, 0.5, share), whole, strict=True):
+    for ours, expected in zip(quantise.quantise(book, v, rates, weight, 0.5, share), whole, strict=True):
         torch.testing.assert_close(ours, expected)
 
 
@@ -268,7 +249,7 @@ def test_bfloat16_autocast_does_not_reach_the_choice() -> None:
     rates, weight, share = rate_model(book), torch.ones(50, 3), torch.ones(50)
     with torch.autocast("cpu", torch.bfloat16):
         nearest, chosen = book.nearest(v), book.choose(v, rates, weight, 0.5)
-        loss, indices, bits = book.quantise(v, rates, weight, 0.5, share)
+        loss, indices, bits = quantise.quantise(book, v, rates, weight, 0.5, share)
     assert torch.equal(nearest, book.nearest(v))
     assert torch.equal(chosen, book.choose(v, rates, weight, 0.5))
     assert torch.equal(indices, chosen)
@@ -314,7 +295,7 @@ def test_gradients_of_the_rate(planes: int, dim: int, codes: int, scales: int, s
     v.requires_grad_()
     theta, zero = rates.theta.requires_grad_(), rates.zero.requires_grad_()
     weight, share = torch.rand(50, planes) + 0.1, torch.rand(50)
-    loss, indices, bits = book.quantise(v, rates, weight, 0.5, share)
+    loss, indices, bits = quantise.quantise(book, v, rates, weight, 0.5, share)
     (3 * loss).backward()
     assert not bits.requires_grad
     assert torch.equal(indices, book.choose(v.detach(), rates, weight, 0.5))
@@ -338,7 +319,7 @@ def test_gradients_of_the_rate(planes: int, dim: int, codes: int, scales: int, s
     opened = book.open_symbols(v.detach(), zero.detach(), weight, 0.5)
     assert 0 < int(opened.sum()) < opened.numel(), "the case must have both kinds of symbols"
     assert v.grad is not None
-    for members, count in ((opened, codes), (~opened, quantizer.NEAR)):
+    for members, count in ((opened, codes), (~opened, quantise.NEAR)):
         expected = plain_soft_gradient(book, v.detach(), *(t.detach() for t in plain), 3 * share, count)
         torch.testing.assert_close(v.grad[members].double(), expected[members], rtol=1e-3, atol=1e-3)
 
@@ -352,7 +333,7 @@ def plain_soft_gradient(
     bits = -torch.cat([flags[..., :1], flags[..., 1:] + values], -1).clamp(min=-24)
     free = v.double().requires_grad_()
     distances = (free[:, :, None] - book.vectors.detach()[:, :count].double()).square().sum(-1)
-    soft = torch.softmax(-distances / quantizer.TEMPERATURE, -1)
+    soft = torch.softmax(-distances / quantise.TEMPERATURE, -1)
     (share[:, None] * (soft * bits).sum(-1)).sum().backward()
     assert free.grad is not None
     return free.grad
@@ -364,13 +345,13 @@ def test_all_symbols_alike(planes: int, dim: int, codes: int, scales: int, monke
     book, v = book_and_rows(planes, dim, codes, scales)
     rates, weight, share = rate_model(book), torch.rand(50, planes) + 0.1, torch.rand(50)
     inputs = [x.requires_grad_() for x in (rates.theta, rates.zero, book.bias)]
-    loss, indices, bits = book.quantise(v, rates, weight, 0.5, share)
+    loss, indices, bits = quantise.quantise(book, v, rates, weight, 0.5, share)
     expected = torch.autograd.grad(loss, inputs)
     pull = plain_soft_gradient(book, v.detach(), *(x.detach().double() for x in inputs), share, codes)
-    monkeypatch.setattr(quantizer, "_quantise_open", quantizer._quantise_all)
-    for limit in (quantizer.LARGE_CHUNK, 1):
-        monkeypatch.setattr(quantizer, "LARGE_CHUNK", limit)
-        again, chosen, spent = book.quantise(v.requires_grad_(), rates, weight, 0.5, share)
+    monkeypatch.setattr(quantise, "_quantise_open", quantise._quantise_all)
+    for limit in (quantise.LARGE_CHUNK, 1):
+        monkeypatch.setattr(quantise, "LARGE_CHUNK", limit)
+        again, chosen, spent = quantise.quantise(book, v.requires_grad_(), rates, weight, 0.5, share)
         torch.testing.assert_close(again, loss)
         assert torch.equal(chosen, indices)
         torch.testing.assert_close(spent, bits)
@@ -379,7 +360,7 @@ def test_all_symbols_alike(planes: int, dim: int, codes: int, scales: int, monke
         for ours, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
         with torch.no_grad():
-            assert torch.equal(book.quantise(v, rates, weight, 0.5, share)[1], indices)
+            assert torch.equal(quantise.quantise(book, v, rates, weight, 0.5, share)[1], indices)
 
 
 # Learning
@@ -395,7 +376,7 @@ def test_moving_averages() -> None:
         v = torch.randn(30, planes, dim)
         indices = torch.randint(5, (30, planes))  # codes 5, 6 and 7 never have members
         before = book.vectors.detach().double().numpy().copy()
-        book.update_averages(v, indices)
+        update_averages(book, v, indices)
         for p in range(planes):
             for k in range(codes):
                 members = v[indices[:, p] == k, p].double().numpy()
@@ -416,13 +397,14 @@ import torch
 from torch import distributed
 from vqcodec.models.config import SliceConfig
 from vqcodec.models.quantizer import Codebook
+from vqcodec.train.codebooks import update_averages
 
 distributed.init_process_group("gloo")
 book, alone = (Codebook(SliceConfig(2, 2, 8, layer=0), "ema") for _ in range(2))
 rows, indices = torch.randn(2, 30, 2, 2), torch.randint(8, (2, 30, 2))  # of both processes: the seed is the same
-book.update_averages(rows[distributed.get_rank()], indices[distributed.get_rank()])
+update_averages(book, rows[distributed.get_rank()], indices[distributed.get_rank()])
 distributed.destroy_process_group()
-alone.update_averages(rows.flatten(0, 1), indices.flatten(0, 1))
+update_averages(alone, rows.flatten(0, 1), indices.flatten(0, 1))
 torch.testing.assert_close(book.vectors, alone.vectors)
 torch.testing.assert_close(book.usage, alone.usage)
 """
@@ -440,7 +422,7 @@ def test_processes_learn_one_codebook(tmp_path: Path) -> None:
 def test_averages_only_count_when_the_gradient_learns() -> None:
     book, v = book_and_rows(2, 1, 16)
     before = book.vectors.detach().clone()
-    book.update_averages(v, book.nearest(v))
+    update_averages(book, v, book.nearest(v))
     assert torch.equal(book.vectors, before)
     torch.testing.assert_close(book.usage.sum(1), torch.full((2,), 50 * 0.01))
 
@@ -450,16 +432,16 @@ def test_revival_moves_dead_codes_onto_data(learn: str) -> None:
     book, _ = book_and_rows(2, 2, 16, learn=learn)
     v = torch.randn(100, 2, 2) + 10
     for _ in range(3):
-        book.update_averages(v, torch.randint(1, 8, (100, 2)))  # 0 and 8 to 15 are dead
+        update_averages(book, v, torch.randint(1, 8, (100, 2)))  # 0 and 8 to 15 are dead
     before = book.vectors.detach().clone()
-    assert book.revive(v) == 2 * 8
+    assert revive(book, v) == 2 * 8
     assert torch.equal(book.vectors[:, :8], before[:, :8]), "code 0 and living codes stay"
     for plane in range(2):
         rows = {tuple(row) for row in v[:, plane].tolist()}
         assert all(tuple(code) in rows for code in book.vectors[plane, 8:].tolist())
-    assert book.revive(v) == 0, "a revived code gets time to find members"
+    assert revive(book, v) == 0, "a revived code gets time to find members"
     moved = book.vectors.detach().clone()
-    book.update_averages(v, torch.randint(1, 8, (100, 2)))
+    update_averages(book, v, torch.randint(1, 8, (100, 2)))
     torch.testing.assert_close(book.vectors[:, 8:], moved[:, 8:], rtol=0.02, atol=0)
 
 
@@ -474,9 +456,9 @@ def test_k_means_start_lowers_the_distortion() -> None:
         return float((v - book.lookup(book.nearest(v))).square().sum(-1).mean())
 
     lattice = distortion()
-    book.start_from(v, rounds=0)
+    start_by_k_means(book, v, rounds=0)
     drawn = distortion()
-    book.start_from(v)
+    start_by_k_means(book, v)
     assert distortion() < 0.5 * drawn < 0.5 * lattice
     assert distortion() < 0.1
     norms = book.vectors.square().sum(-1)

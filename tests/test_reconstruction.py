@@ -19,7 +19,7 @@ from vqcodec import bitstream, codec, coding, synthesis, weights
 from vqcodec.bitstream import Container, Header
 from vqcodec.models.config import Config, PriorConfig, SliceConfig, StageConfig
 from vqcodec.models.quantizer import Codebook
-from vqcodec.models.vqvae import Lap, Linear1x1, ResidualBlock, Slice
+from vqcodec.models.vqvae import Lap, Linear1x1, ResidualBlock, SliceQuantizer
 from vqcodec.train.loss import RateDistortion
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -68,7 +68,7 @@ def randomise(model: RateDistortion, seed: int) -> None:
                 fill(part.change.weight, 0.5 / math.sqrt(part.change.in_features))
             elif isinstance(part, Linear1x1):
                 fill(part.weight, 0.8 / math.sqrt(part.in_features))
-            elif isinstance(part, Slice):
+            elif isinstance(part, SliceQuantizer):
                 fill(part.log_steps, 0.5, math.log(0.6))
             elif isinstance(part, Codebook):
                 fill(part.vectors, 1.0)
@@ -100,7 +100,7 @@ def test_pixels_by_the_second_reader(path: Path, quality: int, grey: bool) -> No
     header = Header(WIDTH, HEIGHT, quality, model.id, model.config.layers, tile=64, grey=grey)
     codes = models.random_codes(model.vqvae, 128, 192, seed=quality)
     with coding.exact(model):
-        expected = synthesis.reconstruct(model, header, codes)
+        expected = synthesis.reconstruct(model, header.frame, codes)
     found = reference.Renderer(reference.Weights(path), quality).pixels(as_arrays(codes), HEIGHT, WIDTH, grey)
     assert_near(found, expected[:, :, 0] if grey else expected)
     share = float(((found > 0) & (found < 255)).mean())
@@ -132,7 +132,7 @@ def test_missing_segments_by_the_second_reader(missing: set[int]) -> None:
     model, header = weights.load(WEIGHTS), container.header
     codes = as_arrays(codec.decode_codes(container, model))
     loaded = reference.Weights(WEIGHTS)
-    boxes = bitstream.tile_boxes(header)
+    boxes = header.frame.tiles()
     for number, (top, left, height, width) in enumerate(boxes):
         unit = loaded.levels[0]["stride"]
         size = -(-height // unit) * unit, -(-width // unit) * unit

@@ -5,11 +5,12 @@ import math
 import models
 import pytest
 import torch
+from models import TINY
 
-from vqcodec.models.config import TINY
 from vqcodec.models.quantizer import MOST_BITS
 from vqcodec.train.loss import RateDistortion
 from vqcodec.train.rounding import Rounding, round_off
+from vqcodec.train.start import start_from_pictures
 
 
 def logistic(x: float) -> float:
@@ -66,7 +67,7 @@ def test_everything_but_codebooks_and_prior_learns() -> None:
     model.rounding = Rounding(TINY)
     pixels = torch.from_numpy(models.picture(64, 128, 3)).permute(2, 0, 1).float().reshape(3, 64, 2, 64)
     pixels = pixels.permute(2, 0, 1, 3).contiguous()
-    model.vqvae.start_from_pictures(pixels)
+    start_from_pictures(model.vqvae, pixels)
     model.rounding.start_from_pictures(model.vqvae, pixels)
     quality = torch.tensor([20.0, 80.0])
     losses = model.train()(pixels, quality)

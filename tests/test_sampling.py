@@ -9,7 +9,7 @@ import pytest
 import torch
 from models import Pixels, picture
 
-from vqcodec import codec, coding, sampling
+from vqcodec import codec, coding, encoder, sampling
 from vqcodec.bitstream import Header
 from vqcodec.errors import ImageError
 from vqcodec.image import Picture
@@ -49,9 +49,9 @@ def test_samples_are_what_their_file_decodes_to() -> None:
     model = load(models.tiny_weights())
     header = Header(96, 64, 40, model.id, model.config.layers, tile=0)
     with coding.exact(model):
-        codes = draw(model, header, Dice(1.0, np.random.default_rng(3)))
+        codes = draw(model, header.frame, Dice(1.0, np.random.default_rng(3)))
         segments = models.encode_codes(model, header, codes)
-        for found, drawn in zip(coding.decode(model, header, segments), codes, strict=True):
+        for found, drawn in zip(coding.decode(model, header.frame, segments), codes, strict=True):
             assert found.dtype == drawn.dtype and torch.equal(found, drawn)
 
 
@@ -69,8 +69,8 @@ def test_rows_that_are_kept(rows: int) -> None:
     source = picture(128, 96)
     header = Header(96, 128, 50, model.id, model.config.layers, tile=0)
     with coding.exact(model):
-        given = codec.encode(model, header, source)[1]
-        found = draw(model, header, Dice(1.0, np.random.default_rng(0)), given, rows)
+        given = encoder.encode(model, header.frame, source)[1]
+        found = draw(model, header.frame, Dice(1.0, np.random.default_rng(0)), given, rows)
     for stage, ours, theirs in zip(model.config.levels, found, given, strict=True):
         kept = rows * 8 // stage.stride
         assert torch.equal(ours[:kept], theirs[:kept])

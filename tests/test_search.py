@@ -9,7 +9,7 @@ import pytest
 import torch
 from models import picture
 
-from vqcodec import bitstream, codec, coding, search, synthesis, tuning
+from vqcodec import bitstream, codec, coding, encoder, search, synthesis, tuning
 from vqcodec.bitstream import Header
 from vqcodec.models.config import Config, PriorConfig, SliceConfig, StageConfig
 from vqcodec.models.quantizer import Rates
@@ -68,7 +68,7 @@ def visual_cost(pixels: np.ndarray, segments: list[bytes], codes: list[torch.Ten
     model = models.tiny_model()
     header = Header(pixels.shape[1], pixels.shape[0], QUALITY, model.id, model.config.layers, 0)
     with coding.exact(model):
-        restored = synthesis.reconstruct(model, header, codes)
+        restored = synthesis.reconstruct(model, header.frame, codes)
     mse = float(np.square(restored.astype(float) - pixels).mean())
     distortion = what.squared * mse + what.visual * float(visual_distance(models.batch(restored), models.batch(pixels)))
     return 8 * sum(map(len, segments)) / pixels[:, :, 0].size + what.weight * distortion
@@ -81,15 +81,15 @@ def test_a_visual_tuning_is_what_the_search_is_after() -> None:
     header = Header(128, 96, QUALITY, model.id, model.config.layers, 0)
     what = models.visual_tuning().importance(model.config, pixels, QUALITY)
     with coding.exact(model):
-        segments, codes = codec.encode(model, header, pixels, what)
+        segments, codes = encoder.encode(model, header.frame, pixels, what)
     start = visual_cost(pixels, segments, codes, what)
     padded = synthesis.cut(model, pixels, (slice(0, 3), slice(0, 4)))
     point = search._evaluate(model, padded, [c.long() for c in codes], QUALITY, what)
     assert point.total / (96 * 128) == pytest.approx(start, rel=0.02)
 
-    found = search.improve(model, header, pixels, codes, 30, what)
+    found = search.improve(model, header.frame, pixels, codes, 30, what)
     with coding.exact(model):
-        assert visual_cost(pixels, coding.encode(model, header, found), found, what) < 0.995 * start
+        assert visual_cost(pixels, coding.encode(model, header.frame, found), found, what) < 0.995 * start
 
 
 def test_steps_weigh_planes_by_their_sensitivity() -> None:
@@ -129,8 +129,8 @@ def test_a_visual_tuning_of_the_smallest_pictures(tmp_path: Path) -> None:
 def test_the_choice_is_the_entropy_constrained_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slopes of a parabola around another target, undamped, lead where `Codebook.choose` goes with that target."""
     model = models.tiny_model()
-    piece = model.vqvae.slice(1, 0)
-    book, planes = piece.codebook, piece.planes
+    piece = model.levels[1].slices[0]
+    book, planes = piece.codebook, piece.config.planes
     generator = torch.Generator().manual_seed(1)
     count = 200
     indices = torch.randint(0, 20, (count, planes), generator=generator)
@@ -196,10 +196,10 @@ def test_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     model = models.tiny_model()
     header = Header(160, 100, QUALITY, model.id, model.config.layers, 0)
     with coding.exact(model):
-        codes = codec.encode(model, header, pixels)[1]
+        codes = encoder.encode(model, header.frame, pixels)[1]
     before = [c.clone() for c in codes]
     shares: list[float] = []
-    found = search.improve(model, header, pixels, codes, 8, on_round=shares.append)
+    found = search.improve(model, header.frame, pixels, codes, 8, on_round=shares.append)
     assert shares == sorted(shares) and shares[-1] == 1 and len(shares) == 8 * 2 * 3
     assert all(torch.equal(a, b) for a, b in zip(codes, before, strict=True)), "the argument is left alone"
     changed = (found[1] != codes[1]).any(2)
@@ -212,12 +212,14 @@ def test_emphasis_is_what_the_search_is_after() -> None:
     model = models.tiny_model()
     header = Header(96, 96, QUALITY, model.id, model.config.layers, 0)
     with coding.exact(model):
-        codes = codec.encode(model, header, pixels)[1]
+        codes = encoder.encode(model, header.frame, pixels)[1]
     sizes = []
     for emphasis in (0.5, 1.0, 2.0):
-        found = search.improve(model, header, pixels, codes, 8, tuning.flat(model.config, header.quality, emphasis))
+        found = search.improve(
+            model, header.frame, pixels, codes, 8, tuning.flat(model.config, header.quality, emphasis)
+        )
         with coding.exact(model):
-            sizes.append(sum(map(len, coding.encode(model, header, found))))
+            sizes.append(sum(map(len, coding.encode(model, header.frame, found))))
     assert sizes[0] < sizes[1] < sizes[2]
 
 

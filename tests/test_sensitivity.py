@@ -4,12 +4,13 @@ import models
 import numpy as np
 import pytest
 import torch
-from models import picture
+from models import TINY, picture
 from torch import Tensor
 
-from vqcodec import codec, coding, synthesis, tuning
-from vqcodec.bitstream import Header
-from vqcodec.models.config import TINY
+from vqcodec import coding, tuning
+from vqcodec.encoder import encode
+from vqcodec.frame import Frame
+from vqcodec.models.model import Estimate, walk
 from vqcodec.train import sensitivity
 from vqcodec.train.sensitivity import AMPLITUDE, QUALITIES, measure
 from vqcodec.tuning import Tuning
@@ -28,9 +29,9 @@ def measured(pictures: list[np.ndarray]) -> Tuning:
     return measure(models.tiny_model(), pictures)
 
 
-def header_of(pixels: np.ndarray, quality: int = QUALITY) -> Header:
+def frame_of(pixels: np.ndarray, quality: int = QUALITY) -> Frame:
     height, width = pixels.shape[:2]
-    return Header(width, height, quality, models.tiny_model().id, TINY.layers, 0)
+    return Frame(width, height, quality)
 
 
 def test_numbers_are_positive_and_finite(measured: Tuning) -> None:
@@ -57,7 +58,7 @@ def test_files_are_as_large_as_without(measured: Tuning, pictures: list[np.ndarr
             unbalanced = tuning.Importance(tuned.weight / balance, tuned.planes, tuned.places)
             with coding.exact(model):
                 for number, how in enumerate((None, tuned, unbalanced)):
-                    sums[number] += sum(map(len, codec.encode(model, header_of(pixels, quality), pixels, how)[0]))
+                    sums[number] += sum(map(len, encode(model, frame_of(pixels, quality), pixels, how)[0]))
         sizes.append(sums)
     plain, balanced, unbalanced = np.array(sizes, float).T
     assert np.abs(balanced / plain - 1).max() < 0.04
@@ -76,25 +77,18 @@ def test_it_is_reproducible(pictures: list[np.ndarray], monkeypatch: pytest.Monk
 def effects(pixels: np.ndarray, codes: list[Tensor], errors: list[Tensor]) -> Tensor:
     """Squared error and visual distance of codes with errors, (1, C, h, w) a level, in steps."""
     model, quality = models.tiny_model(), torch.tensor([QUALITY])
-    estimate = None
-    for level, stage in enumerate(TINY.levels):
-        estimate = synthesis.begin(model, level, estimate, errors[level].shape, quality)
-        for index, span in enumerate(stage.spans):
-            piece = model.vqvae.slice(level, index)
-            estimate = synthesis.refine(model, level, index, estimate, quality)
-            scale = piece.steps(quality).repeat_interleave(piece.dim, 1)[:, :, None, None]
-            own = slice(piece.start, piece.stop)
-            estimate[:, own] += synthesis.vectors(piece, scale, codes[level][:, :, span].long())
-            estimate[:, own] += errors[level][:, own] * scale
-    assert estimate is not None
-    restored, original = model.vqvae.descend(len(codes) - 1, estimate, quality), models.batch(pixels)
+    estimate = Estimate(model.vqvae, quality, *pixels.shape[:2])
+    for piece in walk(model.levels, estimate):
+        vectors = piece.vectors(codes[piece.level][None, :, :, piece.planes].long())
+        estimate.add(vectors + errors[piece.level][:, piece.channels])
+    restored, original = estimate.pixels(), models.batch(pixels)
     return torch.stack([(restored - original).square().mean(), visual_distance(restored, original)[0]])
 
 
 def restored_codes(pixels: np.ndarray) -> list[Tensor]:
     model = models.tiny_model()
     with coding.exact(model):
-        codes: list[Tensor] = codec.encode(model, header_of(pixels), pixels)[1]
+        codes: list[Tensor] = encode(model, frame_of(pixels), pixels)[1]
     return codes
 
 

@@ -8,7 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vqcodec.errors import TargetError
-from vqcodec.target import CLOSE, MEASURES, MOST_EMPHASIS, TUNING_PROBES, Setting, Target, bracket, largest_within, tune
+from vqcodec.target import (
+    CLOSE,
+    EMPHASIS_TRIALS,
+    MEASURES,
+    MOST_EMPHASIS,
+    Setting,
+    Target,
+    bracket,
+    fit_emphasis,
+    largest_within,
+)
 
 SLOPE = MEASURES["size"].slope
 
@@ -32,7 +42,7 @@ class Curve:
 def test_the_nearest_quality_is_found_in_a_few_probes(wanted: float, bend: float) -> None:
     curve = Curve(bend=bend)
     quality = Target("size", wanted).find(curve).quality
-    assert curve.calls <= 10 + TUNING_PROBES
+    assert curve.calls <= 10 + EMPHASIS_TRIALS
     reached = curve(Setting(quality))
     others = [curve(Setting(q)) for q in (quality - 1, quality + 1) if 1 <= q <= 100]
     assert all(abs(math.log(reached / wanted)) <= abs(math.log(other / wanted)) + 1e-9 for other in others)
@@ -65,7 +75,7 @@ def test_psnr() -> None:
     ids=["constant", "infinite", "worse"],
 )
 def test_an_emphasis_that_does_not_help_is_left_alone(measure: Callable[[Setting], float]) -> None:
-    assert tune(measure, 50, 5.0, 5.02, SLOPE) == (Setting(50), 5.0)
+    assert fit_emphasis(measure, 50, 5.0, 5.02, SLOPE) == (Setting(50), 5.0)
 
 
 def test_emphasis_stays_small() -> None:
@@ -76,7 +86,7 @@ def test_emphasis_stays_small() -> None:
         return 5 + 0.001 * math.log(setting.emphasis)
 
     for goal in (5.03, 4.97):
-        tune(hardly, 50, 5.0, goal, SLOPE)
+        fit_emphasis(hardly, 50, 5.0, goal, SLOPE)
     assert max(asked) == pytest.approx(math.exp(MOST_EMPHASIS)) and min(asked) == pytest.approx(
         math.exp(-MOST_EMPHASIS)
     )
@@ -86,7 +96,7 @@ def test_sizes_that_move_in_steps() -> None:
     def steps(setting: Setting) -> float:
         return math.log(500 + 16 * round(10 * math.log(setting.emphasis)))
 
-    setting, reached = tune(steps, 50, math.log(500), math.log(516), SLOPE)
+    setting, reached = fit_emphasis(steps, 50, math.log(500), math.log(516), SLOPE)
     assert reached == math.log(516) == steps(setting)
 
 
@@ -98,12 +108,15 @@ def test_tuned_within(gap: float, elastic: float) -> None:
         asked.append(5 + elastic * math.log(setting.emphasis))
         return asked[-1]
 
-    _, reached = tune(measure, 50, 5.0, goal, SLOPE, within=True)
+    _, reached = fit_emphasis(measure, 50, 5.0, goal, SLOPE, within=True)
     assert reached == max([5.0, *(value for value in asked if value <= goal)])
 
 
 def test_a_step_over_the_goal_is_not_taken() -> None:
-    assert tune(lambda s: 6.0 if s.emphasis > 1 else 5.0, 50, 5.0, 5.02, SLOPE, within=True) == (Setting(50), 5.0)
+    assert fit_emphasis(lambda s: 6.0 if s.emphasis > 1 else 5.0, 50, 5.0, 5.02, SLOPE, within=True) == (
+        Setting(50),
+        5.0,
+    )
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,14 @@ import models
 import numpy as np
 import pytest
 import torch
+from models import TINY
 from safetensors.torch import load_file, save_file
 from trainer import BOOKKEEPING, SMALL, Run, checkpoint_of, log_of, make_pictures, run, sheet_of, small_runs
 
 from vqcodec import codec, tuning, weights
 from vqcodec.errors import TrainingError, WeightsError
 from vqcodec.metrics import ms_ssim, psnr
-from vqcodec.models.config import PHOTO, TINY, SliceConfig
+from vqcodec.models.config import Config, PriorConfig, SliceConfig
 from vqcodec.ssimulacra2 import ssimulacra2
 from vqcodec.train import perceptual, sensitivity
 from vqcodec.train import run as training
@@ -267,7 +268,7 @@ def test_an_interrupted_save_leaves_the_last_checkpoint(
 SCRIPT = """
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from vqcodec.models.config import Config
 from vqcodec.train import run as training
 from vqcodec.train.schedule import Schedule
 
@@ -277,7 +278,7 @@ if __name__ == "__main__":
     training.train(
         [Path(sys.argv[1])],
         Path(sys.argv[2]),
-        config="tiny",
+        config=Config.from_json({config!r}),
         minutes=float(sys.argv[3]),
         device="cpu",
         schedule={schedule!r},
@@ -288,9 +289,8 @@ if __name__ == "__main__":
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
     path = tmp_path / "run.py"
-    path.write_text(
-        SCRIPT.format(settings={**BOOKKEEPING, "CHECKPOINT_SECONDS": 0.1}, schedule=SMALL), encoding="utf-8"
-    )
+    settings = {**BOOKKEEPING, "CHECKPOINT_SECONDS": 0.1}
+    path.write_text(SCRIPT.format(settings=settings, schedule=SMALL, config=TINY.to_json()), encoding="utf-8")
     return path
 
 
@@ -466,23 +466,13 @@ def test_start_from_weights(trained: Run, pictures: Path, tmp_path: Path, untune
 def test_the_configuration_comes_with_the_weights(
     trained: Run, pictures: Path, tmp_path: Path, unmeasured: None
 ) -> None:
-    """All of it, unless asked otherwise; the commitment is all that can be asked of a configuration of another shape."""
+    """All of it, unless another commitment is asked for."""
     first, second, third = trained.output, tmp_path / "second.safetensors", tmp_path / "third.safetensors"
     expected = dataclasses.replace(TINY, commitment=0.1)
-    run(pictures, second, 0.1, start_from=first, config=dataclasses.replace(PHOTO, commitment=0.1))
+    run(pictures, second, 0.1, start_from=first, config=expected)
     assert weights.load(second).config == expected
     run(pictures, third, 0.1, start_from=second, config=None)
     assert weights.load(third).config == expected
-
-
-def test_codebooks_grow(trained: Run, pictures: Path, tmp_path: Path, untuned: None) -> None:
-    first, second = trained.copy(tmp_path), tmp_path / "second.safetensors"
-    fine = TINY.stages[1]
-    more = dataclasses.replace(fine, slices=(fine.slices[0], dataclasses.replace(fine.slices[1], codes=60)))
-    larger = dataclasses.replace(TINY, stages=(TINY.stages[0], more, TINY.stages[2]))
-    run(pictures, second, 0.2, start_from=first, config=larger)
-    assert weights.load(second).config == larger
-    assert log_of(second)[0]["cost"] == pytest.approx(log_of(first)[-1]["cost"], rel=0.03), "and say what they said"
 
 
 def test_what_stood_in_for_the_prior_goes_on(
@@ -527,6 +517,23 @@ def test_weights_go_on_by_their_own_schedule(
 
 
 # Errors
+
+
+@pytest.mark.parametrize(
+    ("config", "fields"),
+    [
+        ("photo", "name, stages, prior"),
+        (dataclasses.replace(TINY, name="mine", commitment=0.3), "name"),
+        (dataclasses.replace(TINY, prior=PriorConfig(channels=24, embedding=16)), "prior"),
+    ],
+)
+def test_weights_of_another_configuration(pictures: Path, tmp_path: Path, config: str | Config, fields: str) -> None:
+    name = config if isinstance(config, str) else config.name
+    with pytest.raises(
+        TrainingError, match=rf"tiny\.safetensors has another configuration than '{name}', differing in {fields}$"
+    ):
+        run(pictures, tmp_path / "mine.safetensors", 1, start_from=models.tiny_weights(), config=config)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_to_train_on(tmp_path: Path, small: None) -> None:

@@ -11,12 +11,13 @@ import models
 import numpy as np
 import pytest
 import torch
-from models import Pixels, picture
+from models import TINY, Pixels, picture
 
-from vqcodec import bitstream, codec, coding, tuning
+from vqcodec import bitstream, codec, coding, encoder, tuning
 from vqcodec.bitstream import Header
 from vqcodec.errors import WeightsError
-from vqcodec.models.config import PHOTO, TINY, VQVAE_MNIST, Config
+from vqcodec.models.config import Config
+from vqcodec.models.recipes import PHOTO, VQVAE_MNIST
 from vqcodec.target import Target
 from vqcodec.tuning import LEAST_VARIANCE, SHARE, USUAL_VARIANCE, Importance, activity
 
@@ -238,7 +239,7 @@ def encoded(importance: Importance | None, pixels: Pixels, tile: int = 0) -> tup
     height, width = pixels.shape[:2]
     header = Header(width, height, 50, model.id, model.config.layers, tile)
     with coding.exact(model):
-        segments, codes = codec.encode(model, header, pixels, importance)
+        segments, codes = encoder.encode(model, header.frame, pixels, importance)
     return bitstream.write(header, (), segments), codes
 
 

@@ -9,22 +9,24 @@ import models
 import numpy as np
 import pytest
 import torch
+from models import TINY
 from torch import Tensor, nn
 from torch.nn import functional
 
 from vqcodec.models import vqvae
-from vqcodec.models.config import NAMED, PHOTO, TINY, VQVAE2, Config
+from vqcodec.models.config import Config
 from vqcodec.models.prior import Prior
+from vqcodec.models.recipes import NAMED, PHOTO, PHOTO_FAST, VQVAE2
 from vqcodec.models.vqvae import (
     KNOTS,
     VQVAE,
+    Lap,
     Linear1x1,
     Stage,
     _Moments,
-    lapped_filter,
-    principal_components,
     usual_step,
 )
+from vqcodec.train.start import lapped_filter, principal_components, start_from_pictures
 
 QUALITY = torch.tensor([50])
 
@@ -34,7 +36,7 @@ def started(config: Config = TINY) -> VQVAE:
     """On its KLT start, not trained; not to be changed."""
     torch.manual_seed(0)
     model = VQVAE(config)
-    model.start_from_pictures(models.batch(*(models.picture(256, 256, seed) for seed in range(4))))
+    start_from_pictures(model, models.batch(*(models.picture(256, 256, seed) for seed in range(4))))
     return model.requires_grad_(False)
 
 
@@ -299,10 +301,10 @@ def test_bfloat16_autocast_keeps_latents_precise() -> None:
 
 
 def test_operations_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`macs_per_pixel` is what the decoder's layers do, slices included, for a picture."""
+    """`macs_per_pixel` is what the layers of each part do for a picture."""
     done = 0
     model = shaken()
-    estimates = model.analyse(models.batch(models.picture(64, 128)), QUALITY)
+    expected = model.macs_per_pixel()
     conv2d, linear = functional.conv2d, functional.linear
 
     def counted_conv2d(x: Tensor, weight: Tensor, *rest: object) -> Tensor:
@@ -320,21 +322,35 @@ def test_operations_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functional, "conv2d", counted_conv2d)
     monkeypatch.setattr(functional, "linear", counted_linear)
     monkeypatch.setattr(nn.Conv2d, "_conv_forward", lambda self, x, w, b: counted_conv2d(x, w, b, 1, self.padding))
+    # A lap leaves half a block out along each edge.
+    lap = model.stage(1).lap
+    assert isinstance(lap, Lap)
+    left_out = (8 * 16 - 7 * 15) * lap.change.weight.numel()
+
+    def of_one_part() -> float:
+        nonlocal done
+        counted, done = done, 0
+        return counted / (64 * 128)
+
+    estimates = model.analyse(models.batch(models.picture(64, 128)), QUALITY)
+    assert of_one_part() + left_out / (64 * 128) == pytest.approx(expected["encoder"])
     for level, estimate in enumerate(estimates):
         for index in range(len(model.level_slices(level))):
             model.refine(level, index, estimate, QUALITY)
+    assert of_one_part() == pytest.approx(expected["refinement"])
+    for level, estimate in enumerate(estimates):
         model.descend(level, estimate, QUALITY)
-    # A lap leaves half a block out along each edge.
-    stage = model.stage(1)
-    assert stage.unlap is not None
-    left_out = 8 * 16 - 7 * 15
-    done += left_out * stage.unlap.change.weight.numel()
-    assert done / (64 * 128) == pytest.approx(model.macs_per_pixel())
+    assert of_one_part() + left_out / (64 * 128) == pytest.approx(expected["decoder"])
 
 
-def test_photo_decodes_within_its_budget() -> None:
-    """DESIGN.md: at most 60 kMAC per pixel for decoder and prior together."""
-    assert VQVAE(PHOTO).macs_per_pixel() + Prior(PHOTO).macs_per_pixel(PHOTO) <= 60_000
+@pytest.mark.parametrize(
+    ("config", "decoding", "encoding"), [(PHOTO, 60, 33), (PHOTO_FAST, 10, 16)], ids=["photo", "fast"]
+)
+def test_photo_models_stay_within_their_budgets(config: Config, decoding: float, encoding: float) -> None:
+    """kMAC per pixel of refinement, decoder and prior together, and of the encoder."""
+    macs = VQVAE(config).macs_per_pixel()
+    assert macs["refinement"] + macs["decoder"] + Prior(config).macs_per_pixel(config) <= 1000 * decoding
+    assert macs["encoder"] <= 1000 * encoding
 
 
 def test_linear_is_a_pointwise_convolution() -> None:

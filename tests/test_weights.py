@@ -12,12 +12,12 @@ import models
 import numpy as np
 import pytest
 import torch
+from models import TINY
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from vqcodec import weights
 from vqcodec.errors import WeightsError
-from vqcodec.models.config import TINY
 from vqcodec.models.prior import Prior
 
 
@@ -251,7 +251,11 @@ def test_describe(data: bytes) -> None:
     assert found["notes"] == {"made by": "tests/models.py"}
     model = models.tiny()
     assert found["prior_kmac_per_pixel"] == round(Prior(TINY).macs_per_pixel(TINY) / 1000, 2) > 0
-    assert found["decoder_kmac_per_pixel"] == round(model.vqvae.macs_per_pixel() / 1000, 2) > 0
+    macs = model.vqvae.macs_per_pixel()
+    for part in ("encoder", "refinement", "decoder"):
+        assert found[f"{part}_kmac_per_pixel"] == round(macs[part] / 1000, 2) > 0
+    decoding = macs["refinement"] + macs["decoder"] + Prior(TINY).macs_per_pixel(TINY)
+    assert found["decoding_kmac_per_pixel"] == round(decoding / 1000, 2)
     assert found["parameters"] == sum(p.numel() for p in model.parameters())
     with pytest.raises(WeightsError, match="cannot read weights"):
         weights.describe(Path(__file__))

@@ -14,6 +14,7 @@ import models
 import numpy as np
 import pytest
 import torch
+from models import TINY
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -69,7 +70,7 @@ def run(pictures: Path, output: Path, seconds: float, **options: Any) -> list[Pr
         output,
         minutes=seconds / 60,
         on_progress=seen.append,
-        **{"config": "tiny", "device": "cpu", "schedule": SMALL} | options,
+        **{"config": TINY, "device": "cpu", "schedule": SMALL} | options,
     )
     return seen
 

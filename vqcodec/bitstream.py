@@ -1,9 +1,9 @@
-"""The .vqz container: fields and byte strings <-> one file, as FORMAT.md specifies it. Standard library only.
+"""Reads and writes the .vqz container that FORMAT.md specifies. Standard library only.
 
     header (21 bytes) | chunk count, chunks (only if flagged) | segment 0 | segment 1 | ... | end of file
 
-Reading is strict: a file has one valid encoding, everything in it is covered by a check value, and whatever is wrong
-raises a FormatError. What is inside a segment is the business of the entropy coder.
+Reading is strict: the same content has only one valid encoding, a checksum covers every byte, and any error raises a
+FormatError. The entropy coder defines what a segment holds.
 """
 
 import re
@@ -21,6 +21,7 @@ from vqcodec.errors import (
     TruncatedError,
     VersionError,
 )
+from vqcodec.frame import Frame
 
 MAGIC = b"VQZ\x1a"  # the last byte ends text output on some terminals and is not valid in a text file
 VERSION = 1
@@ -29,25 +30,25 @@ HEADER_BYTES = 21
 TILE_UNIT = 64
 MAX_TILE = 255 * TILE_UNIT
 
-# 400 million pixels are 1.2 GB of decoded RGB: more than any camera makes in one shot, and about what a desktop can hold.
-# A header of 21 bytes can promise 700,000 times as much, so the promise is checked before anything is allocated for it.
+# 400 million pixels are 1.2 GB of decoded RGB: more than any camera takes in one shot, and about what a desktop can
+# hold. A header of 21 bytes can state 700,000 times as many, so read() checks the number before it allocates memory.
 DEFAULT_MAX_PIXELS = 400_000_000
-# One reference per segment is kept even for a file cut after its header: a million of them are 8 MB.
+# Reading makes a list with an entry per segment, even if the file ends after its header: a million entries take 8 MB.
 MAX_SEGMENTS = 1 << 20
 
 _GREY, _HAS_CHUNKS = 1, 2  # bits of the flags byte
-_VARINT_BYTES = 5  # 35 bits: no length in a file reaches 32 GiB
+_VARINT_BYTES = 5  # 35 bits: every length is below 32 GiB
 _CRC_BYTES = 4
 
 
 @dataclass(frozen=True)
 class Header:
-    """What the first 21 bytes of a file say. A Header that exists is valid.
+    """The first 21 bytes of a file. The constructor checks all fields, so that every Header is valid.
 
     Args:
         width, height: size of the picture in pixels, 1 to 16,777,215.
-        quality: the setting the picture was compressed with, 1 to 100.
-        weights_id: 4 bytes that name the weights the picture was compressed with.
+        quality: the quality that the picture was compressed with, 1 to 100.
+        weights_id: the id of the weights that the picture was compressed with, 4 bytes.
         layers: number of progressive layers, 1 to 255.
         tile: side of a tile in pixels, a multiple of 64 up to 16,320; 0 if the whole picture is one tile.
         grey: whether the picture has a single channel.
@@ -81,9 +82,19 @@ class Header:
         if self.segments > MAX_SEGMENTS:
             raise LimitError(f"the header promises {self.segments} segments, the limit is {MAX_SEGMENTS}")
 
+    @staticmethod
+    def of(frame: Frame, weights_id: bytes, layers: int) -> "Header":
+        """The header of a picture with this frame, coded with these weights."""
+        return Header(frame.width, frame.height, frame.quality, weights_id, layers, frame.tile, frame.grey)
+
+    @property
+    def frame(self) -> Frame:
+        """What coding has to know of it."""
+        return Frame(self.width, self.height, self.quality, self.tile, self.grey)
+
     @property
     def tiles(self) -> tuple[int, int]:
-        """Rows and columns of tiles."""
+        """Number of rows and number of columns of tiles."""
         if self.tile == 0:
             return 1, 1
         return -(-self.height // self.tile), -(-self.width // self.tile)
@@ -105,11 +116,11 @@ class Chunk:
     """A piece of metadata.
 
     Args:
-        kind: 4 printable ASCII characters, the first a letter: a small one if readers may ignore the chunk.
+        kind: 4 printable ASCII characters, the first a letter. If it is lower case, readers may ignore the chunk.
         data: the metadata, any number of bytes.
 
     Raises:
-        HeaderError: the kind is not of that form.
+        HeaderError: the kind has another form.
     """
 
     kind: str
@@ -126,9 +137,9 @@ class Container:
 
     Args:
         header: the header.
-        chunks: metadata in the order of the file; kinds with a small first letter are kept, whatever they are.
-        segments: layer by layer, the tiles of a layer in raster order; None where missing or damaged.
-        problems: one line for each thing that is wrong; empty if the file is whole.
+        chunks: metadata in the order of the file, with unknown kinds that readers may ignore.
+        segments: layer by layer, the tiles of a layer in raster order; None if missing or damaged.
+        problems: one line for each error in the file; empty if there is none.
     """
 
     header: Header
@@ -139,15 +150,15 @@ class Container:
 
 @dataclass(frozen=True)
 class Info:
-    """What can be said about a file without decoding it.
+    """A description of a file, made without decoding it.
 
     Args:
         header: the header.
         file_bytes: size of the file.
         bits_per_pixel: bits of the whole file per pixel of the picture.
         chunks: kind of each chunk and the size of its data in bytes.
-        layer_bytes: for each layer, the bytes its segments take in the file, their lengths and checksums included.
-            The segments end the file, so cutting the last n layers off is cutting sum(layer_bytes[-n:]) bytes off.
+        layer_bytes: for each layer, the bytes of its segments in the file, with their lengths and checksums. The
+            segments are the last part of the file: without the last n layers, it has sum(layer_bytes[-n:]) bytes less.
     """
 
     header: Header
@@ -157,22 +168,8 @@ class Info:
     layer_bytes: tuple[int, ...]
 
 
-def tile_boxes(header: Header) -> list[tuple[int, int, int, int]]:
-    """Where the tiles are in the picture.
-
-    Returns:
-        (top, left, height, width) of each tile in pixels, in raster order; tiles at the right and bottom may be smaller.
-    """
-    side = header.tile or max(header.width, header.height)
-    return [
-        (top, left, min(side, header.height - top), min(side, header.width - left))
-        for top in range(0, header.height, side)
-        for left in range(0, header.width, side)
-    ]
-
-
 def write(header: Header, chunks: Sequence[Chunk], segments: Sequence[bytes]) -> bytes:
-    """Make a file.
+    """Write the bytes of a file.
 
     Args:
         header: the header.
@@ -180,7 +177,7 @@ def write(header: Header, chunks: Sequence[Chunk], segments: Sequence[bytes]) ->
         segments: header.segments byte strings: layer by layer, the tiles of a layer in raster order.
 
     Raises:
-        HeaderError: a chunk kind is unknown and starts with a capital letter, or is there twice.
+        HeaderError: a chunk kind is unknown and starts with a capital letter, or occurs twice.
         ValueError: the number of segments is not header.segments.
     """
     if len(segments) != header.segments:
@@ -198,16 +195,16 @@ def write(header: Header, chunks: Sequence[Chunk], segments: Sequence[bytes]) ->
 
 
 def read(data: bytes, *, max_pixels: int | None = DEFAULT_MAX_PIXELS, partial: bool = False) -> Container:
-    """Take a file apart and check every byte of it.
+    """Read the parts of a file and check every byte.
 
     Args:
         data: the whole file.
         max_pixels: largest width x height to accept; None for no limit.
-        partial: accept a file that is cut or damaged after its chunks: segments that are missing or whose checksum is
-            wrong are None, and Container.problems says why.
+        partial: accept a file that is cut or damaged after its chunks. Segments that are missing or have a wrong
+            checksum are then None, and Container.problems says why.
 
     Raises:
-        FormatError: one of its subclasses says what is wrong with the file. No other exception, whatever the bytes.
+        FormatError: the file is not valid; the subclass says why. No bytes cause another exception.
     """
     header, has_chunks = _unpack_header(data)
     if max_pixels is not None and header.pixels > max_pixels:
@@ -238,23 +235,23 @@ def read(data: bytes, *, max_pixels: int | None = DEFAULT_MAX_PIXELS, partial: b
 
 
 def read_header(data: bytes) -> Header:
-    """Read the header of a file from its first 21 bytes; what follows them does not matter.
+    """Read the header of a file from its first 21 bytes. The bytes after them are not looked at.
 
     Raises:
-        FormatError: one of its subclasses says what is wrong with the header.
+        FormatError: the header is not valid; the subclass says why.
     """
     return _unpack_header(data)[0]
 
 
 def read_info(data: bytes) -> Info:
-    """Describe a file without decoding it; the whole container is checked on the way, at any size of picture.
+    """Describe a file without decoding it. The whole container is checked; the picture may have any size.
 
     Raises:
-        FormatError: as read().
+        FormatError: the file is not valid; the subclass says why.
     """
     container = read(data, max_pixels=None)
     header = container.header
-    sizes = [len(segment) for segment in container.segments if segment is not None]  # strict reading leaves no None
+    sizes = [len(segment) for segment in container.segments if segment is not None]  # without `partial`, none is None
     stored = [len(_varint(size)) + _CRC_BYTES + size for size in sizes]
     tiles = header.segments // header.layers
     return Info(
@@ -267,7 +264,7 @@ def read_info(data: bytes) -> Info:
 
 
 class _Reader:
-    """Walks through the bytes of a file; each step checks that what it is about to read is really there."""
+    """Reads the bytes of a file one after the other, and checks each time that they are there."""
 
     def __init__(self, data: bytes, offset: int) -> None:
         self.data = data
@@ -328,11 +325,11 @@ def _pack_header(header: Header, has_chunks: bool) -> bytes:
 
 
 def _unpack_header(data: bytes) -> tuple[Header, bool]:
-    """Header, and whether chunks follow it."""
+    """Return the header, and whether chunks follow it."""
     start = data[: len(MAGIC)]
     if start != MAGIC[: len(start)]:
         raise NotVqzError(f"the file starts with {start.hex(' ')}, a .vqz file with {MAGIC.hex(' ')}")
-    # The version comes before everything else, because another version may have another header.
+    # The version is checked before everything else, because another version may have another header.
     if len(data) > len(MAGIC):
         _check_version(data[len(MAGIC)])
     if len(data) < HEADER_BYTES:
@@ -358,7 +355,7 @@ def _crc(data: bytes, start: int = 0) -> bytes:
 
 
 def _segment_crc(index: int, data: bytes) -> bytes:
-    """CRC-32 of a segment, its place in the file included so that swapped segments are noticed."""
+    """CRC-32 of the index of a segment and its data. The index detects swapped segments."""
     return _crc(data, start=zlib.crc32(index.to_bytes(4, "little")))
 
 

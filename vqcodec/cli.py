@@ -1,37 +1,29 @@
-"""The command line: arguments -> calls of the library. Only here: click, exit codes, terminals.
+"""The commands of vqcodec: each checks its arguments, calls the library and returns an exit code.
 
-Exit codes: 0 all done, 1 some file failed, 2 wrong usage, 130 interrupted. Everything but data goes to stderr.
-Modules that import numpy or torch are imported inside the commands, after what can fail cheaply has been checked.
+Exit codes: 0 everything was done, 1 at least one file failed, 2 wrong usage, 130 interrupted. Only data goes to stdout.
+The commands import numpy and torch themselves, after the checks that need neither.
 """
 
 import contextlib
-import json
-import logging
 import math
 import os
-import re
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from vqcodec import __version__, bitstream, files, packaged
+from vqcodec import __version__, bitstream, files, options, packaged, terminal
 from vqcodec.errors import VqcodecError
 from vqcodec.packaged import TUNES
 from vqcodec.target import HIGHEST, LOWEST, Target
-
-if TYPE_CHECKING:
-    from vqcodec.image import Picture
-    from vqcodec.train.run import Progress
+from vqcodec.terminal import ErrorReport
 
 
 class _Program(click.Group):
-    """A group whose errors are one line each, with the exit codes above."""
+    """A command group that reports wrong usage and interruption in one line, with the exit codes above."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run the command line and exit the process."""
@@ -42,105 +34,12 @@ class _Program(click.Group):
         except click.ClickException as error:
             context = getattr(error, "ctx", None)
             path = context.command_path if context else "vqcodec"
-            _say(f"vqcodec: {error.format_message()} (see {path} --help)")
+            terminal.say(f"vqcodec: {error.format_message()} (see {path} --help)")
             status = 2
         except click.Abort:
-            _say("vqcodec: interrupted")
+            terminal.say("vqcodec: interrupted")
             status = 130
         sys.exit(status)
-
-
-class _Outcome:
-    """Counts what fails, after saying why in one line."""
-
-    def __init__(self) -> None:
-        self.failed = 0
-
-    @contextlib.contextmanager
-    def of(self, name: str) -> Iterator[None]:
-        """Report an exception of the body as a failure of the file that is called name, and go on."""
-        try:
-            yield
-        except (click.ClickException, click.Abort):
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever fails in one file, the others go on
-            self.failed += 1
-            if click.get_current_context().find_root().params["debug"]:
-                traceback.print_exc()
-            if isinstance(error, OSError) and error.filename is not None:
-                name = str(error.filename)
-            _say(f"vqcodec: {name}: {_message(error)}")
-
-    @property
-    def status(self) -> int:
-        """The exit code."""
-        return 1 if self.failed else 0
-
-
-def _message(error: Exception) -> str:
-    if isinstance(error, MemoryError):
-        return "not enough memory"
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    line = next(iter(text.splitlines()), "")
-    if isinstance(error, (VqcodecError, OSError)):
-        return line
-    return f"{type(error).__name__}: {line} (vqcodec --debug ... shows where)"
-
-
-def _say(text: str) -> None:
-    """Write a line to stderr, in the place of a progress bar that may stand there."""
-    click.echo(("\r\x1b[K" if sys.stderr.isatty() else "") + text, err=True)
-
-
-class _Weights(click.Path):
-    """A weights file, or the name of a packaged one."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        with contextlib.suppress(VqcodecError):  # what is no file either is refused below
-            value = str(packaged.find(value))
-        return super().convert(value, param, ctx)
-
-
-def _weights_option(text: str) -> Callable[[Any], Any]:
-    return click.option("--weights", type=_Weights(exists=True, dir_okay=False, readable=True), help=text)
-
-
-_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
-
-
-def _size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
-    """Bytes of a text like 50000, 50KB, 48.8KiB or 1.5MB."""
-    if value is None:
-        return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?i?)b?", value.strip().lower())
-    size = int(Decimal(found[1]) * _UNITS[found[2]]) if found and found[2] in _UNITS else 0
-    if size < 1:
-        raise click.BadParameter(f"{value!r} is not a size like 50000, 50KB or 1.5MiB.")
-    return size
-
-
-_above_zero = click.FloatRange(min=0, min_open=True)
-_inputs = click.argument("inputs", metavar="IN...", nargs=-1, required=True, type=click.Path(allow_dash=True))
-_output = click.option(
-    "-o",
-    "--output",
-    metavar="OUT",
-    type=click.Path(allow_dash=True),
-    help="File, folder, or - for standard output.  [default: a name like that of IN]",
-)
-_picture = click.option(
-    "-o", "--output", metavar="OUT", type=click.Path(allow_dash=True), required=True, help="Picture to write."
-)
-_detail = click.option(
-    "-q", "--quality", type=click.IntRange(LOWEST, HIGHEST), default=50, show_default=True, help="How much detail."
-)
-_device = click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to compute."
-)
-_force = click.option("-f", "--force", is_flag=True, help="Overwrite existing files.")
-_quiet = click.option("--quiet", is_flag=True, help="Print errors only.")
-_weights = _weights_option("Weights file, or name of packaged ones, instead of the photo model.")
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.group(
@@ -162,49 +61,47 @@ def main(debug: bool) -> None:
     Shell completion: eval "$(_VQCODEC_COMPLETE=bash_source vqcodec)", likewise zsh_source, and fish_source piped to
     source.
     """
-    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what matters of it arrives as an exception or a warning
+    terminal.silence_libraries()
 
 
 @main.command()
-@_inputs
-@_output
+@options.inputs
+@options.output
 @click.option(
     "-q",
     "--quality",
     type=click.IntRange(LOWEST, HIGHEST),
     show_default="50",
-    help="From small to beautiful.",
+    help="1 makes the smallest file, 100 the best picture.",
 )
-@click.option("--target-size", callback=_size, metavar="SIZE", help="Make a file of about SIZE.")
-@click.option("--target-bpp", type=_above_zero, metavar="BITS", help="... of about so many bits per pixel.")
-@click.option("--target-psnr", type=_above_zero, metavar="DB", help="... whose picture comes to this PSNR.")
+@options.size_option("--target-size", "Make a file of about SIZE.")
+@click.option("--target-bpp", type=options.ABOVE_ZERO, metavar="BITS", help="Make a file of about BITS per pixel.")
+@click.option("--target-psnr", type=options.ABOVE_ZERO, metavar="DB", help="Make a file with about this PSNR.")
 @click.option(
     "--target-ssimulacra2",
     type=click.FloatRange(max=100, max_open=True),
     metavar="POINTS",
-    help="... to this SSIMULACRA2: 90 cannot be told from the original, 70 is high, 50 medium quality.",
+    help="Make a file with about this SSIMULACRA2: 90 looks like the original, 70 is high and 50 medium quality.",
 )
-@click.option(
-    "--max-size", callback=_size, metavar="SIZE", help="Never write more than SIZE; without -q or a target, fill it."
-)
+@options.size_option("--max-size", "Never write a larger file. Without -q and targets, make the best file up to SIZE.")
 @click.option(
     "--effort",
     type=click.IntRange(1, 9),
     default=1,
     show_default=True,
-    help="How long to search for better codes: 3 takes five times as long as 1, 9 about a hundred times.",
+    help="How long to search for better codes. 3 takes about five times as long as 1, 9 about a hundred times.",
 )
 @click.option(
     "--tune",
     type=click.Choice(TUNES),
-    help="Spend bits where the eye sees errors, or for the least squared error.  "
+    help="Optimise for what the eye sees (SSIMULACRA2), or for squared error.  "
     "[default: visual; psnr with --target-psnr]",
 )
-@_weights
-@_device
-@_force
-@click.option("--verify", is_flag=True, help="Decode the result and compare before writing it.")
-@_quiet
+@options.weights
+@options.device
+@options.force
+@click.option("--verify", is_flag=True, help="Decode the file again before writing it, and compare the codes.")
+@options.quiet
 def compress(
     inputs: tuple[str, ...],
     output: str | None,
@@ -224,10 +121,12 @@ def compress(
 ) -> int:
     """Compress pictures: PNG, JPEG, WebP, AVIF, TIFF, BMP, GIF, PNM.
 
-    IN is a picture, a folder to search for pictures, or - for standard input. photo.png becomes photo.vqz beside it
-    unless -o says otherwise; for several inputs, -o is a folder. A SIZE is in bytes, or like 50KB (50,000) or 50KiB
-    (51,200). To meet a target several settings are tried, for a size about eight. Most lie between two qualities: -q with
-    the one that is shown comes close.
+    IN is a picture, a folder that is searched for pictures, or - for standard input. photo.png becomes photo.vqz beside
+    it unless -o says otherwise. With several inputs, -o is a folder.
+
+    SIZE is a number of bytes, or has a unit: 50KB is 50,000 bytes and 50KiB is 51,200. A target needs several trial
+    encodings, about eight for a size. It usually lies between two qualities, so -q with the quality shown only comes
+    close to it.
 
     \b
     Examples:
@@ -251,7 +150,7 @@ def compress(
         start = time.perf_counter()
         data = files.read(job.source)
         picture = image.load(data, max_pixels=bitstream.DEFAULT_MAX_PIXELS)
-        with _search_bar(effort > 1 and len(jobs) == 1 and not quiet) as show:
+        with terminal.search_bar(wanted=effort > 1 and len(jobs) == 1 and not quiet) as show:
             encoded = codec.compress(
                 picture,
                 quality=quality,
@@ -267,26 +166,34 @@ def compress(
         files.write(job.target, encoded, overwrite=force)
         if not quiet:
             for note in picture.notes:
-                _say(f"vqcodec: {job.source}: note: {note}")
-            chosen = f", quality {bitstream.read_info(encoded).header.quality}" if target or max_size else ""
-            _say_result(job, picture, len(data), len(encoded), len(encoded), start, chosen)
+                terminal.say(f"vqcodec: {job.source}: note: {note}")
+            found = bitstream.read_header(encoded).quality if target or max_size else None
+            terminal.say_result(
+                job,
+                picture,
+                read=len(data),
+                written=len(encoded),
+                compressed=len(encoded),
+                seconds=time.perf_counter() - start,
+                quality=found,
+            )
         return len(data), len(encoded)
 
     return _run(jobs, work, overwrite=force, quiet=quiet)
 
 
 @main.command()
-@_inputs
-@_output
+@options.inputs
+@options.output
 @click.option(
     "--look",
     type=click.Choice(packaged.LOOKS),
     default=packaged.LOOKS[0],
     show_default=True,
-    help="Nearest to the pixels of the original, or to what it looks like.",
+    help="Stay closest to the pixels of the original, or look most like a photo.",
 )
-@click.option("--partial", is_flag=True, help="Decode what is whole of a cut or damaged file.")
-@click.option("--test", is_flag=True, help="Decode and write nothing.")
+@click.option("--partial", is_flag=True, help="Decode the intact parts of a cut or damaged file.")
+@click.option("--test", is_flag=True, help="Decode, but write nothing.")
 @click.option(
     "--max-pixels",
     type=click.IntRange(min=1),
@@ -294,10 +201,10 @@ def compress(
     show_default=True,
     help="Refuse larger pictures.",
 )
-@_weights
-@_device
-@_force
-@_quiet
+@options.weights
+@options.device
+@options.force
+@options.quiet
 def decompress(
     inputs: tuple[str, ...],
     output: str | None,
@@ -312,9 +219,9 @@ def decompress(
 ) -> int:
     """Restore pictures from .vqz files.
 
-    IN is a .vqz file, a folder to search for them, or - for standard input. photo.vqz becomes photo.png beside it unless
-    -o says otherwise; the suffix of OUT (.png .jpg .webp .avif .tif .bmp .ppm) says the format. For several inputs, -o is
-    a folder. Standard output gets PNG.
+    IN is a .vqz file, a folder that is searched for .vqz files, or - for standard input. photo.vqz becomes photo.png
+    beside it unless -o says otherwise. The suffix of OUT (.png .jpg .webp .avif .tif .bmp .ppm) sets the format;
+    standard output gets PNG. With several inputs, -o is a folder.
 
     \b
     Examples:
@@ -324,7 +231,7 @@ def decompress(
     if test and output is not None:
         raise click.UsageError("--test writes nothing, so -o has no use.")
     if test and partial:
-        raise click.UsageError("--test asks whether files are whole, --partial makes do with less.")
+        raise click.UsageError("--test checks whether files are whole, so --partial has no use.")
     if test:
         with _usage():
             jobs = [files.Job(path, files.STREAM) for path, _ in files.find(inputs, files.VQZ_SUFFIXES)]
@@ -345,9 +252,17 @@ def decompress(
             encoded = image.save(picture, _suffix(job.target))
             files.write(job.target, encoded, overwrite=force)
         for problem in picture.notes:
-            _say(f"vqcodec: {job.source}: warning: {problem}")
+            terminal.say(f"vqcodec: {job.source}: warning: {problem}")
         if not quiet:
-            _say_result(job, picture, len(data), len(encoded), len(data), start, test=test)
+            terminal.say_result(
+                job,
+                picture,
+                read=len(data),
+                written=len(encoded),
+                compressed=len(data),
+                seconds=time.perf_counter() - start,
+                tested=test,
+            )
         return len(data), len(encoded)
 
     return _run(jobs, work, overwrite=force, quiet=quiet)
@@ -360,11 +275,11 @@ def decompress(
     is_flag=False,
     flag_value="",
     metavar="[FILE]",
-    help="Describe a weights file; without FILE, the photo model's.",
+    help="Describe a weights file; without FILE, the packaged photo model.",
 )
-@_json
+@options.as_json
 def info(paths: tuple[str, ...], weights: str | None, as_json: bool) -> int:
-    """Describe .vqz files without decoding them, or weights.
+    """Describe .vqz files without decoding them, or a weights file.
 
     \b
     Examples:
@@ -373,49 +288,43 @@ def info(paths: tuple[str, ...], weights: str | None, as_json: bool) -> int:
     """
     if (weights is None) == (not paths):
         raise click.UsageError("Give either files or --weights.")
-    outcome = _Outcome()
+    report = ErrorReport()
     if weights is not None:
-        with outcome.of("weights"):
-            from vqcodec import weights as weights_module
+        with report.errors_of("weights"):
+            from vqcodec.weights import describe
 
-            described = weights_module.describe(packaged.find(weights or None))
-            _print_table(described, as_json)
-        return outcome.status
+            terminal.print_table(describe(packaged.find(weights or None)), as_json=as_json)
+        return report.status
     with _usage():
         found = files.find(paths, files.VQZ_SUFFIXES)
     infos = []
     for path, _ in found:
-        with outcome.of(path):
+        with report.errors_of(path):
             infos.append((path, bitstream.read_info(files.read(path))))
-    if as_json:
-        click.echo(json.dumps([_info_json(path, about) for path, about in infos], indent=2))
-    else:
-        for path, about in infos:
-            click.echo(_info_text(path, about))
-    return outcome.status
+    terminal.print_infos(infos, as_json=as_json)
+    return report.status
 
 
 @main.command()
 @click.argument("first", metavar="A", type=click.Path())
 @click.argument("second", metavar="B", type=click.Path())
-@_weights
-@_device
-@_json
+@options.weights
+@options.device
+@options.as_json
 def compare(first: str, second: str, weights: str | None, device: str, as_json: bool) -> int:
-    """Compare two pictures: PSNR, MS-SSIM, and what .vqz files take.
+    """Compare two pictures by PSNR and MS-SSIM, and show the sizes of .vqz files.
 
-    The metrics are taken over the 8-bit RGB values as they are; transparency and colour profiles are not looked at. In
-    JSON, a number is null where there is none: the PSNR of equal pictures, the MS-SSIM of pictures below 11 pixels a
-    side.
+    Both metrics compare 8-bit RGB values. They ignore transparency and colour profiles. In JSON, the PSNR of equal
+    pictures is null, and so is the MS-SSIM of pictures with a side below 11 pixels.
 
     \b
     Example:
       vqcodec compare photo.png photo.vqz
     """
-    outcome = _Outcome()
+    report = ErrorReport()
     pictures, sizes = [], {}
     for path in (first, second):
-        with outcome.of(path):
+        with report.errors_of(path):
             from vqcodec import image
 
             data = files.read(path)
@@ -426,28 +335,19 @@ def compare(first: str, second: str, weights: str | None, device: str, as_json: 
                 sizes[path] = len(data)
             else:
                 pictures.append(image.load(data, max_pixels=bitstream.DEFAULT_MAX_PIXELS).pixels)
-    if outcome.failed:
-        return outcome.status
+    if report.failed:
+        return report.status
     from vqcodec import metrics
 
     a, b = pictures
     height, width, _ = a.shape
     if a.shape != b.shape:
-        _say(f"vqcodec: {second}: the picture has {b.shape[1]} x {b.shape[0]} pixels, {first} has {width} x {height}")
+        terminal.say(
+            f"vqcodec: {second}: the picture has {b.shape[1]} x {b.shape[0]} pixels, {first} has {width} x {height}"
+        )
         return 1
     psnr, ms_ssim = metrics.psnr(a, b), metrics.ms_ssim(a, b)
-    files_json = [
-        {"file": path, "bytes": size, "bpp": metrics.bits_per_pixel(size, width, height)}
-        for path, size in sizes.items()
-    ]
-    if as_json:
-        numbers = {"psnr": psnr, "ms_ssim": ms_ssim}
-        numbers_json = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        click.echo(json.dumps({"width": width, "height": height, "files": files_json, **numbers_json}, indent=2))
-    else:
-        for entry in files_json:
-            click.echo(f"{entry['file']}: {entry['bytes']:,} bytes, {entry['bpp']:.4f} bpp")
-        click.echo(f"PSNR {psnr:.2f} dB, MS-SSIM {ms_ssim:.4f}")
+    terminal.print_comparison(width, height, sizes, psnr=psnr, ms_ssim=ms_ssim, as_json=as_json)
     return 0
 
 
@@ -457,30 +357,30 @@ def compare(first: str, second: str, weights: str | None, device: str, as_json: 
 @click.option("--config", metavar="NAME|FILE", help="Configuration of the model.  [default: photo, or that of --from]")
 @click.option(
     "--minutes",
-    type=_above_zero,
+    type=options.ABOVE_ZERO,
     default=180,
     show_default=True,
-    help="How long to train, all parts of a resumed run together.",
+    help="How long to train. The time of a resumed run includes its earlier parts.",
 )
-@click.option("--resume", is_flag=True, help="Go on from the checkpoint of an earlier run with the same OUT.")
+@click.option("--resume", is_flag=True, help="Continue from the checkpoint of an earlier run with the same OUT.")
 @click.option(
     "--from",
     "start_from",
     metavar="FILE",
-    type=_Weights(exists=True, dir_okay=False, readable=True),
-    help="Train on from these weights, of whose configuration only the commitment, more codes and the rate model's scales can change.",
+    type=options.WeightsPath(),
+    help="Start from these weights and keep their configuration; --config can only change the commitment.",
 )
 @click.option(
     "--natural",
     "features",
     metavar="FEATURES",
     type=click.Path(exists=True, dir_okay=False, readable=True, path_type=Path),
-    help="Train the natural look of the weights --from, by LPIPS on these features of SqueezeNet 1.1.",
+    help="Train the natural look of the weights that --from names, with LPIPS on these features of SqueezeNet 1.1.",
 )
 @click.option(
     "--distortion",
     type=click.Choice(["mse", "visual"]),
-    help="What counts as error: squared error, or half of it how different pictures look (SSIMULACRA2).  "
+    help="Train for squared error, or half for squared error and half for visual distance (SSIMULACRA2).  "
     "[default: visual for the photo model]",
 )
 @click.option(
@@ -488,11 +388,11 @@ def compare(first: str, second: str, weights: str | None, device: str, as_json: 
     "judge",
     metavar="FEATURES",
     type=click.Path(exists=True, dir_okay=False, readable=True, path_type=Path),
-    help="Log LPIPS as well, on these features of AlexNet.",
+    help="Also log LPIPS, on these features of AlexNet.",
 )
-@_device
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of all random choices.")
-@_force
+@options.device
+@options.seed
+@options.force
 def train(
     pictures: tuple[str, ...],
     output: str,
@@ -507,10 +407,10 @@ def train(
     seed: int,
     force: bool,
 ) -> int:
-    """Train weights on picture files and on folders of them.
+    """Train weights on picture files and on folders of pictures.
 
-    Beside OUT lie a checkpoint (.ckpt), a log (.csv), a sheet of pictures before and after (.png) and what compress --tune visual
-    has to know of the weights (.visual.json).
+    Beside OUT, the command writes a checkpoint (.ckpt), a log (.csv), a sheet of pictures before and after compression
+    (.png) and the visual tuning, which compress --tune visual needs (.visual.json).
 
     \b
     Examples:
@@ -520,30 +420,16 @@ def train(
     """
     with _usage():
         found = files.find(pictures, files.PICTURE_SUFFIXES)
-    if Path(output).suffix != ".safetensors":
-        raise click.UsageError(f"OUT must end in .safetensors, got {output}")
-    if features is not None and start_from is None:
-        raise click.UsageError("--natural needs --from: the weights that the look is for.")
-    if features is not None and start_from is not None:
-        name = Path(start_from).with_suffix(".natural.safetensors").name
-        if Path(output).name != name:
-            raise click.UsageError(f"OUT of a natural look must be called {name} to be found, got {output}")
-        if config is not None:
-            raise click.UsageError("--natural has the configuration of --from: --config cannot change it.")
-    if not math.isfinite(minutes):
-        raise click.UsageError("--minutes must be a number.")
-    sheet = os.path.realpath(Path(output).with_suffix(".png"))
-    if any(os.path.realpath(path) == sheet for path, _ in found):
-        raise click.UsageError(f"the sheet of pictures beside OUT would replace the input {sheet}")
-    outcome = _Outcome()
+    _check_training(found, output, config=config, minutes=minutes, start_from=start_from, natural=features is not None)
+    report = ErrorReport()
     for path, _ in found:
-        with outcome.of(path):
+        with report.errors_of(path):
             files.check(files.Job(path, output), overwrite=force or resume)
             for suffix in (".ckpt", ".csv", ".png"):  # hours of work may lie in a checkpoint
                 files.check(files.Job(path, str(Path(output).with_suffix(suffix))), overwrite=force or resume)
-        if outcome.failed:
-            return outcome.status
-    with outcome.of(output), _training_bar() as show:
+        if report.failed:
+            return report.status
+    with report.errors_of(output), terminal.training_bar() as show:
         from vqcodec.train import run
 
         run.train(
@@ -559,31 +445,67 @@ def train(
             distortion=distortion,
             judge=judge,
             on_progress=show,
-            on_warning=lambda text: _say(f"vqcodec: warning: {text}"),
+            on_warning=terminal.warn,
         )
-    return outcome.status
+    return report.status
+
+
+def _check_training(
+    found: list[tuple[str, str]],
+    output: str,
+    *,
+    config: str | None,
+    minutes: float,
+    start_from: str | None,
+    natural: bool,
+) -> None:
+    """Refuse combinations of arguments that `train` cannot use.
+
+    Raises:
+        click.UsageError: these arguments do not go together.
+    """
+    if Path(output).suffix != ".safetensors":
+        raise click.UsageError(f"OUT must end in .safetensors, got {output}")
+    if natural:
+        if start_from is None:
+            raise click.UsageError("--natural needs --from: the weights that the look is for.")
+        name = Path(start_from).with_suffix(".natural.safetensors").name
+        if Path(output).name != name:
+            raise click.UsageError(f"OUT of a natural look must be called {name} to be found, got {output}")
+        if config is not None:
+            raise click.UsageError("--natural has the configuration of --from: --config cannot change it.")
+    if not math.isfinite(minutes):
+        raise click.UsageError("--minutes must be finite.")
+    sheet = os.path.realpath(Path(output).with_suffix(".png"))
+    if any(os.path.realpath(path) == sheet for path, _ in found):
+        raise click.UsageError(f"the sheet of pictures beside OUT would replace the input {sheet}")
 
 
 @main.command()
-@click.argument("weights", metavar="[WEIGHTS]", required=False, type=_Weights(exists=True, dir_okay=False))
-@_picture
-@click.option("-n", "count", type=click.IntRange(1, 1024), default=16, show_default=True, help="How many to draw.")
-@click.option("--size", type=click.IntRange(1, 2048), help="Pixels a side of each.  [default: 256]")
-@_detail
+@click.argument("weights", metavar="[WEIGHTS]", required=False, type=options.WeightsPath())
+@options.output_picture
+@click.option("-n", "count", type=click.IntRange(1, 1024), default=16, show_default=True, help="Number of pictures.")
+@click.option("--size", type=click.IntRange(1, 2048), help="Side of each picture in pixels.  [default: 256]")
+@options.quality
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0),
     default=1.0,
     show_default=True,
-    help="Below 1 the probable becomes more probable; at 0 there is no chance left.",
+    help="Below 1, probable codes are drawn more often; at 0, always the most probable.",
 )
-@click.option("--complete", metavar="PICTURE", type=click.Path(allow_dash=True), help="Complete this picture.")
 @click.option(
-    "--rows", type=click.IntRange(min=0), help="Rows of codes that are kept of it, from the top.  [default: half]"
+    "--complete",
+    metavar="PICTURE",
+    type=click.Path(allow_dash=True),
+    help="Keep the top of this picture and draw the rest.",
 )
-@_device
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the dice.")
-@_force
+@click.option(
+    "--rows", type=click.IntRange(min=0), help="Rows of codes to keep of --complete, from the top.  [default: half]"
+)
+@options.device
+@options.seed
+@options.force
 def sample(
     weights: str | None,
     output: str,
@@ -597,7 +519,7 @@ def sample(
     seed: int,
     force: bool,
 ) -> int:
-    """Draw pictures from the prior: what these weights take for likely. Several make a sheet.
+    """Draw pictures from the prior of a model. Several pictures make a contact sheet.
 
     \b
     Examples:
@@ -609,22 +531,22 @@ def sample(
     if complete is not None and size is not None:
         raise click.UsageError("--complete PICTURE has a size of its own: --size cannot change it.")
     if not math.isfinite(temperature):
-        raise click.UsageError("--temperature must be a number.")
+        raise click.UsageError("--temperature must be finite.")
     job = files.Job(complete or files.STREAM, output)
     _check_terminal([job])
     _check_suffixes([job])
-    outcome = _Outcome()
-    with outcome.of(output):
+    report = ErrorReport()
+    with report.errors_of(output):
         files.check(job, overwrite=force)
     picture = None
-    if complete is not None and not outcome.failed:
-        with outcome.of(complete):
+    if complete is not None and not report.failed:
+        with report.errors_of(complete):
             from vqcodec import image
 
             picture = image.load(files.read(complete), max_pixels=bitstream.DEFAULT_MAX_PIXELS)
-    if outcome.failed:
-        return outcome.status
-    with outcome.of(complete or output):
+    if report.failed:
+        return report.status
+    with report.errors_of(complete or output):
         from vqcodec import image, sampling
 
         drawn = sampling.sample(
@@ -639,27 +561,28 @@ def sample(
             rows=rows,
             device=device,
         )
-        hidden = not sys.stderr.isatty()
-        with click.progressbar(drawn, length=count, file=sys.stderr, hidden=hidden) as steps:
+        with terminal.sample_bar(drawn, count) as steps:
             sheet = image.contact_sheet(list(steps))
         files.write(output, image.save(image.Picture(sheet), _suffix(output)), overwrite=force)
-    return outcome.status
+    return report.status
 
 
 @main.command()
 @click.argument("source", metavar="PICTURE", type=click.Path(allow_dash=True))
-@_picture
-@_detail
+@options.output_picture
+@options.quality
 @click.option(
-    "--levels", is_flag=True, help="A sheet: from the coarsest level of codes alone to all, then the original."
+    "--levels",
+    is_flag=True,
+    help="Write a contact sheet: the coarsest level alone, then with each finer level, then the original.",
 )
-@_weights
-@_device
-@_force
+@options.weights
+@options.device
+@options.force
 def reconstruct(
     source: str, output: str, quality: int, levels: bool, weights: str | None, device: str, force: bool
 ) -> int:
-    """Show what a model makes of a picture, without a file in between.
+    """Show how a picture looks after compression, without making a .vqz file.
 
     \b
     Example:
@@ -668,8 +591,8 @@ def reconstruct(
     job = files.Job(source, output)
     _check_terminal([job])
     _check_suffixes([job])
-    outcome = _Outcome()
-    with outcome.of(source):
+    report = ErrorReport()
+    with report.errors_of(source):
         files.check(job, overwrite=force)
         from vqcodec import codec, image
 
@@ -677,12 +600,12 @@ def reconstruct(
         restored = codec.reconstruct(picture, quality=quality, weights=weights, device=device)
         pixels = image.contact_sheet([*restored, picture.pixels]) if levels else restored[-1]
         files.write(output, image.save(image.Picture(pixels), _suffix(output)), overwrite=force)
-    return outcome.status
+    return report.status
 
 
 @contextlib.contextmanager
 def _usage() -> Iterator[None]:
-    """Arguments that make no sense together are wrong usage."""
+    """Report a ValueError of the body as wrong usage."""
     try:
         yield
     except ValueError as error:
@@ -690,6 +613,11 @@ def _usage() -> Iterator[None]:
 
 
 def _plan(inputs: Sequence[str], output: str | None, suffixes: Sequence[str], new_suffix: str) -> list[files.Job]:
+    """Decide which file goes where; see `files.plan`.
+
+    Raises:
+        click.UsageError: the inputs and the output do not go together, or standard output is a terminal.
+    """
     with _usage():
         jobs = files.plan(inputs, output, suffixes=suffixes, new_suffix=new_suffix)
     _check_terminal(jobs)
@@ -697,11 +625,21 @@ def _plan(inputs: Sequence[str], output: str | None, suffixes: Sequence[str], ne
 
 
 def _check_terminal(jobs: Iterable[files.Job]) -> None:
+    """Refuse to write binary data to a terminal.
+
+    Raises:
+        click.UsageError: a target is standard output, and that is a terminal.
+    """
     if any(job.target == files.STREAM for job in jobs) and sys.stdout.isatty():
         raise click.UsageError("Standard output is a terminal; give a file with -o, or redirect it.")
 
 
 def _check_suffixes(jobs: Iterable[files.Job]) -> None:
+    """Refuse targets whose suffix names no picture format that can be written.
+
+    Raises:
+        click.UsageError: there is such a target.
+    """
     from vqcodec import image
 
     for suffix in {_suffix(job.target) for job in jobs}:
@@ -712,7 +650,7 @@ def _check_suffixes(jobs: Iterable[files.Job]) -> None:
 
 
 def _suffix(target: str) -> str:
-    """The suffix that says the format; streams and devices get PNG."""
+    """The suffix that sets the format of a target: ".png" for standard output and for devices."""
     device = os.path.exists(target) and not os.path.isfile(target)
     return ".png" if target == files.STREAM or device else Path(target).suffix
 
@@ -720,135 +658,29 @@ def _suffix(target: str) -> str:
 def _run(
     jobs: Sequence[files.Job], work: Callable[[files.Job], tuple[int, int]], *, overwrite: bool, quiet: bool
 ) -> int:
-    """Do the jobs, each on its own; work returns how many bytes it read and wrote."""
-    outcome = _Outcome()
+    """Do the jobs one after the other. An error in one of them does not stop the others.
+
+    Args:
+        jobs: the files to make.
+        work: does one job and returns how many bytes it read and wrote.
+        overwrite: whether existing files may be replaced.
+        quiet: whether to print errors only.
+
+    Returns:
+        The exit code.
+    """
+    report = ErrorReport()
     ready: list[files.Job] = []
     for job in jobs:
-        with outcome.of(job.source):
+        with report.errors_of(job.source):
             files.check(job, overwrite=overwrite)
             ready.append(job)
     read = written = 0
-    show_bar = len(ready) > 1 and not quiet and sys.stderr.isatty()
-    with click.progressbar(ready, file=sys.stderr) if show_bar else contextlib.nullcontext(ready) as steps:
+    with terminal.file_bar(ready, wanted=not quiet) as steps:
         for job in steps:
-            with outcome.of(job.source):
+            with report.errors_of(job.source):
                 job_read, job_written = work(job)
                 read, written = read + job_read, written + job_written
-    if len(jobs) > 1 and (outcome.failed or not quiet):
-        done = len(jobs) - outcome.failed
-        _say(f"vqcodec: {done} of {len(jobs)} files done, {outcome.failed} failed; {read:,} -> {written:,} bytes")
-    return outcome.status
-
-
-def _say_result(
-    job: files.Job,
-    picture: "Picture",
-    read: int,
-    written: int,
-    compressed: int,
-    start: float,
-    chosen: str = "",
-    test: bool = False,
-) -> None:
-    height, width, _ = picture.pixels.shape
-    bpp = 8 * compressed / (width * height)
-    seconds = time.perf_counter() - start
-    what = f"{job.source}: fine, {read:,}" if test else f"{job.source} -> {job.target}: {read:,} -> {written:,}"
-    _say(f"{what} bytes, {width} x {height}, {bpp:.4f} bpp{chosen}, {seconds:.2f} s")
-
-
-@contextlib.contextmanager
-def _search_bar(wanted: bool) -> Iterator[Callable[[float], None] | None]:
-    """A progress bar over the search for better codes, on a terminal."""
-    if not (wanted and sys.stderr.isatty()):
-        yield None
-        return
-    with click.progressbar(length=1000, label="searching", file=sys.stderr) as bar:
-
-        def show(share: float) -> None:
-            reached = round(1000 * share)
-            if reached < bar.pos:  # the next quality that is tried
-                bar.pos, bar.finished = 0, False
-            bar.update(reached - bar.pos)
-
-        yield show
-
-
-@contextlib.contextmanager
-def _training_bar() -> Iterator[Callable[["Progress"], None]]:
-    """A progress bar over the time of a training run; without a terminal, a line whenever the stage changes."""
-
-    def line(progress: "Progress | None") -> str:
-        if progress is None:
-            return ""
-        minutes, seconds = divmod(int(progress.remaining), 60)
-        left = f"{minutes // 60:02}:{minutes % 60:02}:{seconds:02}"
-        numbers = f"{progress.bpp:.3f} bpp, {progress.psnr:.2f} dB"
-        return f"{progress.stage}, step {progress.step}: {numbers}, {left} left"
-
-    if not sys.stderr.isatty():
-        shown = ""
-
-        def show_stage(progress: "Progress") -> None:
-            nonlocal shown
-            if progress.stage != shown:
-                shown = progress.stage
-                _say(line(progress))
-
-        yield show_stage
-        return
-
-    length = 1000
-    with click.progressbar(length=length, file=sys.stderr, show_eta=False, item_show_func=line) as bar:
-
-        def show(progress: "Progress") -> None:
-            total = progress.elapsed + progress.remaining
-            reached = int(length * progress.elapsed / total) if total > 0 else 0
-            bar.update(max(0, reached - bar.pos), progress)
-
-        yield show
-
-
-def _info_json(path: str, about: bitstream.Info) -> dict[str, Any]:
-    header = about.header
-    return {
-        "file": path,
-        "bytes": about.file_bytes,
-        "bpp": about.bits_per_pixel,
-        "format": header.version,
-        "width": header.width,
-        "height": header.height,
-        "grey": header.grey,
-        "quality": header.quality,
-        "weights": header.weights_id.hex(),
-        "tile": header.tile,
-        "tiles": list(header.tiles),
-        "layer_bytes": list(about.layer_bytes),
-        "chunks": [{"kind": kind, "bytes": size} for kind, size in about.chunks],
-    }
-
-
-def _info_text(path: str, about: bitstream.Info) -> str:
-    header = about.header
-    rows, columns = header.tiles
-    lines = [
-        click.format_filename(path),
-        f"  size      {header.width} x {header.height} pixels, {'grey' if header.grey else 'colour'}",
-        f"  file      {about.file_bytes:,} bytes, {about.bits_per_pixel:.4f} bits per pixel, format {header.version}",
-        f"  quality   {header.quality}",
-        f"  weights   {header.weights_id.hex()}",
-        f"  tiles     {columns} x {rows}" + (f" of {header.tile} pixels a side" if header.tile else ""),
-        f"  layers    {len(about.layer_bytes)}: {', '.join(f'{size:,}' for size in about.layer_bytes)} bytes",
-    ]
-    if about.chunks:
-        lines.append(f"  metadata  {', '.join(f'{kind.strip()} {size:,} bytes' for kind, size in about.chunks)}")
-    return "\n".join(lines)
-
-
-def _print_table(values: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(values, indent=2))
-        return
-    for name, value in values.items():
-        shown = json.dumps(value) if isinstance(value, (dict, list)) else value
-        click.echo(f"{name}: {shown}")
+    if len(jobs) > 1 and (report.failed or not quiet):
+        terminal.say_total(len(jobs), report.failed, read=read, written=written)
+    return report.status

@@ -22,17 +22,14 @@ from torch import Tensor
 
 from vqcodec import bitstream, coding, image, metrics, packaged, search, synthesis, tuning, weights
 from vqcodec.bitstream import Chunk, Container, Header
-from vqcodec.entropy import Encoder
+from vqcodec.encoder import encode
 from vqcodec.errors import ChecksumError, FormatError, HeaderError, ImageError, WeightsError
+from vqcodec.frame import Frame
 from vqcodec.image import Picture
-from vqcodec.models.counts import CodeTables
-from vqcodec.models.prior import Places, rates
-from vqcodec.models.quantizer import rows
-from vqcodec.models.vqvae import PIXEL_SCALE, Slice
+from vqcodec.models.model import Model
 from vqcodec.ssimulacra2 import ssimulacra2
 from vqcodec.target import HIGHEST, LOWEST, Setting, Target, largest_within
-from vqcodec.tuning import Importance, Tuning
-from vqcodec.weights import Model
+from vqcodec.tuning import Tuning
 
 DEFAULT_QUALITY = 50
 TILE = 1024
@@ -97,24 +94,24 @@ def compress(
     @functools.cache
     def at(setting: Setting) -> tuple[bytes, float, list[Tensor]]:
         """The file of a setting, its measure, and its codes."""
-        header = Header(width, height, setting.quality, model.id, model.config.layers, tile, source.grey)
+        frame = Frame(width, height, setting.quality, tile, source.grey)
         if tuned is None:
             importance = tuning.flat(model.config, *setting)
         else:
             importance = tuned.importance(model.config, source.pixels, *setting)
         with coding.exact(model):
-            segments, codes = encode(model, header, source.pixels, importance)
+            segments, codes = encode(model, frame, source.pixels, importance)
         if rounds := search.ROUNDS[effort - 1]:
-            codes = search.improve(model, header, source.pixels, codes, rounds, importance, on_progress)
+            codes = search.improve(model, frame, source.pixels, codes, rounds, importance, on_progress)
         with coding.exact(model):
             if rounds:
-                segments = coding.encode(model, header, codes)
-            data = bitstream.write(header, chunks, segments)
+                segments = coding.encode(model, frame, codes)
+            data = bitstream.write(Header.of(frame, model.id, model.config.layers), chunks, segments)
             if target is None or target.measure == "size":
                 return data, len(data), codes
             if target.measure == "bpp":
                 return data, metrics.bits_per_pixel(len(data), width, height), codes
-            restored = synthesis.reconstruct(model, header, codes)
+            restored = synthesis.reconstruct(model, frame, codes)
             like = metrics.psnr if target.measure == "psnr" else ssimulacra2
             return data, like(source.pixels, restored), codes
 
@@ -185,7 +182,7 @@ def decode_picture(
             raise ChecksumError(str(error)) from None
     codes = decode_codes(container, model)
     with coding.exact(model):
-        pixels = synthesis.reconstruct(model, header, codes)
+        pixels = synthesis.reconstruct(model, header.frame, codes)
     return Picture(
         pixels,
         grey=header.grey,
@@ -209,13 +206,13 @@ def reconstruct(
     """
     model = _load(weights, device)
     height, width = picture.pixels.shape[:2]
-    header = Header(width, height, quality, model.id, model.config.layers, TILE, picture.grey)
+    frame = Frame(width, height, quality, TILE, picture.grey)
     with coding.exact(model):
-        _, codes = encode(model, header, picture.pixels)
+        _, codes = encode(model, frame, picture.pixels)
         partial = (
             [c if level <= last else torch.zeros_like(c) for level, c in enumerate(codes)] for last in range(len(codes))
         )
-        return [synthesis.reconstruct(model, header, some) for some in partial]
+        return [synthesis.reconstruct(model, frame, some) for some in partial]
 
 
 def decode_codes(container: Container, model: Model) -> list[Tensor]:
@@ -236,78 +233,7 @@ def decode_codes(container: Container, model: Model) -> list[Tensor]:
     if header.tile % model.config.multiple:
         raise HeaderError(f"tile is {header.tile} pixels, these weights need multiples of {model.config.multiple}")
     with coding.exact(model):
-        return coding.decode(model, header, container.segments)
-
-
-def encode(
-    model: Model, header: Header, pixels: NDArray[np.uint8], importance: Importance | None = None
-) -> tuple[list[bytes], list[Tensor]]:
-    """Choose and code: pixels uint8 (H, W, 3) -> segments in file order, and the codes as `decode_codes` returns them.
-
-    importance: what errors count; None for their squares.
-    """
-    importance = (importance or tuning.flat(model.config, header.quality)).to(model.device)
-    quality = torch.tensor([header.quality], device=model.device)
-    latents = synthesis.analyse(model, pixels, quality)
-    tiles = coding.tiles_of(model, header)
-    coders = [[Encoder() for _ in range(header.layers)] for _ in tiles]
-    codes: list[Tensor] = []
-    estimate: Tensor | None = None
-    for level, z in enumerate(latents):
-        estimate = synthesis.begin(model, level, estimate, z.shape, quality)
-        prior = model.prior.level(level)
-        stride = model.config.levels[level].stride
-        level_codes = []
-        for tile in tiles:
-            h, w = (s.stop - s.start for s in tile.window(stride))
-            tile.state = prior.begin(tile.state, quality, 1, h, w)
-        for index, config in enumerate(model.config.levels[level].slices):
-            piece = model.vqvae.slice(level, index)
-            estimate = synthesis.refine(model, level, index, estimate, quality)
-            steps = piece.steps(quality)
-            scale = steps.repeat_interleave(piece.dim, 1)[:, :, None, None]
-            weight = importance.weight * (steps * PIXEL_SCALE) ** 2 / 3
-            weight = weight * importance.of_planes(level, model.config.levels[level].spans[index])
-            tables = model.tables.slice(level, index)
-            part = prior.slice(index)
-            indices = torch.zeros(*z.shape[2:], piece.planes, dtype=torch.int16)
-            for tile, own in zip(tiles, coders, strict=True):
-                window = tile.window(stride)
-                factors = importance.of_places(level == len(latents) - 1, window)
-                own_estimate = estimate[(slice(None), slice(piece.start, piece.stop), *window)]
-                v = (z[(slice(None), slice(piece.start, piece.stop), *window)] - own_estimate) / scale
-
-                def step(
-                    places: Places,
-                    parameters: Tensor,
-                    v: Tensor = v,
-                    piece: Slice = piece,
-                    tables: CodeTables = tables,
-                    weight: Tensor = weight,
-                    factors: Tensor | None = factors,
-                    coder: Encoder = own[config.layer],
-                ) -> Tensor:
-                    target = rows(v[(slice(None), slice(None), *places)], piece.planes)
-                    weights = weight.expand(len(target), -1)
-                    if factors is not None:
-                        weights = weights * factors[places].reshape(-1, 1)
-                    k = piece.codebook.choose(target, rates(parameters, piece.dim), weights, model.config.choice_bias)
-                    coding.put(coder, tables, parameters, k)
-                    return k
-
-                assert tile.state is not None
-                if part.at_once:
-                    h, w = v.shape[2:]
-                    chosen = piece.codebook.nearest(rows(v, piece.planes)).reshape(h, w, -1)
-                    tile.state = coding.put_slice(own[config.layer], part, tables, tile.state, quality, chosen)
-                else:
-                    tile.state, chosen = coding.code_slice(part, tables, tile.state, quality, step)
-                own_estimate += synthesis.vectors(piece, scale, chosen)
-                indices[window] = chosen.to(torch.int16).cpu()
-            level_codes.append(indices)
-        codes.append(torch.cat(level_codes, -1))
-    segments = [own[layer].finish() for layer in range(header.layers) for own in coders]
-    return segments, codes
+        return coding.decode(model, header.frame, container.segments)
 
 
 # Pictures and metadata

@@ -1,25 +1,18 @@
-"""Codes <-> segments: the entropy coding of one tile after the other, on integers and only with codes.
-
-Encoder, decoder and sampling share one loop over the passes of a slice (`code_slice`) and pass their step in.
-"""
+"""Codes <-> segments: the entropy coding of one tile after the other, on integers and only with codes."""
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vqcodec.bitstream import Header, tile_boxes
 from vqcodec.entropy import Decoder, Encoder, Source
+from vqcodec.frame import Box, Frame
+from vqcodec.models.config import Config
 from vqcodec.models.counts import CodeTables, flag_counts
-from vqcodec.models.prior import Places, SlicePrior
-from vqcodec.models.quantizer import grid, look_up
-from vqcodec.weights import Model
-
-# Turns places and parameters of one pass, (N, P, D + 2 S + 1), into its indices, int64 (N, P): by choosing, decoding or drawing.
-CodePass = Callable[[Places, Tensor], Tensor]
+from vqcodec.models.model import Context, Level, Model, Pass, Slice, walk
+from vqcodec.spans import span, timed
 
 
 @contextlib.contextmanager
@@ -29,155 +22,122 @@ def exact(model: Model) -> Iterator[None]:
         yield
 
 
-@dataclass
-class Tile:
-    """What the prior knows of one tile between slices: its state, and where the tile lies on the level's grid."""
+class Tile(Context):
+    """What the prior knows of one tile, and where the tile lies.
 
-    box: tuple[int, int, int, int]
-    state: Tensor | None = None
+    Attributes:
+        window: rows and columns of the tile on the grid of the level.
+    """
 
-    def window(self, stride: int) -> tuple[slice, slice]:
-        top, left, height, width = self.box
-        return (slice(top // stride, -(-(top + height) // stride)), slice(left // stride, -(-(left + width) // stride)))
+    window: tuple[slice, slice]
+
+    def __init__(self, quality: Tensor, box: Box) -> None:
+        """box: in pixels, multiples of `Config.multiple`."""
+        self.top, self.left, height, width = box
+        super().__init__(quality, height, width)
+
+    def begin(self, level: Level) -> None:
+        super().begin(level)
+        top, left = self.top // level.stage.stride, self.left // level.stage.stride
+        height, width = (side // level.stage.stride for side in self.size)
+        self.window = slice(top, top + height), slice(left, left + width)
+
+    def passes(self, given: Tensor | None = None) -> Iterator[Pass]:
+        """As of `Context`, timed."""
+        passes = super().passes(given)
+        while True:
+            with span("prior"):
+                one = next(passes, None)
+            if one is None:
+                return
+            yield one
 
 
-def tiles_of(model: Model, header: Header) -> list[Tile]:
-    """Tiles, each padded to whole positions of the coarsest level."""
-    unit = model.config.multiple
+def tiles_of(model: Model, frame: Frame) -> list[Tile]:
+    """The tiles of a picture in the order of the file."""
+    quality = torch.tensor([frame.quality], device=model.device)
+    return [Tile(quality, box) for box in frame.padded_tiles(model.config.multiple)]
+
+
+def no_codes(config: Config, frame: Frame) -> list[Tensor]:
+    """Code 0 everywhere: int16 (h, w, P) for each level, over the padded picture."""
+    height, width = frame.padded(config.multiple)
     return [
-        Tile((top, left, -(-height // unit) * unit, -(-width // unit) * unit))
-        for top, left, height, width in tile_boxes(header)
+        torch.zeros(
+            height // stage.stride, width // stage.stride, sum(s.planes for s in stage.slices), dtype=torch.int16
+        )
+        for stage in config.levels
     ]
 
 
-def grids(model: Model, header: Header) -> list[tuple[int, int]]:
-    """Height and width of every level's grid over the padded picture."""
-    unit = model.config.multiple
-    height, width = -(-header.height // unit) * unit, -(-header.width // unit) * unit
-    return [(height // stage.stride, width // stage.stride) for stage in model.config.levels]
+@timed("range coder")
+def put(coder: Encoder, piece: Slice, one: Pass) -> None:
+    """Encode the codes of one pass; those of a prior in raster order position by position, as decoding needs them."""
+    assert piece.prior is not None and piece.tables is not None and one.codes is not None
+    count = 1 if piece.prior.at_once else len(one.codes)
+    for start in range(0, len(one.codes), count):
+        part = slice(start, start + count)
+        _put(coder, piece.tables, one.parameters[part], one.codes[part])
 
 
-def code_slice(part: SlicePrior, tables: CodeTables, state: Tensor, quality: Tensor, step: CodePass) -> tuple[
-    Tensor, Tensor
-]:  # fmt: skip
-    """One slice of one tile: the loop that encoder and decoder share, the coding step passed in.
-
-    Args:
-        part, tables: the slice's prior and integer tables. state: of the prior, (1, C, h, w). quality: int64 (1,).
-        step: called for each pass.
-
-    Returns:
-        (state, indices): the state after the slice, and int64 (h, w, P).
-    """
-    height, width = state.shape[2:]
-    planes, _, features = tables.inputs.shape
-    state, context = part.prepare(state, quality)
-    known = torch.zeros(1, planes * features, height, width, dtype=torch.float32, device=state.device)
-    known = known.contiguous(memory_format=torch.channels_last)
-    indices = torch.zeros(height, width, planes, dtype=torch.int64, device=state.device)
-    for places, parameters in part.walk(context, known):
-        k = step(places, parameters)
-        here = (slice(None), slice(None), *places)
-        indices[places] = k.reshape(indices[places].shape)
-        known[here] = grid(look_up(tables.inputs, k), 1, *known[here].shape[2:])
-    return part.update(state, known), indices
-
-
-def put_slice(
-    coder: Encoder, part: SlicePrior, tables: CodeTables, state: Tensor, quality: Tensor, indices: Tensor
-) -> Tensor:
-    """Encode a slice of one tile whose codes are known.
-
-    Args:
-        coder, part, tables, state, quality: as of `code_slice`. indices: int64 (h, w, P).
-
-    Returns:
-        the state after the slice.
-    """
-    height, width, planes = indices.shape
-
-    def step(places: Places, parameters: Tensor) -> Tensor:
-        k = indices[places].reshape(-1, planes)
-        put(coder, tables, parameters, k)
-        return k
-
-    if not part.at_once:
-        return code_slice(part, tables, state, quality, step)[0]
-    state, context = part.prepare(state, quality)
-    known = grid(look_up(tables.inputs, indices.flatten(0, 1)), 1, height, width)
-    everywhere = part.parameters_at(0, context, known)
-    for number in range(height * width):
-        row, column = divmod(number, width)
-        step((slice(row, row + 1), slice(column, column + 1)), everywhere[number : number + 1])
-    return part.update(state, known)
-
-
-def put(coder: Encoder, tables: CodeTables, parameters: Tensor, k: Tensor) -> None:
-    """Encode the symbols k, int64 (N, P), of one pass: all flags, then the values plane by plane."""
+def _put(coder: Encoder, tables: CodeTables, parameters: Tensor, k: Tensor) -> None:
+    """Encode symbols k, int64 (N, P): all flags, then the values plane by plane."""
     other = k > 0
     coder.put(other.reshape(-1).cpu().numpy(), flag_counts(parameters))
     coder.put(k.T[other.T].cpu().numpy() - 1, tables.value_counts(parameters, other))
 
 
-def get(coder: Source, tables: CodeTables, parameters: Tensor) -> Tensor:
-    """The inverse of `put`."""
-    flags = coder.get(flag_counts(parameters))
-    k = torch.from_numpy(flags.astype(np.int64)).reshape(parameters.shape[:2]).to(parameters.device)
+@timed("range coder")
+def get(coder: Source, piece: Slice, one: Pass) -> Tensor:
+    """The codes of one pass, int64 (N, P): the inverse of `put`."""
+    assert piece.tables is not None
+    flags = coder.get(flag_counts(one.parameters))
+    k = torch.from_numpy(flags.astype(np.int64)).reshape(one.parameters.shape[:2]).to(one.parameters.device)
     other = k > 0
-    values = coder.get(tables.value_counts(parameters, other))
+    values = coder.get(piece.tables.value_counts(one.parameters, other))
     k.T[other.T] += torch.from_numpy(values.astype(np.int64)).to(k.device)
     return k
 
 
-def encode(model: Model, header: Header, codes: list[Tensor]) -> list[bytes]:
+def encode(model: Model, frame: Frame, codes: list[Tensor]) -> list[bytes]:
     """Codes, as `decode` returns them -> segments in file order: its inverse."""
-    quality = torch.tensor([header.quality], device=model.device)
-    tiles = tiles_of(model, header)
-    coders = [[Encoder() for _ in range(header.layers)] for _ in tiles]
+    tiles = tiles_of(model, frame)
+    coders = [[Encoder() for _ in range(model.config.layers)] for _ in tiles]
     for tile, own in zip(tiles, coders, strict=True):
-        for level, stage in enumerate(model.config.levels):
-            given = codes[level][tile.window(stage.stride)].to(model.device).long()
-            tile.state = model.prior.level(level).begin(tile.state, quality, 1, *given.shape[:2])
-            for index, (piece, span) in enumerate(zip(stage.slices, stage.spans, strict=True)):
-                part, tables = model.prior.level(level).slice(index), model.tables.slice(level, index)
-                tile.state = put_slice(own[piece.layer], part, tables, tile.state, quality, given[:, :, span])
+        for piece in walk(model.levels, tile):
+            given = codes[piece.level][(*tile.window, piece.planes)][None].to(model.device, torch.int64)
+            for one in tile.passes(given):
+                put(own[piece.config.layer], piece, one)
         tile.state = None
-    return [own[layer].finish() for layer in range(header.layers) for own in coders]
+    return in_file_order(coders)
 
 
-def decode(model: Model, header: Header, segments: tuple[bytes | None, ...] | list[bytes]) -> list[Tensor]:
-    """Segments in file order -> codes, as `codec.decode_codes` returns them."""
-    quality = torch.tensor([header.quality], device=model.device)
-    codes = [
-        torch.zeros(h, w, sum(s.planes for s in stage.slices), dtype=torch.int16)
-        for (h, w), stage in zip(grids(model, header), model.config.levels, strict=True)
-    ]
-    tiles = tiles_of(model, header)
+def in_file_order(coders: list[list[Encoder]]) -> list[bytes]:
+    """What the coders of every tile's layers wrote: layer by layer, the tiles in order."""
+    return [own[layer].finish() for layer in range(len(coders[0])) for own in coders]
+
+
+def decode(model: Model, frame: Frame, segments: Sequence[bytes | None]) -> list[Tensor]:
+    """Segments in file order -> codes.
+
+    Returns:
+        per level, coarse first, int16 (h, w, P) of the padded picture; code 0 where a segment is missing, and in what of its tile
+        comes after it.
+    """
+    codes = no_codes(model.config, frame)
+    tiles = tiles_of(model, frame)
     for number, tile in enumerate(tiles):
         own = segments[number :: len(tiles)]
         coders: dict[int, Decoder] = {}
-        for level, stage in enumerate(model.config.levels):
-            prior = model.prior.level(level)
-            window = tile.window(stage.stride)
-            h, w = (s.stop - s.start for s in window)
-            tile.state = prior.begin(tile.state, quality, 1, h, w)
-            for index, (piece, span) in enumerate(zip(stage.slices, stage.spans, strict=True)):
-                data = own[piece.layer]
-                if data is None:
-                    break
-                if piece.layer not in coders:
-                    coders[piece.layer] = Decoder(data)
-                coder = coders[piece.layer]
-                tables = model.tables.slice(level, index)
-
-                def step(_: Places, p: Tensor, coder: Decoder = coder, tables: CodeTables = tables) -> Tensor:
-                    return get(coder, tables, p)
-
-                part = prior.slice(index)
-                tile.state, indices = code_slice(part, tables, tile.state, quality, step)
-                codes[level][(*window, span)] = indices.to(torch.int16).cpu()
-            else:
-                continue
-            break  # without this slice nothing after it in the tile can be decoded
+        for piece in walk(model.levels, tile):
+            layer = piece.config.layer
+            data = own[layer]
+            if data is None:
+                break
+            if layer not in coders:
+                coders[layer] = Decoder(data)
+            for one in tile.passes():
+                one.codes = get(coders[layer], piece, one)
+            codes[piece.level][(*tile.window, piece.planes)] = tile.codes[0].to("cpu", torch.int16)
         tile.state = None
     return codes

@@ -1,9 +1,9 @@
-"""Symbols + integer counts <-> bytes: constriction's range coder behind two small classes.
+"""Symbols + integer counts <-> bytes: two small classes around constriction's range coder.
 
-Counts come as float32, C-contiguous (n, m), each row integers summing to 2^24 - m: then constriction's fixed-point
-conversion is exact (it scales by exactly 1 and adds 1 to each count), on every machine and in every version that keeps
-its format. Bytes are the coder's 32-bit words, little endian, without trailing zero bytes: the decoder reads zeros
-behind the end anyway. Nothing here notices damage; that is what the container's checksums are for.
+Counts are float32 (n, m), C-contiguous. They hold integers, and each row sums to 2^24 - m. constriction then converts
+them to fixed point exactly (it multiplies by 1 and adds 1 to each count), on every machine and in every version that
+keeps its format. The bytes are the coder's 32-bit words, little endian, without trailing zero bytes: the decoder reads
+zeros after the end. The coder does not detect damage; the checksums of the container do.
 """
 
 from typing import Protocol
@@ -21,37 +21,49 @@ _MODEL = constriction.stream.model.Categorical(perfect=False)
 
 
 class Encoder:
-    """Collects symbols; `finish` gives their bytes."""
+    """Encodes symbols; `finish` returns their bytes."""
 
     def __init__(self) -> None:
         self._coder = constriction.stream.queue.RangeEncoder()
 
     def put(self, symbols: NDArray[np.integer], counts: Counts) -> None:
-        """Append n symbols, each in [0, m), under their counts (n, m)."""
+        """Encode symbols, after those of earlier calls.
+
+        Args:
+            symbols: (n,), each from 0 to m - 1.
+            counts: float32 (n, m), the counts of each symbol's distribution.
+        """
         if len(symbols):
             self._coder.encode(np.ascontiguousarray(symbols, np.int32), _MODEL, counts)
 
     def finish(self) -> bytes:
+        """Return the bytes of all symbols."""
         words: NDArray[np.uint32] = self._coder.get_compressed()
         return words.astype("<u4").tobytes().rstrip(b"\0")
 
 
 class Source(Protocol):
-    """Where symbols come from: a `Decoder`, or chance."""
+    """Gives symbols: a `Decoder` reads them from bytes, a sampler draws them at random."""
 
     def get(self, counts: Counts) -> Symbols:
-        """The next n symbols under counts (n, m)."""
+        """Return the next n symbols, int32 (n,), for counts float32 (n, m)."""
 
 
 class Decoder:
-    """Reads symbols back from the bytes of an `Encoder`, given the same counts in the same order."""
+    """Decodes the bytes of an `Encoder`, given the same counts in the same order."""
 
     def __init__(self, data: bytes) -> None:
         padded = data + bytes(-len(data) % 4)
         self._coder = constriction.stream.queue.RangeDecoder(np.frombuffer(padded, "<u4").astype(np.uint32))
 
     def get(self, counts: Counts) -> Symbols:
-        """The next n symbols under counts (n, m).
+        """Decode the next n symbols.
+
+        Args:
+            counts: float32 (n, m), as in `Encoder.put`.
+
+        Returns:
+            int32 (n,), each from 0 to m - 1.
 
         Raises:
             ChecksumError: the bytes do not belong to these counts.
@@ -60,6 +72,6 @@ class Decoder:
             return np.zeros(0, np.int32)
         try:
             symbols: Symbols = self._coder.decode(_MODEL, counts)
-        except AssertionError as error:  # constriction's word for data that no encoder wrote
+        except AssertionError as error:  # raised by constriction for data that no encoder wrote
             raise ChecksumError("the codes do not decode: damaged data, or other weights") from error
         return symbols

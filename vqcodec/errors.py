@@ -11,15 +11,15 @@
     |   +-- LimitError         a size in the file exceeds a limit
     +-- WeightsError           weights missing, unreadable, or not the ones a file was made with
     +-- ImageError             a picture that cannot be read, or that the codec does not support
-    +-- TargetError            no quality gives the size or likeness that was asked for
+    +-- TargetError            no quality reaches the size, PSNR or SSIMULACRA2 that was asked for
     +-- TrainingError          nothing to train on, or a run that cannot be resumed
 
-Messages are one line and name what was found and what was expected; the command line adds the file's name.
+Each message is one line that says what was found and what was expected. The command line adds the file's name.
 """
 
 
 class VqcodecError(Exception):
-    """Base class of every error that a user, a caller or a file can cause."""
+    """Base class of the errors that a user, a calling program or a file can cause."""
 
 
 class FormatError(VqcodecError):
@@ -63,7 +63,7 @@ class ImageError(VqcodecError):
 
 
 class TargetError(VqcodecError):
-    """No quality gives the size or the likeness that was asked for."""
+    """No quality reaches the size, PSNR or SSIMULACRA2 that was asked for."""
 
 
 class TrainingError(VqcodecError):

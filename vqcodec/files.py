@@ -1,6 +1,6 @@
-"""Where bytes come from and go to: "-", folders, derived names, the overwrite rule, atomic replacement.
+"""Finds input files, plans the names of outputs, and reads and writes whole files. Standard library only.
 
-Errors of the file system are OSError, with the file's name; arguments that make no sense together are ValueError.
+Errors of the file system are raised as OSError with the file's name, arguments that do not go together as ValueError.
 """
 
 import contextlib
@@ -9,9 +9,11 @@ import os
 import secrets
 import stat
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
+from typing import BinaryIO
 
 STREAM = "-"
 VQZ_SUFFIXES = (".vqz",)
@@ -25,9 +27,11 @@ PICTURE_SUFFIXES = (
 class Job:
     """One file to make from another.
 
-    Args:
-        source, target: file names, or "-".
-        folder: a folder that must be there, while those between it and the target are made; "" for the target's own.
+    Attributes:
+        source: the file to read, or "-" for standard input.
+        target: the file to write, or "-" for standard output.
+        folder: if not "", an output folder above the target: missing folders down to the target are made. If "", the
+            folder of the target must exist.
     """
 
     source: str
@@ -36,16 +40,20 @@ class Job:
 
 
 def find(inputs: Iterable[str], suffixes: Sequence[str]) -> list[tuple[str, str]]:
-    """List input files, with folders replaced by the files in them that have one of the suffixes.
+    """List input files, and replace each folder by the files in it that have one of the suffixes.
 
-    Folders are walked to the bottom in alphabetical order. Symbolic links to folders are not followed, and names that
-    start with a dot are left out, both only inside of folders.
+    Folders are searched recursively, in alphabetical order. Inside them, symbolic links to folders are not followed and
+    names that start with a dot are left out.
+
+    Args:
+        inputs: names of files and folders.
+        suffixes: with the dot, in lower case; upper case in names matches too.
 
     Returns:
-        For each file its name, and its name below the input it was found in.
+        (path, name) of each file. The name is relative to the folder in which the file was found.
 
     Raises:
-        ValueError: a folder without any such file.
+        ValueError: a folder holds no such file.
     """
     found = []
     for given in inputs:
@@ -69,14 +77,14 @@ def plan(inputs: Sequence[str], output: str | None, *, suffixes: Sequence[str], 
 
     Args:
         inputs: files, folders, or "-" alone.
-        output: a file; a folder, there or to be made, which is given the layout of the input folders; "-"; or None: beside the input, and
-            standard output for standard input.
-        suffixes: what inputs usually end in: this is replaced in the name of the target, anything else is kept.
-        new_suffix: what targets end in.
+        output: a file, a folder or "-". A folder receives the layout of the input folders; it may be missing. None
+            puts outputs beside their inputs, and the output of standard input on standard output.
+        suffixes: the usual suffixes of inputs. The target's suffix replaces these; it follows any other.
+        new_suffix: the suffix of targets.
 
     Raises:
-        ValueError: several inputs and an output that is not a folder, two inputs with the same target, a target that is
-            one of the inputs, or "-" where a name is needed.
+        ValueError: there are several inputs and the output is not a folder, two inputs have the same target, a target
+            is one of the inputs, or "-" stands where a name is needed.
     """
     if STREAM in inputs:
         if len(inputs) > 1:
@@ -102,10 +110,14 @@ def plan(inputs: Sequence[str], output: str | None, *, suffixes: Sequence[str], 
 
 
 def check(job: Job, *, overwrite: bool) -> None:
-    """Find out cheaply whether a job will fail: source there, target free, folder there and writable.
+    """Check, before the work begins, that the source can be read and the target can be written.
+
+    Args:
+        job: the files.
+        overwrite: whether the target may exist.
 
     Raises:
-        OSError: it will, and the message says why.
+        OSError: the job would fail; the message says why.
     """
     if job.source != STREAM:
         _check_access(job.source, os.R_OK)
@@ -121,23 +133,30 @@ def check(job: Job, *, overwrite: bool) -> None:
             raise _exists(job.target)
     written = os.path.realpath(job.target) if os.path.islink(job.target) else job.target
     folder = job.folder or os.path.dirname(written) or os.curdir
-    while job.folder and not os.path.exists(folder):  # it will be made
+    while job.folder and not os.path.exists(folder):  # write() makes it
         folder = os.path.dirname(folder.rstrip("/")) or os.curdir
     _check_access(folder, os.W_OK | os.X_OK)
 
 
 def read(path: str) -> bytes:
-    """The bytes of a file or, for "-", of standard input."""
+    """Read a whole file or, for "-", standard input.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     return sys.stdin.buffer.read() if path == STREAM else Path(path).read_bytes()
 
 
 def write(path: str, data: bytes, *, overwrite: bool) -> None:
-    """Write a file so that it has all of the data or, on any failure or Ctrl-C, stays as it was.
+    """Write a file as `write_atomically` does, and the folders that are missing on the way to it.
 
-    Missing folders are made. A link is followed, a device or pipe written to as it is; "-" is standard output.
+    Args:
+        path: the file; "-" for standard output. A device or a pipe is written to as it is.
+        data: what the file should hold.
+        overwrite: whether an existing file may be replaced.
 
     Raises:
-        FileExistsError: there is such a file, and overwrite is false.
+        FileExistsError: the file exists, and overwrite is false.
         OSError: anything else, with the name of this file.
     """
     if path == STREAM:
@@ -147,31 +166,94 @@ def write(path: str, data: bytes, *, overwrite: bool) -> None:
     if os.path.exists(target) and not os.path.isfile(target):
         Path(target).write_bytes(data)
         return
+    with _naming(path):
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+    write_atomically(path, data, overwrite=overwrite)
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes, *, overwrite: bool = True) -> None:
+    """Write a file so that it holds all of the data or, on any failure or Ctrl-C, stays as it was.
+
+    The data go to a temporary file in the same folder, which then takes the name of the target. The folder must exist.
+    A symbolic link is followed. Nothing is synchronised: after a power failure the data may be missing.
+
+    Args:
+        path: the file.
+        data: what it should hold.
+        overwrite: whether an existing file may be replaced. If not, it is kept even if it appears in the meantime.
+
+    Raises:
+        FileExistsError: the file exists, and overwrite is false.
+        OSError: anything else, with the name of this file.
+    """
+    target = os.path.realpath(path)
     if not overwrite and os.path.exists(target):
         raise _exists(path)
-    folder = os.path.dirname(target)
-    temporary = os.path.join(folder, f".vqcodec-{secrets.token_hex(8)}.tmp")
+    temporary = os.path.join(os.path.dirname(target), f".vqcodec-{secrets.token_hex(8)}.tmp")
     try:
-        os.makedirs(folder, exist_ok=True)
-        with open(temporary, "xb") as file:  # with the mode that the umask says, unlike tempfile
-            file.write(data)
-        os.replace(temporary, target)
-    except BaseException as error:
+        with _naming(path):
+            with open(temporary, "xb", buffering=0) as file:  # its mode follows the umask, unlike that of tempfile
+                _write_all(file, data)
+            if overwrite:
+                os.replace(temporary, target)
+            else:
+                _move_to_free_name(temporary, target)
+    finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, path) from error
+
+
+def _move_to_free_name(source: str, target: str) -> None:
+    """Rename a file, but never replace another one. A second name may remain.
+
+    Raises:
+        FileExistsError: the target exists.
+    """
+    try:
+        os.link(source, target)  # fails if the target exists, unlike os.rename
+    except FileExistsError:
         raise
+    except OSError:  # a file system without hard links, FAT for example
+        with open(target, "xb"):  # reserves the name: fails if the target exists
+            pass
+        try:
+            os.replace(source, target)
+        except BaseException:
+            os.unlink(target)
+            raise
+
+
+@contextlib.contextmanager
+def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Make the system's errors in the body name this file, and not a folder or a temporary file."""
+    try:
+        yield
+    except FileExistsError as error:
+        raise _exists(path) from error
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 def _write_stdout(data: bytes) -> None:
     try:
-        sys.stdout.buffer.write(data)
+        _write_all(sys.stdout.buffer, data)
         sys.stdout.buffer.flush()
-    except BrokenPipeError:
-        # The interpreter flushes again when it ends and would complain in several lines.
+    except OSError:
+        # When the interpreter ends, it flushes what is left: it would report several lines and change the exit code.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise
+
+
+def _write_all(file: BinaryIO | FileIO, data: bytes) -> None:
+    """Write all of the data. An unbuffered file, such as standard output of `python -u`, may take less at a time."""
+    rest = memoryview(data)
+    while rest:
+        taken = file.write(rest)
+        if not taken:  # it would block
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        rest = rest[taken:]
 
 
 def _renamed(name: str, suffixes: Sequence[str], new_suffix: str) -> str:
@@ -198,7 +280,7 @@ def _check_distinct(jobs: Sequence[Job]) -> None:
 
 
 def _identity(path: str) -> tuple[int, int]:
-    """What tells files apart, whatever name or link leads to them."""
+    """Return device and inode, which are the same for all names of and links to a file."""
     status = os.stat(path)
     return status.st_dev, status.st_ino
 
@@ -209,5 +291,5 @@ def _check_access(path: str, mode: int) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
 
-def _exists(path: str) -> FileExistsError:
-    return FileExistsError(errno.EEXIST, "File exists, -f would overwrite it", path)
+def _exists(path: str | os.PathLike[str]) -> FileExistsError:
+    return FileExistsError(errno.EEXIST, "File exists, -f would overwrite it", os.fspath(path))

@@ -1,10 +1,11 @@
-"""Picture files <-> pixels: what Pillow reads becomes 8-bit RGB, and a note says what could not come along.
+"""Picture files <-> pixels: Pillow reads files, and they become 8-bit RGB. Notes say what was converted or lost.
 
     bytes -> load() -+
                      +-> Picture -> to_pil() -> save() -> bytes
     PIL.Image -> from_pil()
 
-Orientation is applied, more than 8 bits are reduced, CMYK is converted; RGB and grey keep their ICC profile.
+Loading applies the orientation, reduces 16 bits per channel to 8 and converts CMYK. RGB and grey pictures keep their
+ICC profile.
 """
 
 import io
@@ -23,7 +24,7 @@ from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
 from vqcodec.errors import ImageError
 
-# Pillow knows many more formats; some of them start other programs (EPS) or are hardly ever fuzzed.
+# Pillow reads many more formats. Some start other programs (EPS), and many have hardly been tested against bad files.
 _READ_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM")
 _GREY_MODES = {"1", "L", "LA", "La"}
 _READ_MODES = _GREY_MODES | {"P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"}
@@ -46,13 +47,13 @@ class Picture:
     """A picture in memory.
 
     Args:
-        pixels: uint8 (H, W, 3), RGB; in the colour space of the ICC profile, sRGB if there is none.
-        grey: whether the picture has a single channel; the three channels of pixels are then equal.
+        pixels: uint8 (H, W, 3), RGB, in the colour space of the ICC profile, or in sRGB if there is none.
+        grey: whether the picture has a single channel. The three channels of the pixels are then equal.
         alpha: uint8 (H, W), 255 is opaque; None if the picture has no alpha channel.
         icc: ICC profile of an RGB or grey picture.
-        exif: EXIF data, starting with its TIFF header; the orientation in it is always 1.
+        exif: EXIF data, starting with its TIFF header. Its orientation is always 1.
         xmp: XMP packet.
-        notes: one line for everything that was converted or lost on the way here.
+        notes: one line for each thing that was converted or lost.
     """
 
     pixels: NDArray[np.uint8]
@@ -69,11 +70,12 @@ def load(data: bytes, *, max_pixels: int | None) -> Picture:
 
     Args:
         data: the whole file.
-        max_pixels: largest width x height to accept, checked before the pixels are decoded; None for no limit but
-            Pillow's own (twice PIL.Image.MAX_IMAGE_PIXELS), which holds in any case.
+        max_pixels: largest width x height to accept, checked before the pixels are decoded; None for no limit. Pillow's
+            own limit (twice PIL.Image.MAX_IMAGE_PIXELS) applies in any case.
 
     Raises:
-        ImageError: not such a file, damaged, too large, animated, or of a pixel type that from_pil() does not take.
+        ImageError: the file has another format, is damaged, too large or animated, or has a pixel type that from_pil()
+            does not accept.
     """
     with _pillow("decoded") as caught:
         image = Image.open(io.BytesIO(data), formats=_READ_FORMATS)
@@ -86,17 +88,23 @@ def load(data: bytes, *, max_pixels: int | None) -> Picture:
 
 
 def from_pil(image: Image.Image) -> Picture:
-    """Take over a Pillow image of 8 or 16 bits per channel: bilevel, grey, palette, RGB, CMYK, with alpha or without.
+    """Convert a Pillow image.
+
+    Args:
+        image: bilevel, grey, palette, RGB or CMYK, with 8 or 16 bits per channel, with or without alpha.
 
     Raises:
-        ImageError: more than one frame, another pixel type, no pixels, or the file behind the image cannot be decoded.
+        ImageError: the image has several frames, another pixel type or no pixels, or its file cannot be decoded.
     """
     with _pillow("decoded") as caught:
         return _convert(image, caught)
 
 
 def to_pil(picture: Picture) -> Image.Image:
-    """Make a Pillow image of mode L, LA, RGB or RGBA; icc_profile, exif and xmp are in its info if the picture has them."""
+    """Make a Pillow image of mode L, LA, RGB or RGBA.
+
+    The info of the image has icc_profile, exif and xmp if the picture has them.
+    """
     if picture.grey:
         image = Image.fromarray(np.ascontiguousarray(picture.pixels[..., 0]))
     else:
@@ -119,9 +127,10 @@ class _Writer:
     Args:
         name: Pillow's name of the format.
         max_side: largest width and height that the format allows.
-        alpha, grey: whether the format has an alpha channel, a grey mode.
-        icc, exif, xmp: whether the format takes this metadata.
-        options: for Pillow: lossless where the format can be, else of a quality that hides the format.
+        alpha: whether the format has an alpha channel.
+        grey: whether it has a grey mode.
+        icc, exif, xmp: whether it can hold this metadata.
+        options: for Pillow. They ask for lossless coding if the format has it, and else for quality 95.
     """
 
     name: str
@@ -150,10 +159,13 @@ _WRITERS = {
 
 
 def check_suffix(suffix: str) -> None:
-    """Check that save() knows the suffix.
+    """Check that save() can write the format of a file name suffix.
+
+    Args:
+        suffix: with the dot, in lower or upper case.
 
     Raises:
-        ImageError: it does not.
+        ImageError: no format has this suffix.
     """
     if suffix.lower() not in _WRITERS:
         raise ImageError(f"no picture format has the suffix {suffix!r}, expected one of {' '.join(_WRITERS)}")
@@ -162,15 +174,18 @@ def check_suffix(suffix: str) -> None:
 def save(picture: Picture, suffix: str) -> bytes:
     """Encode a picture: lossless as PNG, WebP, TIFF, BMP and PPM, at quality 95 as JPEG and AVIF.
 
-    Left out without a word: all metadata in BMP and PPM, EXIF in TIFF, a profile for grey pixels in WebP and AVIF, which
-    are written as RGB, and in a format without alpha an alpha channel that is opaque everywhere.
+    No error or note says that these are left out: all metadata in BMP and PPM, EXIF in TIFF, the profile of a grey
+    picture in WebP and AVIF (they hold it as RGB), and an alpha channel that is opaque everywhere in JPEG, BMP and PPM.
 
     Args:
-        picture: what to encode.
-        suffix: file name suffix that says the format, ".png" for example; capitals do not matter.
+        picture: the picture to encode.
+        suffix: file name suffix of the format, ".png" for example, in lower or upper case.
+
+    Returns:
+        The bytes of the file.
 
     Raises:
-        ImageError: unknown suffix, transparency in a format without it, or something else the format cannot hold.
+        ImageError: no format has this suffix, or the format cannot hold the picture, for its transparency or size.
     """
     check_suffix(suffix)
     writer = _WRITERS[suffix.lower()]
@@ -188,7 +203,7 @@ def save(picture: Picture, suffix: str) -> bytes:
     if picture.grey and not writer.grey:
         image = image.convert("RGB" if picture.alpha is None else "RGBA")
         icc = None if icc is not None and _profile_space(icc) == "GRAY" else icc
-    image.info.clear()  # some of Pillow's writers take metadata from here, some do not: pass it all explicitly
+    image.info.clear()  # only some of Pillow's writers take metadata from here, so all is passed explicitly
     if icc is not None:
         options["icc_profile"] = icc
     if picture.exif is not None and writer.exif:
@@ -202,20 +217,27 @@ def save(picture: Picture, suffix: str) -> bytes:
 
 
 def encode_alpha(alpha: NDArray[np.uint8]) -> bytes:
-    """An alpha channel, uint8 (H, W), as a grey PNG file."""
+    """Encode an alpha channel, uint8 (H, W), as a grey PNG file."""
     out = io.BytesIO()
     Image.fromarray(alpha).save(out, "PNG", optimize=True)
     return out.getvalue()
 
 
 def decode_alpha(data: bytes, width: int, height: int) -> NDArray[np.uint8]:
-    """The inverse of `encode_alpha`.
+    """Decode the alpha channel that `encode_alpha` encoded.
+
+    Args:
+        data: the PNG file.
+        width, height: size of the picture in pixels.
+
+    Returns:
+        uint8 (height, width).
 
     Raises:
-        ImageError: not a grey PNG file of this size.
+        ImageError: the data are not a grey PNG file of this size.
     """
     try:
-        # Not Image.open, whose own limit is below the sizes that a caller may allow; the size is checked here.
+        # Image.open refuses sizes that a caller may allow. Here the size of the picture is the limit.
         with PngImagePlugin.PngImageFile(io.BytesIO(data)) as png:
             if png.size != (width, height) or png.mode != "L":
                 raise ImageError(f"alpha is {png.mode} {png.width} x {png.height}, the picture {width} x {height}")
@@ -236,7 +258,7 @@ def _xmp_option(format_name: str, xmp: bytes) -> dict[str, Any]:
 
 @contextmanager
 def _pillow(done: str) -> Iterator[list[warnings.WarningMessage]]:
-    """Turn whatever Pillow raises into "the picture cannot be done", and collect its warnings."""
+    """Collect Pillow's warnings, and replace any exception by an ImageError: "the picture cannot be {done}: ..."."""
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -247,7 +269,7 @@ def _pillow(done: str) -> Iterator[list[warnings.WarningMessage]]:
         raise ImageError("not a PNG, JPEG, WebP, AVIF, TIFF, BMP, GIF or PNM picture, or cut short") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"the picture is too large: {_line(error)}") from error
-    except Exception as error:  # there is hardly a type that no plugin lets through
+    except Exception as error:  # plugins raise exceptions of nearly all types
         raise ImageError(f"the picture cannot be {done}: {_line(error)}") from error
 
 
@@ -260,27 +282,27 @@ def _convert(image: Image.Image, caught: list[warnings.WarningMessage]) -> Pictu
     notes: list[str] = []
     frames = getattr(image, "n_frames", 1)
     if frames > 1:
-        # Phones store a depth or brightness map behind the photo in the same JPEG file (Pillow calls that MPO).
+        # Phones store a depth or brightness map after the photo in the same JPEG file, which Pillow calls MPO.
         if image.format != "MPO":
             raise ImageError(f"the file has {frames} frames or pages, only single pictures are supported")
         notes.append(f"the file has {frames} pictures, only the first is kept")
     if image.width == 0 or image.height == 0:
         raise ImageError(f"the picture is {image.width} x {image.height} pixels, expected at least 1 x 1")
-    deep = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))  # the tiles go when the pixels come
-    image.load()  # before the metadata is looked at: parts of it may come after the pixels in the file
+    sixteen_bits = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))  # load() empties the list of tiles
+    image.load()  # before the metadata are read, because they may follow the pixels in the file
 
     exif, xmp = _exif(image, notes), _xmp(image)
-    if image.format != "TIFF":  # Pillow has already turned these
+    if image.format != "TIFF":  # Pillow applies the orientation of TIFF files itself
         orientation = _exif_orientation(exif)[1] or _xmp_orientation(xmp)
         if orientation in _TRANSPOSE:
             image = image.transpose(_TRANSPOSE[orientation])
-    exif, xmp = _upright(exif, xmp)
+    exif, xmp = _with_orientation_1(exif, xmp)
 
     icc = _profile(image, notes)
     alpha = None
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
-        deep, grey = True, True
-        values, alpha = _reduced(image)
+        sixteen_bits, grey = True, True
+        values, alpha = _to_8_bits(image)
         pixels = np.repeat(values[..., None], 3, axis=2)
     elif image.mode not in _READ_MODES:
         raise ImageError(f"the pixel type is {image.mode!r}, expected 8 or 16 bits per channel of grey, RGB or CMYK")
@@ -292,7 +314,7 @@ def _convert(image: Image.Image, caught: list[warnings.WarningMessage]) -> Pictu
             image = _in_mode(image, "LA" if grey else "RGBA")
             alpha = np.array(image.getchannel("A"))
         pixels = _array(_in_mode(image, "RGB"))
-    if deep:
+    if sixteen_bits:
         notes.append("16 bits per channel were reduced to 8")
     if icc is not None and _profile_space(icc) != ("GRAY" if grey else "RGB "):
         notes.append(f"the ICC profile is for {_profile_space(icc).strip()} pixels and was dropped")
@@ -302,12 +324,12 @@ def _convert(image: Image.Image, caught: list[warnings.WarningMessage]) -> Pictu
 
 
 def _in_mode(image: Image.Image, mode: str) -> Image.Image:
-    """image.convert(mode) without the copy where nothing is to be done."""
+    """Convert an image, without a copy if it has the mode already."""
     return image if image.mode == mode else image.convert(mode)
 
 
 def _array(image: Image.Image) -> NDArray[np.uint8]:
-    """uint8 (H, W, 3) of an RGB image, in strips: np.asarray makes several copies of the picture on the way."""
+    """Return the pixels of an RGB image, uint8 (H, W, 3). Strips save memory: np.asarray makes several copies."""
     pixels = np.empty((image.height, image.width, 3), np.uint8)
     for top in range(0, image.height, 256):
         bottom = min(top + 256, image.height)
@@ -315,15 +337,15 @@ def _array(image: Image.Image) -> NDArray[np.uint8]:
     return pixels
 
 
-def _reduced(image: Image.Image) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
-    """Grey values and alpha of a picture with 16 bits per pixel (12 in some TIFFs), rounded to 8 bits."""
+def _to_8_bits(image: Image.Image) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
+    """Return the grey values and alpha of a picture with 16 bits per pixel (12 in some TIFFs), rounded to 8 bits."""
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(258, (16,))[0]  # bits per sample
     maximum = (1 << bits) - 1
     values = np.asarray(image).astype(np.uint32)
     transparent = image.info.get("transparency")
     alpha = None if transparent is None else np.where(values == transparent, 0, 255).astype(np.uint8)
-    if tags.get(262) == 0:  # photometric interpretation "white is zero", which Pillow follows for 8 bits only
+    if tags.get(262) == 0:  # photometric interpretation "white is zero"; Pillow applies it to 8 bits only
         values = maximum - values
     return ((values * 255 + maximum // 2) // maximum).astype(np.uint8), alpha
 
@@ -355,12 +377,12 @@ def _profile(image: Image.Image, notes: list[str]) -> bytes | None:
 
 
 def _profile_space(icc: bytes) -> str:
-    """The colour space of the pixels that a profile is for: "RGB ", "GRAY", "CMYK" or another four characters."""
+    """Return the colour space that a profile describes: "RGB ", "GRAY", "CMYK" or another four characters."""
     return icc[16:20].decode("latin-1")
 
 
 def _exif(image: Image.Image, notes: list[str]) -> bytes | None:
-    """EXIF data of an opened file, starting with the TIFF header."""
+    """Return the EXIF data of an opened file, starting with the TIFF header."""
     if image.format == "TIFF":
         if 0x8769 in image.getexif():  # the sub-directory with the exposure and so on
             notes.append("EXIF data of TIFF files is not kept")
@@ -385,7 +407,7 @@ def _xmp(image: Image.Image) -> bytes | None:
 
 
 def _exif_orientation(exif: bytes | None) -> tuple[int, int]:
-    """Where the orientation is in the EXIF data, and its value; (0, 0) if it is not there."""
+    """Return the offset of the orientation in the EXIF data, and its value; (0, 0) if there is none."""
     if exif is None:
         return 0, 0
     order = "<" if exif[:2] == b"II" else ">"
@@ -406,8 +428,8 @@ def _xmp_orientation(xmp: bytes | None) -> int:
     return int(found[2]) if found else 0
 
 
-def _upright(exif: bytes | None, xmp: bytes | None) -> tuple[bytes | None, bytes | None]:
-    """The metadata with orientation 1. All other bytes stay: to write EXIF anew loses what cameras hide in it."""
+def _with_orientation_1(exif: bytes | None, xmp: bytes | None) -> tuple[bytes | None, bytes | None]:
+    """Set the orientation in the metadata to 1. All other bytes stay, because rewriting EXIF loses maker notes."""
     place, value = _exif_orientation(exif)
     if exif is not None and value:
         exif = exif[:place] + struct.pack("<H" if exif[:2] == b"II" else ">H", 1) + exif[place + 2 :]
@@ -417,7 +439,14 @@ def _upright(exif: bytes | None, xmp: bytes | None) -> tuple[bytes | None, bytes
 
 
 def contact_sheet(pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """Pictures of one size, side by side in rows, about as many rows as columns."""
+    """Arrange pictures in a grid with about as many rows as columns.
+
+    Args:
+        pictures: at least one, each uint8 (H, W, 3), all of the same size.
+
+    Returns:
+        uint8 (rows x H, columns x W, 3). Empty cells at the end are white.
+    """
     columns = math.ceil(math.sqrt(len(pictures)))
     blank = np.full_like(pictures[0], 255)
     cells = [*pictures, *[blank] * (-len(pictures) % columns)]

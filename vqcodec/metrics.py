@@ -1,4 +1,4 @@
-"""How good and how large: PSNR, MS-SSIM and bits per pixel, all on uint8 pictures.
+"""PSNR and MS-SSIM of uint8 pictures, and bits per pixel.
 
 MS-SSIM: Wang, Simoncelli & Bovik, "Multi-scale structural similarity for image quality assessment", 2003.
 """
@@ -8,7 +8,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-_SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # table of the paper, finest scale first
+_EXPONENTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # from the paper, finest scale first
 _WINDOW = 11
 _SIGMA = 1.5
 _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
@@ -18,16 +18,16 @@ _KERNEL = tuple(float(tap) for tap in _taps / _taps.sum())
 
 
 def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
-    """Peak signal-to-noise ratio over all channels together.
+    """Compute the peak signal-to-noise ratio over all channels together.
 
     Args:
-        a, b: uint8 (H, W, 3).
+        a, b: uint8 (H, W, 3), RGB.
 
     Returns:
         10 log10(255^2 / MSE) in dB; infinity if the pictures are equal.
 
     Raises:
-        ValueError: the shapes differ, or are not of that form.
+        ValueError: the arrays have another type or shape, or different sizes.
     """
     _check(a, b)
     # Row by row: a picture of 100 megapixels in wider integers would take gigabytes.
@@ -36,34 +36,35 @@ def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
 
 
 def ms_ssim(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
-    """Multi-scale structural similarity: per channel, then the mean of the three.
+    """Compute the multi-scale structural similarity of each channel, and return the mean of the three.
 
-    Five scales, a Gaussian window of 11 x 11 with sigma 1.5 that stays inside the picture, means of 2 x 2 pixels
-    between scales (an odd last row or column counts twice), negative contrast terms taken as 0. Where the short side is
-    below 161 pixels, the scales on which the window does not fit are left out and the other weights divided by their sum.
+    There are five scales. Each is the mean over 2 x 2 pixels of the one before; an odd last row or column is repeated.
+    The Gaussian window has 11 x 11 pixels and sigma 1.5, and stays inside the picture. Negative contrast terms count as
+    0. If the short side is below 161 pixels, the window does not fit on the coarsest scales: they are left out, and the
+    remaining exponents are divided by their sum.
 
     Args:
-        a, b: uint8 (H, W, 3).
+        a, b: uint8 (H, W, 3), RGB.
 
     Returns:
-        At most 1, which only equal pictures reach; nan if the short side is below 11 pixels.
+        At most 1, the value of equal pictures; nan if the short side is below 11 pixels.
 
     Raises:
-        ValueError: the shapes differ, or are not of that form.
+        ValueError: the arrays have another type or shape, or different sizes.
     """
     _check(a, b)
     scales, side = 0, min(a.shape[:2])
-    while side >= _WINDOW and scales < len(_SCALE_WEIGHTS):
+    while side >= _WINDOW and scales < len(_EXPONENTS):
         scales, side = scales + 1, (side + 1) // 2
     if scales == 0:
         return math.nan
-    weights = np.array(_SCALE_WEIGHTS[:scales])
-    weights /= weights.sum()
-    return float(np.mean([_channel_ms_ssim(a[..., c], b[..., c], weights) for c in range(3)]))
+    exponents = np.array(_EXPONENTS[:scales])
+    exponents /= exponents.sum()
+    return float(np.mean([_channel_ms_ssim(a[..., c], b[..., c], exponents) for c in range(3)]))
 
 
 def bits_per_pixel(nbytes: int, width: int, height: int) -> float:
-    """Bits of a file of nbytes bytes per pixel of its width x height picture."""
+    """Return the bits that a file of `nbytes` bytes takes per pixel of its width x height picture."""
     return 8 * nbytes / (width * height)
 
 
@@ -74,10 +75,10 @@ def _check(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> None:
         )
 
 
-def _channel_ms_ssim(a: NDArray[np.uint8], b: NDArray[np.uint8], weights: NDArray[np.float64]) -> float:
+def _channel_ms_ssim(a: NDArray[np.uint8], b: NDArray[np.uint8], exponents: NDArray[np.float64]) -> float:
     x, y = a.astype(np.float64), b.astype(np.float64)
     product = 1.0
-    for scale, weight in enumerate(weights):
+    for scale, exponent in enumerate(exponents):
         if scale > 0:
             x, y = _halved(x), _halved(y)
         mean_x, mean_y = _blurred(x), _blurred(y)
@@ -86,14 +87,14 @@ def _channel_ms_ssim(a: NDArray[np.uint8], b: NDArray[np.uint8], weights: NDArra
         covariance = _blurred(x * y) - both
         variances = _blurred(x**2 + y**2) - squares
         term = (2 * covariance + _C2) / (variances + _C2)  # contrast and structure
-        if scale == len(weights) - 1:
+        if scale == len(exponents) - 1:
             term *= (2 * both + _C1) / (squares + _C1)  # luminance, on the coarsest scale only
-        product *= max(float(term.mean()), 0.0) ** float(weight)
+        product *= max(float(term.mean()), 0.0) ** float(exponent)
     return product
 
 
 def _blurred(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(H, W) -> (H - 10, W - 10), filtered along one axis after the other."""
+    """Filter (H, W) -> (H - 10, W - 10) with the Gaussian window, along one axis after the other."""
     rows = x.shape[0] - _WINDOW + 1
     down = sum((tap * x[i : i + rows] for i, tap in enumerate(_KERNEL)), start=np.zeros((rows, x.shape[1])))
     columns = x.shape[1] - _WINDOW + 1
@@ -101,7 +102,7 @@ def _blurred(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _halved(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(H, W) -> (ceil(H / 2), ceil(W / 2)), means of 2 x 2."""
+    """Average 2 x 2 pixels: (H, W) -> (ceil(H / 2), ceil(W / 2))."""
     x = np.pad(x, ((0, x.shape[0] % 2), (0, x.shape[1] % 2)), mode="edge")
     quarters: NDArray[np.float64] = (x[::2, ::2] + x[1::2, ::2] + x[::2, 1::2] + x[1::2, 1::2]) / 4
     return quarters

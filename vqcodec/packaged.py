@@ -1,21 +1,25 @@
-"""Where weights files are: given by path, or by the name of one that comes with the package."""
+"""Finds weights files, by path or by the name of one that comes with the package."""
 
 from pathlib import Path
 
 from vqcodec.errors import WeightsError
 
 DEFAULT = "photo"
-# What a picture is restored for: its pixels, or what it looks like. The first needs nothing but the weights themselves.
+# The decoders of a model: "faithful" minimises the distortion and is part of the weights file; "natural" is trained for
+# perceptual quality and has a file of its own.
 LOOKS = ("faithful", "natural")
-# What the encoder chooses codes for: what a picture looks like, or its pixels.
+# The distortion that the encoder minimises: SSIMULACRA2's model of what the eye sees, or squared error.
 TUNES = ("visual", "psnr")
 
 
 def find(weights: str | Path | None = None) -> Path:
-    """Path of a weights file: the one named, which may be a packaged one without its suffix, or the packaged default.
+    """Find a weights file.
+
+    Args:
+        weights: a path, or the name of packaged weights without the suffix; None for the packaged photo model.
 
     Raises:
-        WeightsError: there is none.
+        WeightsError: there is no such file.
     """
     if weights is not None and (path := Path(weights)).is_file():
         return path
@@ -30,10 +34,18 @@ def find(weights: str | Path | None = None) -> Path:
 
 
 def find_look(weights: Path, look: str) -> Path | None:
-    """Path of the file that has another look of these weights, beside them; None for the faithful one, which needs none.
+    """Find the file with a look of some weights, beside the weights file.
+
+    Args:
+        weights: path of the weights file.
+        look: one of LOOKS.
+
+    Returns:
+        The path; None for the faithful look, which is part of the weights file.
 
     Raises:
-        ValueError: no such look. WeightsError: these weights do not have it.
+        ValueError: there is no look of this name.
+        WeightsError: these weights do not have the look.
     """
     if look not in LOOKS:
         raise ValueError(f"look must be one of {', '.join(LOOKS)}, got {look!r}")

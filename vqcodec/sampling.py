@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vqcodec import codec, coding, packaged, synthesis, weights
-from vqcodec.bitstream import Header
+from vqcodec.encoder import encode
 from vqcodec.entropy import Counts, Symbols
 from vqcodec.errors import ImageError
+from vqcodec.frame import Frame
 from vqcodec.image import Picture
-from vqcodec.models.counts import CodeTables
-from vqcodec.models.prior import Places
-from vqcodec.weights import Model
+from vqcodec.models.model import Model, walk
 
 MAX_SIDE = 2048
 
@@ -83,16 +82,16 @@ def sample(
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be a number from 0, got {temperature!r}")
     model = weights.load(packaged.find(weights_file), device)
-    header = Header(width, height, quality, model.id, model.config.layers, tile=0)
+    frame = Frame(width, height, quality)
     with coding.exact(model):
-        given = codec.encode(model, header, picture.pixels)[1] if picture is not None else None
-        kept = coding.grids(model, header)[-1][0] // 2 if rows is None else rows
+        given = encode(model, frame, picture.pixels)[1] if picture is not None else None
+        kept = frame.padded(model.config.multiple)[0] // model.config.levels[-1].stride // 2 if rows is None else rows
         dice = Dice(temperature, np.random.default_rng(seed))
         for _ in range(count):
-            yield synthesis.reconstruct(model, header, draw(model, header, dice, given, kept))
+            yield synthesis.reconstruct(model, frame, draw(model, frame, dice, given, kept))
 
 
-def draw(model: Model, header: Header, dice: Dice, given: list[Tensor] | None = None, rows: int = 0) -> list[Tensor]:
+def draw(model: Model, frame: Frame, dice: Dice, given: list[Tensor] | None = None, rows: int = 0) -> list[Tensor]:
     """Draw all codes of a picture that is one tile.
 
     Args:
@@ -101,32 +100,15 @@ def draw(model: Model, header: Header, dice: Dice, given: list[Tensor] | None = 
     Returns:
         As `coding.decode`.
     """
-    quality = torch.tensor([header.quality], device=model.device)
     finest = model.config.levels[-1].stride
-    codes: list[Tensor] = []
-    state: Tensor | None = None
-    for level, ((h, w), stage) in enumerate(zip(coding.grids(model, header), model.config.levels, strict=True)):
-        prior = model.prior.level(level)
-        state = prior.begin(state, quality, 1, h, w)
-        kept = rows * finest // stage.stride
-        slices: list[Tensor] = []
-        for index, span in enumerate(stage.spans):
-            known = None if given is None else given[level][:kept, :, span]
-            tables = model.tables.slice(level, index)
-
-            def step(
-                places: Places,
-                parameters: Tensor,
-                tables: CodeTables = tables,
-                known: Tensor | None = known,
-            ) -> Tensor:
-                k = coding.get(dice, tables, parameters)
-                if known is not None:
-                    part = known[places].to(k).flatten(0, 1)
-                    k[: len(part)] = part
-                return k
-
-            state, indices = coding.code_slice(prior.slice(index), tables, state, quality, step)
-            slices.append(indices.to(torch.int16).cpu())
-        codes.append(torch.cat(slices, -1))
+    codes = coding.no_codes(model.config, frame)
+    (tile,) = coding.tiles_of(model, frame)
+    for piece in walk(model.levels, tile):
+        kept = rows * finest // piece.stage.stride
+        for one in tile.passes():
+            one.codes = coding.get(dice, piece, one)
+            if given is not None:
+                known = given[piece.level][:kept, :, piece.planes][one.places].to(one.codes).flatten(0, 1)
+                one.codes[: len(known)] = known
+        codes[piece.level][..., piece.planes] = tile.codes[0].to("cpu", torch.int16)
     return codes

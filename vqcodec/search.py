@@ -26,14 +26,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vqcodec import precision, synthesis, tuning
-from vqcodec.bitstream import Header
-from vqcodec.models.prior import SlicePrior, rates
+from vqcodec.frame import Frame
+from vqcodec.models.model import Context, Estimate, Model, Slice, walk
+from vqcodec.models.prior import rates
 from vqcodec.models.quantizer import MOST_BITS, Codebook, Rates, grid, look_up, rate_blocks, rows, softplus2
-from vqcodec.models.vqvae import PIXEL_SCALE, Slice
+from vqcodec.spans import timed
 from vqcodec.ssimulacra2 import SMALLEST
 from vqcodec.tuning import Importance
 from vqcodec.visual import visual_distance
-from vqcodec.weights import Model
 
 # Steps of each effort from 1.
 ROUNDS = (0, 1, 2, 4, 6, 9, 16, 28, 48)
@@ -66,7 +66,7 @@ class _Symbols:
     Attributes:
         piece: steps and codebook. indices: int64 (N, P). model: their rate model. weight: float (P,), bits per squared step
             behind an orthonormal decoder. places: float (N,), factors on it for each position.
-        seen: what the prior sees, float (1, P * 2 D, h, w), and vectors: what the decoder gets, (1, P D, h, w), in steps; the
+        inputs: what the prior sees, float (1, P * 2 D, h, w), and vectors: what the decoder gets, (1, P D, h, w), in steps; the
             leaves of the slopes.
     """
 
@@ -75,7 +75,7 @@ class _Symbols:
     model: Rates
     weight: Tensor
     places: Tensor
-    seen: Tensor
+    inputs: Tensor
     vectors: Tensor
 
 
@@ -93,7 +93,7 @@ class _Point:
 
 @dataclass
 class _Slopes:
-    """Of one slice at one point: derivatives of the cost by `seen` and `vectors`, (N, P, 2 D) and (N, P, D)."""
+    """Of one slice at one point: derivatives of the cost by `inputs` and `vectors`, (N, P, 2 D) and (N, P, D)."""
 
     by_prior: Tensor
     by_decoder: Tensor
@@ -115,9 +115,10 @@ class _Curvature:
         self.estimate = torch.maximum(measured, LEAST_CURVATURE * self.weight)
 
 
+@timed("search")
 def improve(
     model: Model,
-    header: Header,
+    frame: Frame,
     pixels: NDArray[np.uint8],
     codes: list[Tensor],
     rounds: int,
@@ -133,7 +134,7 @@ def improve(
     Returns:
         as `codes`; equal input gives equal output on one machine.
     """
-    importance = (importance or tuning.flat(model.config, header.quality)).to(model.device)
+    importance = (importance or tuning.flat(model.config, frame.quality)).to(model.device)
     codes = [c.clone() for c in codes]
     unit = model.config.multiple
     coarse = codes[0].shape[0], codes[0].shape[1]
@@ -151,7 +152,7 @@ def improve(
         seen = synthesis.cut(model, pixels, outer)
         finest = synthesis.finer(outer, unit // model.config.levels[-1].stride)[2:]
         local = replace(importance, places=importance.of_places(True, finest))
-        found = _improve(model, seen, given, header.quality, local, rounds, done)
+        found = _improve(model, seen, given, frame.quality, local, rounds, done)
         for level, stage in enumerate(model.config.levels):
             ratio = unit // stage.stride
             here, there = synthesis.finer(inner, ratio)[2:], synthesis.finer(part, ratio)[2:]
@@ -212,42 +213,26 @@ def _evaluate(model: Model, pixels: Tensor, codes: list[Tensor], quality: int, i
     height, width = pixels.shape[2:]
     bits = torch.zeros((), device=pixels.device)
     found: list[_Symbols] = []
-    state = estimate = None
+    estimate, context = Estimate(model.vqvae, at, height, width), Context(at, height, width)
     with precision.autocast(pixels.device):
-        for level, stage in enumerate(model.config.levels):
-            h, w = height // stage.stride, width // stage.stride
-            if estimate is None:
-                estimate = torch.zeros(1, stage.channels, h, w, device=pixels.device)
-            else:
-                estimate = model.vqvae.descend(level - 1, estimate, at)
-            prior = model.prior.level(level)
-            state = prior.begin(state, at, 1, h, w)
-            places = importance.places if level == len(codes) - 1 else None
-            for index, span in enumerate(stage.spans):
-                piece, part = model.vqvae.slice(level, index), prior.slice(index)
-                estimate = model.vqvae.refine(level, index, estimate, at)
-                state, context = part.prepare(state, at)
-                indices = codes[level][:, :, span].flatten(0, 1)
-                steps = piece.steps(at)[0]
-                scale = steps.repeat_interleave(piece.dim)[:, None, None]
-                seen = grid(look_up(model.tables.slice(level, index).inputs, indices), 1, h, w).contiguous()
-                vectors = grid(piece.codebook.lookup(indices), 1, h, w).contiguous()
-                seen.requires_grad_()
-                vectors.requires_grad_()
-                rate_model = _rate_model(part, context, seen)
-                with torch.autocast(pixels.device.type, enabled=False):
-                    theta, zero = rate_model.theta.float(), rate_model.zero.float()
-                    spent: Tensor = _Spent.apply(theta, zero, piece.codebook, indices)  # type: ignore[no-untyped-call]
-                bits = bits + spent
-                start, stop = piece.start, piece.stop
-                decoded = estimate[:, start:stop] + vectors * scale
-                estimate = torch.cat([estimate[:, :start], decoded, estimate[:, stop:]], 1)
-                state = part.update(state, seen)
-                weight = importance.weight * (steps * PIXEL_SCALE) ** 2 / 3 * importance.of_planes(level, span)
-                factors = torch.ones(h * w, device=pixels.device) if places is None else places.flatten()
-                found.append(_Symbols(piece, indices, rate_model, weight, factors, seen, vectors))
-        assert estimate is not None
-        restored = model.vqvae.descend(len(codes) - 1, estimate, at).float()
+        for piece in walk(model.levels, estimate, context):
+            h, w = estimate.values.shape[2:]
+            given = codes[piece.level][None, :, :, piece.planes]
+            indices = given[0].flatten(0, 1)
+            inputs = grid(look_up(piece.inputs(), indices), 1, h, w).contiguous().requires_grad_()
+            vectors = piece.vectors(given).contiguous().requires_grad_()
+            rate_model = _rate_model(piece, context.prepare(), inputs)
+            with torch.autocast(pixels.device.type, enabled=False):
+                theta, zero = rate_model.theta.float(), rate_model.zero.float()
+                spent: Tensor = _Spent.apply(theta, zero, piece.codebook, indices)  # type: ignore[no-untyped-call]
+            bits = bits + spent
+            estimate.add(vectors)
+            context.absorb(inputs)
+            weight = piece.error_weight(importance.weight, at)[0] * importance.of_planes(piece.level, piece.planes)
+            places = importance.places if piece.level == len(codes) - 1 else None
+            factors = torch.ones(h * w, device=pixels.device) if places is None else places.flatten()
+            found.append(_Symbols(piece, indices, rate_model, weight, factors, inputs, vectors))
+        restored = estimate.pixels()
     error = (restored - pixels).square().sum() / 3
     distortion = error
     if importance.visual and min(height, width) >= SMALLEST:
@@ -256,25 +241,27 @@ def _evaluate(model: Model, pixels: Tensor, codes: list[Tensor], quality: int, i
     return _Point(bits + importance.weight * distortion, found)
 
 
-def _rate_model(part: SlicePrior, context: Tensor, seen: Tensor) -> Rates:
-    """The rate model of all symbols of a slice, rows in raster order."""
-    height, width = seen.shape[2:]
-    coded = torch.zeros(1, 1, height, width, device=seen.device)
+def _rate_model(piece: Slice, context: Tensor, inputs: Tensor) -> Rates:
+    """The rate model of all symbols of a slice, rows in raster order, from the codes as the prior sees them."""
+    prior = piece.prior
+    assert prior is not None
+    height, width = inputs.shape[2:]
+    coded = torch.zeros(1, 1, height, width, device=inputs.device)
     everywhere: Tensor | None = None
-    for number, places in part.passes(height, width):
-        parameters = part.parameters_at(number, context, seen if part.at_once else seen * coded)
+    for number, places in prior.passes(height, width):
+        parameters = prior.parameters_at(number, context, inputs if prior.at_once else inputs * coded)
         if everywhere is None:
             everywhere = parameters.new_zeros(height, width, *parameters.shape[1:])
         everywhere[places] = parameters.reshape(everywhere[places].shape)
         coded = coded.clone()
         coded[:, :, places[0], places[1]] = 1
     assert everywhere is not None
-    return rates(everywhere.flatten(0, 1), part.piece.dim)
+    return rates(everywhere.flatten(0, 1), piece.config.dim)
 
 
 def _slopes(point: _Point) -> list[_Slopes]:
     """Of all slices; the point's graph is gone afterwards."""
-    leaves = [leaf for s in point.symbols for leaf in (s.seen, s.vectors)]
+    leaves = [leaf for s in point.symbols for leaf in (s.inputs, s.vectors)]
     found = torch.autograd.grad(point.cost, leaves, allow_unused=True)  # nothing sees the last codes
     pairs = iter(
         [torch.zeros_like(leaf) if slope is None else slope for leaf, slope in zip(leaves, found, strict=True)]
@@ -291,7 +278,7 @@ def _change(
     for s, slope, damping in zip(point.symbols, slopes, dampings, strict=True):
         best, gains = _best(s, slope, damping)
         moves = (gains > LEAST_GAIN) & (torch.rand(gains.shape, generator=chance).to(gains.device) < share)
-        changed.append(torch.where(moves, best, s.indices).reshape(*s.seen.shape[2:], -1))
+        changed.append(torch.where(moves, best, s.indices).reshape(*s.inputs.shape[2:], -1))
     return changed
 
 

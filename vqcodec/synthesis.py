@@ -4,7 +4,6 @@ Windows overlap by more than the networks reach, so they leave no seams in the p
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,53 +11,91 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from vqcodec.bitstream import Header
-from vqcodec.models.quantizer import grid
-from vqcodec.models.vqvae import Slice
-from vqcodec.weights import Model
+from vqcodec.frame import Frame
+from vqcodec.models.model import Estimate, Level, Model, Slice, walk
+from vqcodec.spans import timed
 
 # Side of the windows.
 WINDOW = 2048
 
 
-def reconstruct(model: Model, header: Header, codes: list[Tensor]) -> NDArray[np.uint8]:
-    """Codes as from `decode_codes` -> pixels uint8 (H, W, 3)."""
-    quality = torch.tensor([header.quality], device=model.device)
-    estimate: Tensor | None = None
-    for level, (level_codes, stage) in enumerate(zip(codes, model.config.levels, strict=True)):
-        shape = (1, stage.channels, *level_codes.shape[:2])
-        estimate = begin(model, level, estimate, shape, quality)
-        for index, span in enumerate(stage.spans):
-            piece = model.vqvae.slice(level, index)
-            estimate = refine(model, level, index, estimate, quality)
-            scale = piece.steps(quality).repeat_interleave(piece.dim, 1)[:, :, None, None]
-            height, width = level_codes.shape[:2]
-            for strip in _strips(height, width, WINDOW // stage.stride):
-                indices = level_codes[strip, :, span].to(model.device)
-                estimate[:, piece.start : piece.stop, strip] += vectors(piece, scale, indices.long())
-    assert estimate is not None
-    return _synthesise(model, estimate, header, quality)
+def reconstruct(model: Model, frame: Frame, codes: list[Tensor]) -> NDArray[np.uint8]:
+    """Codes as from `coding.decode` -> pixels uint8 (H, W, 3)."""
+    estimate = GridEstimate(model, frame)
+    for piece in walk(model.levels, estimate):
+        height, width = codes[piece.level].shape[:2]
+        for strip in _strips(height, width, WINDOW // piece.stage.stride):
+            indices = codes[piece.level][None, strip, :, piece.planes].to(model.device, torch.int64)
+            estimate.add_at((strip, slice(None)), piece.vectors(indices))
+    return estimate.picture()
 
 
-def vectors(piece: Slice, scale: Tensor, indices: Tensor) -> Tensor:
-    """Indices int64 (h, w, P) -> what they add to the slice's channels of the estimate, (1, P D, h, w)."""
-    height, width, planes = indices.shape
-    return grid(piece.codebook.lookup(indices.reshape(-1, planes)), 1, height, width) * scale
+class GridEstimate(Estimate):
+    """The estimate over the grids of a whole picture: networks run in windows, and codes are added in place, part by part."""
 
+    def __init__(self, model: Model, frame: Frame) -> None:
+        quality = torch.tensor([frame.quality], device=model.device)
+        super().__init__(model.vqvae, quality, *frame.padded(model.config.multiple))
+        self.model, self.frame = model, frame
 
-def begin(model: Model, level: int, coarser: Tensor | None, shape: Any, quality: Tensor) -> Tensor:
-    """The estimate of a level before its first slice, (1, C, h, w), writable."""
-    estimate = torch.zeros(shape, dtype=torch.float32, device=model.device).contiguous(
-        memory_format=torch.channels_last
-    )
-    if coarser is not None:
-        stride = model.config.levels[level - 1].stride
-        ratio = stride // model.config.levels[level].stride
-        reach = -(-model.vqvae.decoder_reach(level - 1) // stride)
-        for inner, outer, part in windows(coarser.shape[2], coarser.shape[3], max(1, WINDOW // stride), reach):
-            start = model.vqvae.descend(level - 1, coarser[(slice(None), slice(None), *outer)], quality)
-            estimate[finer(inner, ratio)] = start[finer(part, ratio)]
-    return estimate
+    @timed("refinement")
+    def begin(self, level: Level) -> None:
+        """As of `Estimate`, window by window."""
+        layout = torch.channels_last
+        values = torch.zeros(self._shape(level), device=self.model.device).contiguous(memory_format=layout)
+        if level.number:
+            stride = self.model.config.levels[level.number - 1].stride
+            ratio = stride // level.stage.stride
+            reach = -(-self.vqvae.decoder_reach(level.number - 1) // stride)
+            coarser = self.values
+            for inner, outer, part in windows(coarser.shape[2], coarser.shape[3], max(1, WINDOW // stride), reach):
+                box = coarser[(slice(None), slice(None), *outer)]
+                start = self.vqvae.descend(level.number - 1, box, self.quality)
+                values[finer(inner, ratio)] = start[finer(part, ratio)]
+        self.values = values
+
+    @timed("refinement")
+    def enter(self, piece: Slice) -> None:
+        """As of `Estimate`; strip by strip, in place, if the grid is large."""
+        height, width = self.values.shape[2:]
+        strips = _strips(height, width, WINDOW // piece.stage.stride)
+        if len(strips) == 1:
+            super().enter(piece)
+            return
+        self.piece, self.scale = piece, piece.scale(self.quality)
+        reach = max(1, len(piece.quantizer.blocks()))  # a block sees one position around each
+        above = self.values[:, :, :0]  # the rows above a strip, as they were
+        for strip in strips:
+            cut = torch.cat([above, self.values[:, :, strip.start : strip.stop + reach]], 2)
+            first = above.shape[2]
+            above = cut[:, :, : first + strip.stop - strip.start][:, :, -reach:]
+            refined = self.vqvae.refine(piece.level, piece.index, cut, self.quality)
+            self.values[:, :, strip] = refined[:, :, first : first + strip.stop - strip.start]
+
+    @timed("refinement")
+    def add_at(self, window: "Box", vectors: Tensor) -> None:
+        """Correct the slice's channels in a window of the grid, in place, by vectors in steps, (1, P D, h, w)."""
+        assert self.piece is not None
+        self.values[(slice(None), self.piece.channels, *window)] += vectors * self.scale
+
+    @timed("decoder")
+    def picture(self) -> NDArray[np.uint8]:
+        """After the walk: the pixels, uint8 (H, W, 3), cropped to the picture and rounded."""
+        pixels = np.empty((self.frame.height, self.frame.width, 3), np.uint8)
+        level = len(self.model.config.levels) - 1
+        stride = self.model.config.levels[level].stride
+        reach = -(-self.vqvae.decoder_reach(level) // stride)
+        height, width = self.values.shape[2:]
+        for inner, outer, part in windows(height, width, max(1, WINDOW // stride), reach):
+            decoded = self.vqvae.descend(level, self.values[(slice(None), slice(None), *outer)], self.quality)[0]
+            ys, xs = (slice(s.start * stride, s.stop * stride) for s in part)
+            ready = decoded[:, ys, xs].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+            top, left = inner[0].start * stride, inner[1].start * stride
+            target = pixels[top : top + ready.shape[0], left : left + ready.shape[1]]
+            target[...] = ready[: target.shape[0], : target.shape[1]]
+            if self.frame.grey:
+                target[...] = np.rint(target.mean(2, keepdims=True, dtype=np.float32))
+        return pixels
 
 
 def finer(box: "Box", ratio: int) -> tuple[slice, slice, slice, slice]:
@@ -67,29 +104,13 @@ def finer(box: "Box", ratio: int) -> tuple[slice, slice, slice, slice]:
     return slice(None), slice(None), rows, columns
 
 
-def refine(model: Model, level: int, index: int, estimate: Tensor, quality: Tensor) -> Tensor:
-    """`VQVAE.refine` over the whole grid; strip by strip, in place, if it is large."""
-    height, width = estimate.shape[2:]
-    strips = _strips(height, width, WINDOW // model.config.levels[level].stride)
-    if len(strips) == 1:
-        return model.vqvae.refine(level, index, estimate, quality)
-    reach = max(1, len(model.vqvae.slice(level, index).blocks()))  # a block sees one position around each
-    above = estimate[:, :, :0]  # the rows above a strip, as they were
-    for strip in strips:
-        cut = torch.cat([above, estimate[:, :, strip.start : strip.stop + reach]], 2)
-        first = above.shape[2]
-        above = cut[:, :, : first + strip.stop - strip.start][:, :, -reach:]
-        refined = model.vqvae.refine(level, index, cut, quality)
-        estimate[:, :, strip] = refined[:, :, first : first + strip.stop - strip.start]
-    return estimate
-
-
 def _strips(height: int, width: int, side: int) -> list[slice]:
     """Rows of a grid in strips of about side x side positions."""
     rows = max(1, side * side // width)
     return [slice(start, min(start + rows, height)) for start in range(0, height, rows)]
 
 
+@timed("encoder")
 def analyse(model: Model, pixels: NDArray[np.uint8], quality: Tensor) -> list[Tensor]:
     """Pixels (H, W, 3) -> latents of each level over the padded picture."""
     unit = model.config.multiple
@@ -123,24 +144,6 @@ def cut(model: Model, pixels: NDArray[np.uint8], box: "Box") -> Tensor:
 def _empty(z: Tensor, ratio: int, coarse: tuple[int, int]) -> Tensor:
     shape = (1, z.shape[1], coarse[0] * ratio, coarse[1] * ratio)
     return torch.empty(shape, device=z.device).contiguous(memory_format=torch.channels_last)
-
-
-def _synthesise(model: Model, estimate: Tensor, header: Header, quality: Tensor) -> NDArray[np.uint8]:
-    """The finest level's estimate -> pixels, cropped to the picture and rounded."""
-    pixels = np.empty((header.height, header.width, 3), np.uint8)
-    stride = model.config.levels[-1].stride
-    level = len(model.config.levels) - 1
-    reach = -(-model.vqvae.decoder_reach(level) // stride)
-    for inner, outer, part in windows(estimate.shape[2], estimate.shape[3], max(1, WINDOW // stride), reach):
-        decoded = model.vqvae.descend(level, estimate[(slice(None), slice(None), *outer)], quality)[0]
-        ys, xs = (slice(s.start * stride, s.stop * stride) for s in part)
-        ready = decoded[:, ys, xs].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-        top, left = inner[0].start * stride, inner[1].start * stride
-        target = pixels[top : top + ready.shape[0], left : left + ready.shape[1]]
-        target[...] = ready[: target.shape[0], : target.shape[1]]
-        if header.grey:
-            target[...] = np.rint(target.mean(2, keepdims=True, dtype=np.float32))
-    return pixels
 
 
 Box = tuple[slice, slice]

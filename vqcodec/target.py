@@ -1,7 +1,8 @@
-"""Targets: the setting at which a file comes to a size, or a picture to a PSNR or SSIMULACRA2.
+"""Targets: finds the setting at which a file reaches a size, or its picture a PSNR or an SSIMULACRA2.
 
-All of these grow with the quality, the logarithm of the size and the others nearly linearly, so a secant needs few
-probes; the bracket around the target makes sure that it ends. What lies between two qualities is reached by the emphasis.
+All of these grow nearly linearly with the quality, if sizes are taken as logarithms. So a secant search needs few trial
+encodings, and a bracket around the target makes sure that it ends. The emphasis then reaches values between those of
+two qualities.
 """
 
 import math
@@ -12,18 +13,19 @@ from typing import NamedTuple
 from vqcodec.errors import TargetError
 
 LOWEST, HIGHEST = 1, 100
-# Probes of the emphasis at most; its largest logarithm either way, and the logarithm that moves as much as a step of quality, about.
-TUNING_PROBES, MOST_EMPHASIS, STEP_EMPHASIS = 3, 0.4, 0.15
-CLOSE = 0.03  # steps of quality from the goal, at which it is left alone
+EMPHASIS_TRIALS = 3  # most trial encodings in the search for an emphasis
+MOST_EMPHASIS = 0.4  # largest absolute value of its logarithm
+STEP_EMPHASIS = 0.15  # logarithm of the emphasis that changes a file about as much as a step of quality
+CLOSE = 0.03  # distance from the goal, in steps of quality, at which the search for an emphasis ends
 
 
 class Setting(NamedTuple):
-    """What the encoder is asked for.
+    """How a picture is encoded.
 
     Attributes:
-        quality: 1..100, written in the file.
-        emphasis: what the weight of the squared error is multiplied by when codes are chosen. Decoders need not know of it. Near 1 it costs
-            nothing: size and error move along the same curve.
+        quality: 1 to 100; the file states it.
+        emphasis: a factor, above 0, on the weight of the distortion when the encoder chooses codes. Decoders do not
+            need it. Near 1 it costs nothing: size and distortion move along the same curve.
     """
 
     quality: int
@@ -32,14 +34,19 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True)
 class _Measure:
-    """slope: what one step of quality adds, about. tolerance: how far the ends of the range may be from a target."""
+    """A property of files that a target can be set for.
+
+    Attributes:
+        slope: about how much one step of quality adds to it; for sizes, to the logarithm.
+        tolerance: how far the lowest and the highest quality may miss a target, in the same unit.
+        text: format of a value in error messages.
+    """
 
     slope: float
     tolerance: float
     text: str
 
 
-# Of the file size the logarithm is looked at.
 MEASURES = {
     "size": _Measure(0.034, math.log(1.02), "{:,.0f} bytes"),
     "bpp": _Measure(0.034, math.log(1.02), "{:.4f} bits per pixel"),
@@ -50,14 +57,14 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Target:
-    """What a file should come to.
+    """A size or a likeness that a file should reach.
 
     Attributes:
         measure: "size" (bytes of the file), "bpp" (its bits per pixel), "psnr" (dB over R, G and B) or "ssimulacra2".
-        value: the number wanted; positive, except for SSIMULACRA2, which is below 100.
+        value: the number to reach: above 0, or for SSIMULACRA2 below 100.
 
     Raises:
-        ValueError: no such measure, or a value out of range.
+        ValueError: there is no such measure, or the value is out of range.
     """
 
     measure: str
@@ -71,38 +78,40 @@ class Target:
         if not above < self.value < below:
             raise ValueError(f"{self.measure} must be above {above} and below {below}, got {self.value!r}")
 
-    def find(self, measure: Callable[[Setting], float]) -> Setting:
-        """The setting whose measure comes to the value.
+    def find(self, evaluate: Callable[[Setting], float]) -> Setting:
+        """Find the setting that comes closest to the value.
 
         Args:
-            measure: what a setting comes to; called a few times.
+            evaluate: encodes with a setting and returns the measure of the result; called a few times.
 
         Raises:
             TargetError: even the lowest or the highest quality misses the value.
         """
-        kind = MEASURES[self.measure]
+        measure = MEASURES[self.measure]
         logarithmic = self.measure in ("size", "bpp")
-        scale = math.log if logarithmic else float
-        goal = scale(self.value)
+        transform = math.log if logarithmic else float
+        goal = transform(self.value)
 
-        def scaled(setting: Setting) -> float:
-            return scale(measure(setting))
+        def transformed(setting: Setting) -> float:
+            return transform(evaluate(setting))
 
-        low, high, found = bracket(lambda q: scaled(Setting(q)), goal, kind.slope, (LOWEST + HIGHEST) // 2)
+        low, high, found = bracket(lambda q: transformed(Setting(q)), goal, measure.slope, (LOWEST + HIGHEST) // 2)
         quality = min((q for q in (low, high) if q in found), key=lambda q: abs(found[q] - goal))
-        setting, reached = tune(scaled, quality, found[quality], goal, kind.slope)
-        if not abs(reached - goal) <= kind.tolerance and (low < LOWEST or high > HIGHEST):
+        setting, reached = fit_emphasis(transformed, quality, found[quality], goal, measure.slope)
+        if not abs(reached - goal) <= measure.tolerance and (low < LOWEST or high > HIGHEST):
             end = "least" if low < LOWEST else "most"
-            limit = kind.text.format(math.exp(reached) if logarithmic else reached)
-            raise TargetError(f"no quality comes to {kind.text.format(self.value)}: the {end} is {limit}")
+            limit = measure.text.format(math.exp(reached) if logarithmic else reached)
+            raise TargetError(f"no quality comes to {measure.text.format(self.value)}: the {end} is {limit}")
         return setting
 
 
 def largest_within(size: Callable[[Setting], int], limit: int, top: Setting) -> Setting:
-    """The best setting up to `top` whose file has at most `limit` bytes.
+    """Find the best setting whose file has at most `limit` bytes.
 
     Args:
-        size: bytes of the file at a setting; called a few times.
+        size: encodes with a setting and returns the bytes of the file; called a few times.
+        limit: most bytes of the file.
+        top: the setting to use if its file is small enough. No higher quality is tried.
 
     Raises:
         TargetError: every file is larger.
@@ -112,75 +121,81 @@ def largest_within(size: Callable[[Setting], int], limit: int, top: Setting) -> 
         return top
     slope, goal = MEASURES["size"].slope, math.log(limit)
 
-    def scaled(setting: Setting) -> float:
+    def log_size(setting: Setting) -> float:
         return math.log(size(setting))
 
     guess = top.quality - math.ceil(excess / slope)
-    low, _, found = bracket(lambda q: scaled(Setting(q)), goal, slope, guess, top.quality)
+    low, _, found = bracket(lambda q: log_size(Setting(q)), goal, slope, guess, top.quality)
     low = max(low, LOWEST)
-    setting, reached = tune(scaled, low, found[low], goal, slope, within=True)
+    setting, reached = fit_emphasis(log_size, low, found[low], goal, slope, within=True)
     if reached > goal:
         raise TargetError(f"no file has at most {limit:,} bytes: the least is {math.exp(reached):,.0f}")
     return setting
 
 
-def tune(
-    measure: Callable[[Setting], float], quality: int, value: float, goal: float, slope: float, within: bool = False
+def fit_emphasis(
+    evaluate: Callable[[Setting], float], quality: int, value: float, goal: float, slope: float, within: bool = False
 ) -> tuple[Setting, float]:
-    """The emphasis with which a quality comes nearest to a goal.
+    """Find the emphasis with which a quality comes closest to a goal.
 
     Args:
-        measure: grows with the emphasis; called a few times. value: its value without emphasis. goal, slope: as of `bracket`,
-            on the scale of the measure.
-        within: whether what is above the goal is only taken if nothing else was found, and then the least.
+        evaluate: returns the value of a setting, which grows with the emphasis; called a few times.
+        quality: the quality of all settings tried.
+        value: its value at emphasis 1.
+        goal: the value to reach.
+        slope: about how much one step of quality adds to the value.
+        within: whether to stay at or below the goal, if any value found does.
 
     Returns:
-        The setting, without emphasis if none helps, and its measure.
+        (setting, value): the closest setting, with emphasis 1 if no other comes closer, and its value.
     """
     aim = goal - CLOSE * slope if within else goal
-    tried = {0.0: value}
+    tried = {0.0: value}  # values by the logarithm of the emphasis
     change = (aim - value) / slope * STEP_EMPHASIS
-    for _ in range(TUNING_PROBES):
+    for _ in range(EMPHASIS_TRIALS):
         if not min(abs(v - aim) for v in tried.values()) > CLOSE * slope:
             break
         change = min(max(change, -MOST_EMPHASIS), MOST_EMPHASIS)
         if change in tried:
             break
-        tried[change] = measure(Setting(quality, math.exp(change)))
+        tried[change] = evaluate(Setting(quality, math.exp(change)))
         first, second = sorted(tried, key=lambda x: abs(tried[x] - aim))[:2]
         rise = tried[second] - tried[first]
         if not math.isfinite(rise):
             break
-        # The sizes of small files move in steps.
+        # Small files change in whole bytes: if the value stayed the same, the next change is twice as large.
         change = first + (aim - tried[first]) * (second - first) / rise if rise else 2 * change
     best = min(tried, key=lambda x: (within and tried[x] > goal, abs(tried[x] - goal)))
     return Setting(quality, math.exp(best)), tried[best]
 
 
 def bracket(
-    measure: Callable[[int], float], goal: float, slope: float, guess: int, top: int = HIGHEST
+    evaluate: Callable[[int], float], goal: float, slope: float, guess: int, top: int = HIGHEST
 ) -> tuple[int, int, dict[int, float]]:
-    """Neighbouring qualities around a goal.
+    """Find the neighbouring qualities on both sides of a goal.
 
     Args:
-        measure: grows with the quality, nearly linearly; called once for each quality that is looked at. goal: its value
-            wanted. slope: what one step adds, about. guess: where to begin. top: the highest quality.
+        evaluate: returns the value of a quality, which grows nearly linearly; called once for each quality tried.
+        goal: the value to reach.
+        slope: about how much one step of quality adds to the value.
+        guess: the quality to try first.
+        top: the highest quality to try.
 
     Returns:
-        (low, high, found): low + 1 == high; what was measured at low is at most the goal, at high above it. LOWEST - 1 and
-        top + 1 stand for values out of reach. found: all values measured.
+        (low, high, found): high is low + 1. The value at low is at most the goal, the value at high is above it. If
+        there is no such quality, low is LOWEST - 1 or high is top + 1. found has the values of all qualities tried.
     """
     low, high = LOWEST - 1, top + 1
     found: dict[int, float] = {}
-    leap = 1  # at least so far, while one side is open: what does not change with the quality may be most of a file
+    leap = 1  # smallest step while one side is open: most of a file may be metadata, whose size does not change
     while high - low > 1:
         guess = min(max(guess, low + 1), high - 1)
-        value = found[guess] = measure(guess)
+        value = found[guess] = evaluate(guess)
         low, high = (guess, high) if value <= goal else (low, guess)
         if low in found and high in found and math.isfinite(found[high]):
             step = (high - low) / (found[high] - found[low])
-            creeps = len(found) % 3 == 0  # perhaps, where the curve is bent much: halves are safe now and then
-            guess = (low + high) // 2 if creeps else low + round((goal - found[low]) * step)
+            bisect = len(found) % 3 == 0  # now and then, because secants creep where the curve bends much
+            guess = (low + high) // 2 if bisect else low + round((goal - found[low]) * step)
         elif math.isfinite(value):
             change = round((goal - value) / slope)
             guess += max(change, leap) if value <= goal else min(change, -leap)

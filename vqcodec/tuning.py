@@ -10,7 +10,6 @@ Decoders need not know of it: it changes which codes are chosen, not what they m
 """
 
 import json
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from vqcodec import files
 from vqcodec.errors import WeightsError
 from vqcodec.models.config import Config
 
@@ -118,12 +118,7 @@ class Tuning:
         fields: dict[str, Any] = {"format": FORMAT, "weights": weights_id.hex(), "qualities": self.qualities}
         fields |= {name: _digits(getattr(self, name)) for name in ("unit", "masking", "balance")}
         fields["planes"] = [_digits(level) for level in self.planes]
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(json.dumps(fields, indent=0) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        files.write_atomically(path, (json.dumps(fields, indent=0) + "\n").encode())
 
 
 def flat(config: Config, quality: int, emphasis: float = 1.0) -> Importance:

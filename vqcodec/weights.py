@@ -20,41 +20,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from vqcodec import files
 from vqcodec.errors import WeightsError
 from vqcodec.models.config import Config
 from vqcodec.models.counts import Tables
 from vqcodec.models.integers import QualityBias
+from vqcodec.models.model import Model
 from vqcodec.models.prior import Prior
 from vqcodec.models.quantizer import Codebook
-from vqcodec.models.vqvae import VQVAE, Slice, channels_last
+from vqcodec.models.vqvae import VQVAE, SliceQuantizer
 
 FORMAT = "vqcodec weights 2"
 LOOK_FORMAT = "vqcodec look 1"
 ID_BYTES = 4
-
-
-class Model:
-    """A loaded weights file, ready to run.
-
-    Attributes:
-        config: the configuration. vqvae, prior, tables: the networks and integer tables, on `device`, not trainable.
-        id: the four bytes that name these weights in a .vqz file. looks: whether pixels are rendered by another look of them.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        vqvae: VQVAE,
-        prior: Prior,
-        tables: Tables,
-        weights_id: bytes,
-        device: torch.device,
-        looks: bool = False,
-    ) -> None:
-        self.config, self.id, self.device, self.looks = config, weights_id, device, looks
-        self.tables = tables.to(device)
-        self.vqvae = channels_last(vqvae.requires_grad_(False).eval(), device)
-        self.prior = channels_last(prior.requires_grad_(False).eval(), device)
 
 
 def load(path: Path, device: str = "cpu", look: Path | None = None) -> Model:
@@ -173,7 +151,7 @@ def save_model(path: Path, config: Config, vqvae: VQVAE, prior: Prior, notes: di
             f"{name}.{tensor}"
             for name, part in module.named_modules()
             for tensor in ("log_steps", "vectors", "bias", "spread")
-            if isinstance(part, Slice | Codebook)
+            if isinstance(part, SliceQuantizer | Codebook)
         }
         for name, tensor in module.state_dict().items():
             if name not in skipped:
@@ -201,12 +179,7 @@ def save_look(path: Path, config: Config, vqvae: VQVAE, weights_id: str, notes: 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], notes: dict[str, Any]) -> bytes:
     """A file that is either there in full or not at all; returns its id."""
     data = _sort_header(save(tensors, {**metadata, "notes": json.dumps(notes, sort_keys=True)}))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    files.write_atomically(path, data)
     return hashlib.sha256(data).digest()[:ID_BYTES]
 
 
@@ -237,15 +210,14 @@ def describe(path: Path) -> dict[str, Any]:
     """
     config, metadata, weights_id = _metadata(path)
     vqvae, prior = VQVAE(config), Prior(config)
-    decoder, entropy = vqvae.macs_per_pixel() / 1000, prior.macs_per_pixel(config) / 1000
+    macs = {**vqvae.macs_per_pixel(), "prior": prior.macs_per_pixel(config)}
     return {
         "id": weights_id.hex(),
         "bytes": path.stat().st_size,
         "name": config.name,
         "parameters": sum(p.numel() for m in (vqvae, prior) for p in m.parameters()),
-        "decoder_kmac_per_pixel": round(decoder, 2),
-        "prior_kmac_per_pixel": round(entropy, 2),
-        "total_kmac_per_pixel": round(decoder + entropy, 2),
+        **{f"{part}_kmac_per_pixel": round(count / 1000, 2) for part, count in macs.items()},
+        "decoding_kmac_per_pixel": round((sum(macs.values()) - macs["encoder"]) / 1000, 2),
         "notes": json.loads(metadata.get("notes", "{}")),
         "config": json.loads(metadata["config"]),
     }

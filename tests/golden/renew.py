@@ -27,13 +27,14 @@ if __name__ == "__main__":
 
 import format_dump
 import models
+from models import TINY
 from numpy.typing import NDArray
 from torch import Tensor
 
 from vqcodec import bitstream, codec, image, packaged, weights
 from vqcodec.bitstream import Chunk
 from vqcodec.image import Picture
-from vqcodec.models.config import TINY, Config, PriorConfig, SliceConfig, StageConfig
+from vqcodec.models.config import Config, PriorConfig, SliceConfig, StageConfig
 
 # Small enough to be kept in the repository: two levels, slices of two kinds, three layers.
 GOLDEN: Config = dataclasses.replace(

@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from vqcodec.errors import WeightsError
@@ -85,6 +84,8 @@ class StageConfig:
         encoder_blocks, decoder_blocks: residual blocks on each side. refine_blocks: before each slice.
         slices: the code planes quantised at this resolution; empty for a stage that is only passed through.
         lapped: whether the blocks of the transform from the next finer stage overlap (`vqvae.Lap`).
+        renderer: hidden channels of the network that refines pixels behind the finest stage (`pixels.Renderer`); 0 for none.
+        groups: of the 3x3 convolutions of residual blocks; as many as `hidden` make them depthwise.
     """
 
     stride: int
@@ -95,10 +96,15 @@ class StageConfig:
     slices: tuple[SliceConfig, ...] = ()
     lapped: bool = False
     refine_blocks: int = 1
+    renderer: int = 0
+    groups: int = 1
 
     def __post_init__(self) -> None:
         _check_range(self, 1, "stride", "channels", "hidden", "refine_blocks")
-        _check_range(self, 0, "encoder_blocks", "decoder_blocks")
+        _check_range(self, 0, "encoder_blocks", "decoder_blocks", "renderer")
+        _check_range(self, 1, "groups", high=self.hidden)
+        if self.hidden % self.groups:
+            raise ValueError(f"groups must divide hidden, {self.hidden}, got {self.groups}")
 
     @property
     def spans(self) -> tuple[slice, ...]:
@@ -216,33 +222,6 @@ class Config:
         stages = (replace(s, decoder_blocks=s.decoder_blocks + LOOK_BLOCKS * (s.stride < finest)) for s in self.stages)
         return replace(self, stages=tuple(stages))
 
-    def grown(self, other: "Config") -> "Config":
-        """With the codes and scales of another configuration's slices, and its residual blocks, where those are more."""
-        others = {(stage.stride, stage.channels, stage.hidden): stage for stage in other.stages}
-        pieces = {(stage.stride, i): p for stage in other.stages for i, p in enumerate(stage.slices)}
-
-        def grow(piece: SliceConfig, like: SliceConfig | None) -> SliceConfig:
-            if like is None or (piece.planes, piece.dim) != (like.planes, like.dim):
-                return piece
-            if piece.codes < like.codes and piece.structured:
-                piece = replace(piece, codes=like.codes, outposts=like.outposts)
-            return replace(piece, scales=max(piece.scales, like.scales))
-
-        def deepen(stage: StageConfig) -> StageConfig:
-            like = others.get((stage.stride, stage.channels, stage.hidden), stage)
-            return replace(
-                stage,
-                encoder_blocks=max(stage.encoder_blocks, like.encoder_blocks),
-                decoder_blocks=max(stage.decoder_blocks, like.decoder_blocks),
-                refine_blocks=max(stage.refine_blocks, like.refine_blocks),
-                slices=tuple(grow(p, pieces.get((stage.stride, i))) for i, p in enumerate(stage.slices)),
-            )
-
-        prior = self.prior
-        if replace(prior, blocks=other.prior.blocks) == other.prior:
-            prior = replace(prior, blocks=max(prior.blocks, other.prior.blocks))
-        return replace(self, stages=tuple(map(deepen, self.stages)), prior=prior)
-
     def lambda_of(self, t: float) -> float:
         """Distortion weight at t = (quality - 1) / 99; see `lambda_range`."""
         low, high = self.lambda_range
@@ -269,127 +248,3 @@ class Config:
             return Config(stages=stages, prior=prior, **fields)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise WeightsError(f"not a model configuration: {error}") from None
-
-
-PHOTO = Config(
-    name="photo",
-    stages=(
-        StageConfig(stride=4, channels=48, hidden=64, encoder_blocks=3, decoder_blocks=4),
-        StageConfig(stride=8, channels=192, hidden=96, encoder_blocks=5, decoder_blocks=6),
-        StageConfig(
-            stride=16,
-            channels=288,
-            hidden=160,
-            encoder_blocks=7,
-            decoder_blocks=6,
-            refine_blocks=3,
-            slices=(
-                SliceConfig(planes=16, dim=1, codes=256, layer=1),
-                SliceConfig(planes=40, dim=1, codes=96, layer=1),
-                SliceConfig(planes=28, dim=2, codes=512, layer=2, scales=2, outposts="near"),
-                SliceConfig(planes=88, dim=2, codes=256, layer=3, scales=2, outposts="near"),
-            ),
-            lapped=True,
-        ),
-        StageConfig(
-            stride=64,
-            channels=48,
-            hidden=96,
-            encoder_blocks=1,
-            decoder_blocks=1,
-            slices=(
-                SliceConfig(planes=3, dim=1, codes=2048, layer=0),
-                SliceConfig(planes=45, dim=1, codes=512, layer=0),
-            ),
-        ),
-    ),
-    prior=PriorConfig(blocks=2),
-)
-
-# The classic systems: codes chosen for the distortion alone, one quality, and a prior that is learned after the rest.
-
-# van den Oord et al. 2017: one level of one plane. On digits of 28 x 28, 7 x 7 codes.
-VQVAE_MNIST = Config(
-    name="vqvae-mnist",
-    stages=(StageConfig(4, 16, 64, 2, 2, (SliceConfig(planes=1, dim=16, codes=128, layer=0),)),),
-    prior=PriorConfig(channels=64, blocks=0, layers=4),
-    lambda_range=(0.0025, 0.0026),
-    commitment=0.25,
-    rate="after",
-)
-# The same with a codebook by moving averages (their appendix A.1). On pictures of 32 x 32, 8 x 8 codes.
-VQVAE_EMA_CIFAR10 = Config(
-    name="vqvae-ema-cifar10",
-    stages=(StageConfig(4, 64, 64, 2, 2, (SliceConfig(planes=1, dim=64, codes=512, layer=0),)),),
-    prior=PriorConfig(channels=64, blocks=0, layers=4),
-    lambda_range=(0.0025, 0.0026),
-    codebook="ema",
-    commitment=0.25,
-    rate="after",
-)
-# Razavi et al. 2019: levels of one plane each; pictures of 256 x 256 have 32 x 32 and 64 x 64 codes.
-VQVAE2 = Config(
-    name="vqvae2",
-    stages=(
-        StageConfig(4, 64, 64, 2, 2, (SliceConfig(planes=1, dim=64, codes=512, layer=1),)),
-        StageConfig(8, 64, 128, 2, 2, (SliceConfig(planes=1, dim=64, codes=512, layer=0),)),
-    ),
-    prior=PriorConfig(channels=64, blocks=1, layers=4),
-    lambda_range=(0.0025, 0.0026),
-    codebook="ema",
-    commitment=0.25,
-    rate="after",
-)
-# With a third level, at half the resolution: theirs for pictures of 1024 x 1024.
-VQVAE2_3LEVEL = replace(
-    VQVAE2,
-    name="vqvae2-3level",
-    stages=(
-        replace(VQVAE2.stages[0], slices=(SliceConfig(planes=1, dim=64, codes=512, layer=2),)),
-        replace(VQVAE2.stages[1], slices=(SliceConfig(planes=1, dim=64, codes=512, layer=1),)),
-        StageConfig(16, 64, 128, 2, 2, (SliceConfig(planes=1, dim=64, codes=512, layer=0),)),
-    ),
-)
-
-# Trains in a test: everything the photo model has, in miniature.
-TINY = Config(
-    name="tiny",
-    stages=(
-        StageConfig(4, 48, 16, 1, 1),
-        StageConfig(
-            8,
-            24,
-            16,
-            1,
-            1,
-            (
-                SliceConfig(planes=8, dim=1, codes=64, layer=1),
-                SliceConfig(planes=4, dim=4, codes=32, layer=2, scales=4, outposts="near"),
-            ),
-            lapped=True,
-            refine_blocks=2,
-        ),
-        StageConfig(32, 12, 16, 1, 1, (SliceConfig(planes=12, dim=1, codes=512, layer=0),)),
-    ),
-    prior=PriorConfig(channels=16, embedding=16, blocks=1),
-)
-
-NAMED = {config.name: config for config in (PHOTO, VQVAE2, VQVAE2_3LEVEL, VQVAE_MNIST, VQVAE_EMA_CIFAR10, TINY)}
-
-
-def load_config(name: str) -> Config:
-    """A named configuration, or one from a JSON file.
-
-    Raises:
-        WeightsError: neither a known name nor a readable configuration file.
-    """
-    if name in NAMED:
-        return NAMED[name]
-    path = Path(name)
-    if not path.is_file():
-        raise WeightsError(f"no configuration {name!r}: known are {', '.join(NAMED)}, or give a JSON file")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise WeightsError(f"cannot read the configuration {name}: {error}") from None
-    return Config.from_json(text)

@@ -30,7 +30,7 @@ from vqcodec.models.integers import (
     clamp8,
     gate,
 )
-from vqcodec.models.quantizer import Rates, companding, start_of
+from vqcodec.models.quantizer import Rates
 
 # Order of the interleaved passes: each phase is a (row, column) offset on the 2 x 2 pattern.
 PHASES = ((0, 0), (1, 1), (0, 1), (1, 0))
@@ -47,7 +47,7 @@ class SlicePrior(nn.Module):
     """The part of the prior that belongs to one slice of code planes, in four interleaved passes.
 
     Attributes:
-        at_once: whether the one pass covers all positions and sees the codes of each position's predecessors in `known`: codes
+        at_once: whether the one pass covers all positions and sees the codes of each position's predecessors in `inputs`: codes
             are chosen before their bits are known, and decoding must `walk`.
     """
 
@@ -85,13 +85,13 @@ class SlicePrior(nn.Module):
             if row < height and column < width:
                 yield phase, (slice(row, None, 2), slice(column, None, 2))
 
-    def parameters_at(self, number: int, context: Tensor, known: Tensor) -> Tensor:
+    def parameters_at(self, number: int, context: Tensor, inputs: Tensor) -> Tensor:
         """Parameters of the rate model at the positions of one pass.
 
         Args:
             number: of the pass, see `passes`.
             context: from `prepare`.
-            known: inputs of this slice's codes (B, 2 P D, h, w), zero at the positions not coded yet if not `at_once`.
+            inputs: of this slice's codes (B, 2 P D, h, w), zero at the positions not coded yet if not `at_once`.
 
         Returns:
             integers in [-127, 127], float32 (N, P, D + 2 S + 1), N = B h' w' in raster order: mean (D), square (S), linear (S), zero.
@@ -99,7 +99,7 @@ class SlicePrior(nn.Module):
         row, column = PHASES[number]
         hidden = context[:, :, row::2, column::2]
         if number:
-            seen = clamp8(self.near.run(known))
+            seen = clamp8(self.near.run(inputs))
             seen = functional.pad(seen, (1, 1, 1, 1))[:, :, row:, column:]
             conv = self.phases[number - 1]
             assert isinstance(conv, IntegerConv)
@@ -107,13 +107,13 @@ class SlicePrior(nn.Module):
             hidden = hidden + near[:, :, : hidden.shape[2], : hidden.shape[3]]
         return self.finish(hidden)
 
-    def walk(self, context: Tensor, known: Tensor) -> Iterator[tuple[Places, Tensor]]:
+    def walk(self, context: Tensor, inputs: Tensor) -> Iterator[tuple[Places, Tensor]]:
         """Places and parameters in coding order, as decoding needs them, without gradient.
 
-        Args: as of `parameters_at`; the caller writes the codes of these places into `known` before asking for the next ones.
+        Args: as of `parameters_at`; the caller writes the codes of these places into `inputs` before asking for the next ones.
         """
-        for number, places in self.passes(*known.shape[2:]):
-            yield places, self.parameters_at(number, context, known)
+        for number, places in self.passes(*inputs.shape[2:]):
+            yield places, self.parameters_at(number, context, inputs)
 
     def finish(self, hidden: Tensor) -> Tensor:
         """(B, 2 C, h, w) -> the parameters of its positions (B h w, P, D + 2 S + 1)."""
@@ -187,19 +187,19 @@ class RasterSlice(SlicePrior):
         """All positions."""
         yield 0, (slice(0, height), slice(0, width))
 
-    def parameters_at(self, number: int, context: Tensor, known: Tensor) -> Tensor:
+    def parameters_at(self, number: int, context: Tensor, inputs: Tensor) -> Tensor:
         """As of `SlicePrior`; the parameters of a position depend only on the codes before it."""
-        seen = clamp8(self.near.run(known))
-        above = functional.pad(seen, (0, 0, 1, 0))[:, :, :-1]  # a row down: the own row is not known to this stack
+        seen = clamp8(self.near.run(inputs))
+        above = functional.pad(seen, (0, 0, 1, 0))[:, :, :-1]  # a row down: this stack does not know its own row
         state = functional.pad(seen, (1, 0))[:, :, :, :-1] * 2.0**STATE_BITS
         for layer in self.stack():
             above, link = layer.down(functional.pad(above, (0, 0, 1, 0)), context)
             state = layer.right(state, functional.pad(activate(state), (1, 0)), link)
         return self.finish(context + self.out.run(activate(state)))
 
-    def walk(self, context: Tensor, known: Tensor) -> Iterator[tuple[Places, Tensor]]:
+    def walk(self, context: Tensor, inputs: Tensor) -> Iterator[tuple[Places, Tensor]]:
         """As of `SlicePrior`; keeps the vertical stack's last row and the horizontal stack's last position of each layer."""
-        batch, _, height, width = known.shape
+        batch, _, height, width = inputs.shape
         seen = context.new_zeros(batch, self.near.out_channels, 1, width)  # of the row above
         last = [seen] * len(self.layers)
         for row in range(height):
@@ -223,7 +223,7 @@ class RasterSlice(SlicePrior):
                     state = layer.right(state, both, links[index][:, :, :, at])
                 places = (slice(row, row + 1), at)
                 yield places, self.finish(context[:, :, places[0], at] + self.out.run(activate(state)))
-                left = clamp8(self.near.run(known[:, :, places[0], at]))
+                left = clamp8(self.near.run(inputs[:, :, places[0], at]))
                 seen[:, :, :, at] = left
 
 
@@ -265,33 +265,6 @@ class Prior(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.levels = nn.ModuleList([LevelPrior(config, level) for level in range(len(config.levels))])
-
-    @torch.no_grad()
-    def take_over(self, given: "Prior") -> None:
-        """Become a trained prior, thawed, as far as it goes: where its symbols have one scale and ours have one for each
-        dimension, all of them are that one; where ours are of a larger codebook, whose inputs have another unit, they count as before;
-        blocks that it has not add nothing yet."""
-        state = given.state_dict()
-        for name, part in self.named_modules():
-            if isinstance(part, GatedBlock) and f"{name}.merge.weight" not in state:
-                nn.init.zeros_(part.merge.weight)
-                state |= {f"{name}.{key}": value for key, value in part.state_dict().items()}
-        for level, stage in enumerate(given.levels):
-            assert isinstance(stage, LevelPrior)
-            for index in range(len(stage.slices)):
-                old, new = stage.slice(index).piece, self.level(level).slice(index).piece
-                unit = companding(start_of(old)) / companding(start_of(new))
-                for name in ("near", "absorb"):
-                    key = f"levels.{level}.slices.{index}.{name}.weight"
-                    if key in state:
-                        state[key] = state[key] * unit
-                if old.scales < new.scales:
-                    square, linear, zero = range(old.dim, old.dim + 3)
-                    rows = [*range(old.dim), *[square] * old.dim, *[linear] * old.dim, zero]
-                    for name in ("weight", "bias", "exponent"):
-                        key = f"levels.{level}.slices.{index}.head.{name}"
-                        state[key] = state[key].unflatten(0, (old.planes, -1))[:, rows].flatten(0, 1)
-        self.load_state_dict(state)
 
     def check(self) -> None:
         """Make sure that frozen weights are what exact sums need.

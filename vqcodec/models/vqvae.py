@@ -13,12 +13,10 @@ A level's estimate starts from the coarser level (zero for the coarsest). Before
 block refines it from everything decoded so far; the slice then codes the difference to the latents of its channels,
 divided by a step that depends on the quality. The refinement works on floats: only indices reach the prior.
 
-KLT start (`start_from_pictures`): the 1x1 convolutions are the principal components of their inputs and every
-residual block ends in zeros, so the untrained network is a hierarchical Karhunen-Loeve transform codec.
+The 1x1 convolutions are the linear part, a hierarchical Karhunen-Loeve transform from the start (train/start.py); every
+residual block ends in zeros at first.
 """
 
-import math
-import re
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -27,14 +25,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vqcodec.models.config import Config, StageConfig
+from vqcodec.models.pixels import Renderer, SeparableLap
 from vqcodec.models.quantizer import Codebook
 
 # Pixels are centred and scaled to about unit range; latents are orthonormal combinations of such pixels.
 PIXEL_CENTRE, PIXEL_SCALE = 128.0, 64.0
 # Steps before training, in usual ones: choosing codes by rate as well wants larger steps than rounding does.
 START_STEP = 1.5
-# Of the lapped transform at the start: 1 would be orthogonal, more compacts the energy better but spreads errors.
-LAP_SCALE = 1.3
 # What blocks add everywhere alike says nothing of the picture, but noise of the training feeds it: it counts so many times.
 COMMON = 20.0
 # Positions of one picture that a residual block does at a time on a CPU: what it keeps of them fits into caches.
@@ -98,11 +95,12 @@ class ResidualBlock(nn.Module):
     deviation: Tensor
     energy: Tensor
 
-    def __init__(self, channels: int, hidden: int) -> None:
+    def __init__(self, config: StageConfig) -> None:
         super().__init__()
+        channels, hidden = config.channels, config.hidden
         self.register_buffer("deviation", torch.ones(channels))
         self.reduce = nn.Conv2d(channels, hidden, 1)
-        self.spatial = nn.Conv2d(hidden, hidden, 3, padding=1)
+        self.spatial = nn.Conv2d(hidden, hidden, 3, padding=1, groups=config.groups)
         self.expand = nn.Conv2d(hidden, channels, 1)
         self.quality = nn.Linear(6, 2 * hidden)
         for weight in (self.expand.weight, self.expand.bias, self.quality.weight, self.quality.bias):
@@ -137,7 +135,9 @@ class ResidualBlock(nn.Module):
         def added(start: int, stop: int) -> Tensor:
             above = min(start, 1)
             y = functional.conv2d(x[:, :, start - above : stop + 1], reduce, self.reduce.bias)
-            y = functional.conv2d(functional.leaky_relu_(y, 0.1), spatial, spatial_bias, padding=1)
+            y = functional.conv2d(
+                functional.leaky_relu_(y, 0.1), spatial, spatial_bias, padding=1, groups=self.spatial.groups
+            )
             y = functional.leaky_relu_(y[:, :, above : above + stop - start], 0.1)
             return functional.conv2d(y, expand, expand_bias)
 
@@ -182,29 +182,16 @@ class Lap(nn.Module):
         self.change = Linear1x1(channels * ratio**2, channels * ratio**2)
         nn.init.zeros_(self.change.weight)
 
+    def macs_per_pixel(self, positions: int) -> float:
+        """Multiply-accumulate operations per picture pixel, where a block of `ratio` x `ratio` covers so many pixels."""
+        return self.change.weight.numel() / positions
+
     def forward(self, x: Tensor) -> Tensor:
         if min(x.shape[2:]) <= self.ratio:
             return x  # all of it is outermost
         half = self.ratio // 2
         blocks = functional.pixel_unshuffle(x[:, :, half:-half, half:-half], self.ratio)
         return x + functional.pad(functional.pixel_shuffle(self.change(blocks), self.ratio), (half, half, half, half))
-
-
-def lapped_filter(size: int) -> Tensor:
-    """The filter across the border between two blocks of a DCT, float64 (size, size), half of it on each side.
-
-    Tran, Liang & Tu 2003, the one from DCT-II and DCT-IV; its first basis function is scaled by `LAP_SCALE`.
-    """
-    half = size // 2
-    k, n = torch.arange(half, dtype=torch.float64)[:, None], torch.arange(half, dtype=torch.float64)[None] + 0.5
-    dct2, dct4 = (torch.cos(math.pi * n * (k + shift) / half) * (2 / half) ** 0.5 for shift in (0.0, 0.5))
-    dct2[0] /= 2**0.5
-    dct4[0] *= LAP_SCALE
-    first, second = torch.diag(torch.tensor([1.0, 0.0])).double(), torch.diag(torch.tensor([0.0, 1.0])).double()
-    same = torch.eye(half, dtype=torch.float64)
-    butterfly = torch.kron(first - second, same) + torch.kron(torch.tensor([[0, 1.0], [1.0, 0]]).double(), same.flip(0))
-    middle = torch.kron(first, same) + torch.kron(second, (dct2.T @ dct4).flip(0, 1))
-    return butterfly @ middle @ butterfly / 2
 
 
 class Stage(nn.Module):
@@ -215,16 +202,19 @@ class Stage(nn.Module):
         self.ratio = config.stride // (finer.stride if finer else 1)
         channels = finer.channels if finer else 3
         inputs = channels * self.ratio**2
-        self.lap = Lap(self.ratio, channels) if config.lapped else None
+        self.lap = self._new_lap(config, finer)
         self.analysis = Linear1x1(inputs, config.channels)
-        self.encoder = nn.ModuleList(
-            [ResidualBlock(config.channels, config.hidden) for _ in range(config.encoder_blocks)]
-        )
-        self.decoder = nn.ModuleList(
-            [ResidualBlock(config.channels, config.hidden) for _ in range(config.decoder_blocks)]
-        )
+        self.encoder = nn.ModuleList([ResidualBlock(config) for _ in range(config.encoder_blocks)])
+        self.decoder = nn.ModuleList([ResidualBlock(config) for _ in range(config.decoder_blocks)])
         self.synthesis = Linear1x1(config.channels, inputs)
-        self.unlap = Lap(self.ratio, channels) if config.lapped else None
+        self.unlap = self._new_lap(config, finer)
+        self.renderer = Renderer(config.channels, config.renderer, config.stride) if config.renderer else None
+
+    @staticmethod
+    def _new_lap(config: StageConfig, finer: StageConfig | None) -> Lap | SeparableLap | None:
+        if not config.lapped:
+            return None
+        return Lap(config.stride // finer.stride, finer.channels) if finer else SeparableLap(config.stride)
 
     def analyse(self, x: Tensor) -> Tensor:
         """The linear part of `encode`."""
@@ -241,12 +231,13 @@ class Stage(nn.Module):
     def decode(self, x: Tensor, cond: Condition) -> Tensor:
         for block in self.decoder:
             x = block(x, cond)
-        x = functional.pixel_shuffle(self.synthesis(x), self.ratio)
-        return x if self.unlap is None else self.unlap(x)
+        finer = functional.pixel_shuffle(self.synthesis(x), self.ratio)
+        finer = finer if self.unlap is None else self.unlap(finer)
+        return finer if self.renderer is None else self.renderer(finer, x, cond.unit)
 
 
-class Slice(nn.Module):
-    """Estimate, steps and codebooks of one slice of code planes, which covers channels `start` to `stop`."""
+class SliceQuantizer(nn.Module):
+    """Refinement, steps and codebooks of one slice of code planes, which covers channels `start` to `stop`."""
 
     def __init__(self, config: Config, stage: StageConfig, index: int) -> None:
         super().__init__()
@@ -256,9 +247,9 @@ class Slice(nn.Module):
         self.planes, self.dim = piece.planes, piece.dim
         # Nothing to refine an estimate of zero from: the first slice of the coarsest level has no block.
         first = stage is config.levels[0] and index == 0
-        self.refine = None if first else ResidualBlock(stage.channels, stage.hidden)
+        self.refine = None if first else ResidualBlock(stage)
         more = 0 if first else stage.refine_blocks - 1
-        self.further = nn.ModuleList([ResidualBlock(stage.channels, stage.hidden) for _ in range(more)])
+        self.further = nn.ModuleList([ResidualBlock(stage) for _ in range(more)])
         self.codebook = Codebook(piece, config.codebook)
         steps = START_STEP * usual_step(config, torch.arange(KNOTS) / (KNOTS - 1))
         self.log_steps = nn.Parameter(steps.log()[:, None].repeat(1, piece.planes))
@@ -288,7 +279,7 @@ class VQVAE(nn.Module):
         self.stages = nn.ModuleList([Stage(s, f) for s, f in zip(config.stages, finer, strict=False)])
         self.slices = nn.ModuleList(
             [
-                nn.ModuleList([Slice(config, stage, index) for index in range(len(stage.slices))])
+                nn.ModuleList([SliceQuantizer(config, stage, index) for index in range(len(stage.slices))])
                 for stage in config.levels
             ]
         )
@@ -299,13 +290,13 @@ class VQVAE(nn.Module):
         assert isinstance(stage, Stage)
         return stage
 
-    def slice(self, level: int, index: int) -> Slice:
+    def slice(self, level: int, index: int) -> SliceQuantizer:
         """Slice `index` of a level."""
         piece = self.slices[level][index]  # type: ignore[index]
-        assert isinstance(piece, Slice)
+        assert isinstance(piece, SliceQuantizer)
         return piece
 
-    def level_slices(self, level: int) -> list[Slice]:
+    def level_slices(self, level: int) -> list[SliceQuantizer]:
         """All slices of a level, in coding order."""
         return [self.slice(level, index) for index in range(len(self.config.levels[level].slices))]
 
@@ -349,7 +340,8 @@ class VQVAE(nn.Module):
         parts: dict[str, nn.Module] = {}
         for index in self._below(len(self.config.levels) - 1):
             stage = self.stage(index)
-            for name, part in (("decoder", stage.decoder), ("synthesis", stage.synthesis), ("unlap", stage.unlap)):
+            for name in ("decoder", "synthesis", "unlap", "renderer"):
+                part: nn.Module | None = getattr(stage, name)
                 if part is not None:
                     parts[f"stages.{index}.{name}"] = part
         return parts
@@ -381,104 +373,24 @@ class VQVAE(nn.Module):
         finer = [i for i in range(start) if self.config.stages[i].slices]
         return range(start, finer[-1] if finer else -1, -1)
 
-    def macs_per_pixel(self) -> float:
-        """Multiply-accumulate operations of the decoder per picture pixel."""
+    def macs_per_pixel(self) -> dict[str, float]:
+        """Multiply-accumulate operations per picture pixel of "encoder", "refinement" and "decoder"."""
 
-        def once(*modules: nn.Module) -> int:
-            convs = (c for m in modules for c in m.modules() if isinstance(c, nn.Conv2d | Linear1x1))
+        def once(*modules: nn.Module | None) -> int:
+            convs = (c for m in modules if m for c in m.modules() if isinstance(c, nn.Conv2d | Linear1x1))
             return sum(c.weight.numel() for c in convs)
 
-        total = 0.0
+        found = dict.fromkeys(("encoder", "refinement", "decoder"), 0.0)
         for index, config in enumerate(self.config.stages):
-            stage = self.stage(index)
-            total += once(stage.decoder, stage.synthesis, *([stage.unlap] if stage.unlap else [])) / config.stride**2
+            stage, positions = self.stage(index), config.stride**2
+            laps = 0 if stage.lap is None else stage.lap.macs_per_pixel(positions)
+            found["encoder"] += once(stage.encoder, stage.analysis) / positions + laps
+            found["decoder"] += once(stage.decoder, stage.synthesis) / positions + laps
+            if stage.renderer is not None:
+                found["decoder"] += stage.renderer.macs_per_pixel()
         for level, config in enumerate(self.config.levels):
-            total += once(*self.level_slices(level)) / config.stride**2
-        return total
-
-    @torch.no_grad()
-    def start_from_pictures(self, pixels: Tensor) -> None:
-        """KLT start from training crops, float (B, 3, H, W), 0..255, sides multiples of `Config.multiple`.
-
-        Sets the pointwise convolutions, the deviations of every residual block's input, and the spread of every plane.
-        """
-        x = (pixels - PIXEL_CENTRE) / PIXEL_SCALE
-        for index, config in enumerate(self.config.stages):
-            stage = self.stage(index)
-            if stage.lap is not None:
-                self._start_laps(index)
-                x = stage.lap(x)
-            inputs = functional.pixel_unshuffle(x, stage.ratio)
-            components = principal_components(inputs, config.channels)
-            stage.analysis.weight.copy_(components)
-            stage.synthesis.weight.copy_(components.T)
-            x = functional.conv2d(inputs, components[:, :, None, None])
-            deviation = x.square().mean((0, 2, 3)).sqrt()
-            blocks: list[nn.Module] = [*stage.encoder, *stage.decoder]
-            if config.slices:
-                for piece in self.level_slices(self.config.levels.index(config)):
-                    blocks += piece.blocks()
-                    energy = deviation[piece.start : piece.stop].reshape(piece.planes, piece.dim).mean(1)
-                    middle = piece.steps(torch.tensor([50]))[0]
-                    piece.codebook.spread.copy_(torch.exp2((energy / middle / 2).clamp(min=1).log2().round()))
-            for block in blocks:
-                if isinstance(block, ResidualBlock):
-                    block.deviation.copy_(deviation + 0.05 * deviation.max() / math.sqrt(len(deviation)) + 1e-4)
-
-    @torch.no_grad()
-    def take_over(self, given: "VQVAE") -> None:
-        """Become trained networks, with their codebooks (`Codebook.take_over`); blocks that they have not add nothing yet."""
-        state = given.state_dict()
-        for name, part in self.named_modules():
-            if isinstance(part, ResidualBlock) and f"{name}.deviation" not in state:
-                # The block before it knows the scale of the same input.
-                before = re.sub(r"further\.0$", "refine", name)
-                if before == name:
-                    before = re.sub(r"\d+$", lambda number: str(int(number[0]) - 1), name)
-                for last in (part.expand.weight, part.expand.bias):
-                    assert last is not None
-                    nn.init.zeros_(last)
-                own = {**part.state_dict(), "deviation": state[f"{before}.deviation"]}
-                state |= {f"{name}.{key}": value for key, value in own.items()}
-        for level in range(len(self.config.levels)):
-            for index, piece in enumerate(self.level_slices(level)):
-                piece.codebook.take_over(given.slice(level, index).codebook)
-        self.load_state_dict(state | {k: v for k, v in self.state_dict().items() if ".codebook." in k})
-
-    def _start_laps(self, index: int) -> None:
-        """Give the laps of a stage, whose finer ones have been started, the filters of pixels from which they are known."""
-        stage, stride = self.stage(index), self.config.stages[index].stride
-        # What the finer stages make of the pixels of one block: rows are pixels, columns their features.
-        basis = torch.eye(3 * stride**2).reshape(-1, 3, stride, stride)
-        for finer in range(index):
-            basis = self.stage(finer).analyse(basis)
-        basis = functional.pixel_unshuffle(basis, stage.ratio).flatten(1)
-        line = lapped_filter(stride)
-        for lap, row in ((stage.lap, line), (stage.unlap, torch.linalg.inv(line).contiguous())):
-            assert lap is not None
-            both = torch.kron(torch.eye(3).double(), torch.kron(row, row)) - torch.eye(3 * stride**2).double()
-            lap.change.weight.copy_(basis.T @ both.float() @ basis)
-
-
-def principal_components(x: Tensor, count: int, limit: int = 768) -> Tensor:
-    """Leading principal directions of the channels of x (B, C, h, w), about the origin: orthonormal rows (count, C).
-
-    With more than `limit` channels only as many are looked at: the inputs are an unshuffled map whose channels come
-    in decreasing energy, so the later ones of every group hold next to nothing of what the leading directions span.
-    """
-    channels = x.shape[1]
-    keep = torch.arange(channels)
-    if channels > limit:
-        # pixel_unshuffle orders channels (c, row, column): the first ones belong to the strongest input channels.
-        keep = keep[:limit]
-    flat = x[:, keep].transpose(0, 1).reshape(len(keep), -1).double()
-    _, vectors = torch.linalg.eigh(flat @ flat.T / flat.shape[1])
-    rows = torch.zeros(count, channels)
-    found = vectors.flip(1).T[:count].float()
-    # A direction and its negative are equally good; fix the sign so that starts are reproducible.
-    found = found * found.sum(1, keepdim=True).sign().where(found.sum(1, keepdim=True) != 0, torch.ones(()))
-    rows[: len(found), keep] = found
-    return rows
+            found["refinement"] += once(*self.level_slices(level)) / config.stride**2
+        return found
 
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)

@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vqcodec.models.config import Config
+from vqcodec.models.model import Context, Estimate, Follower, Slice, levels_of, walk
 from vqcodec.models.prior import Prior, rates
-from vqcodec.models.quantizer import Codebook, Rates, grid, look_up, rows
-from vqcodec.models.vqvae import PIXEL_SCALE, VQVAE, Slice
+from vqcodec.models.quantizer import Codebook, Rates, grid, rows
+from vqcodec.models.vqvae import VQVAE
+from vqcodec.train.codebooks import update_averages
 from vqcodec.train.distortion import Distortion
+from vqcodec.train.quantise import quantise
 from vqcodec.train.rounding import Rounding, round_off
 
 # At an optimum the loss grows about as lambda^0.4 or lambda^0.5; this exponent lets all qualities count alike.
@@ -71,6 +74,7 @@ class RateDistortion(nn.Module):
         self.config = config
         self.vqvae = vqvae or VQVAE(config)
         self.prior = prior or Prior(config)
+        self.levels = levels_of(self.vqvae, self.prior)
         self.distortion = Distortion(visual_share)
         # Set, and called for instead of codebooks and prior, in the first part of a run.
         self.rounding: Rounding | None = None
@@ -88,45 +92,33 @@ class RateDistortion(nn.Module):
             rate_weight: weight of the rate in the loss and in the choice of codes; below 1 while warming up. If the rate is
                 learned after the rest (`Config.rate`), 0 leaves the prior out and any other weight leaves only the prior.
         """
-        batch, _, height, width = pixels.shape
+        height, width = pixels.shape[2:]
         t = (quality.float() - 1) / 99
         low, high = self.config.lambda_range
         weight = low * (high / low) ** t
         balance = (weight / (low * high) ** 0.5) ** -BALANCE
         nothing = torch.zeros((), device=pixels.device)
-        bits = torch.zeros(batch, len(self.config.levels), device=pixels.device)
+        bits = torch.zeros(len(pixels), len(self.config.levels), device=pixels.device)
         run = _Pass(
             quality, balance, rate_weight, self._only_prior(rate_weight), height * width, bits, nothing, nothing
         )
-        state = estimate = None
-        latents = self.vqvae.analyse(pixels, quality)
-        for level, z in enumerate(latents):
-            z = z.float()
-            h, w = z.shape[2:]
-            estimate = torch.zeros_like(z) if estimate is None else self.vqvae.descend(level - 1, estimate, quality)
-            if self.rounding is None:
-                state = self.prior.level(level).begin(state, quality, batch, h, w)
-            for index, piece in enumerate(self.vqvae.level_slices(level)):
-                estimate = self.vqvae.refine(level, index, estimate, quality).float()
-                steps = piece.steps(quality)  # (B, P)
-                scale = steps.repeat_interleave(piece.dim, 1)[:, :, None, None]
-                importance = (weight[:, None] * (steps.detach() * PIXEL_SCALE) ** 2 / 3).float()
-                part = slice(piece.start, piece.stop)
-                target = _Target(level, index, piece, z[:, part], estimate[:, part], scale, importance)
-                if self.rounding is not None:
-                    log_scale = self.rounding.log_scale(level, index, estimate, self.vqvae.condition(quality))
-                    v = self._round(run, target, log_scale)
-                else:
-                    assert state is not None
-                    v, state = self._quantise(run, target, state)
-                decoded = estimate[:, part] + v * scale
-                estimate = torch.cat([estimate[:, : piece.start], decoded, estimate[:, piece.stop :]], 1)
+        latents = [z.float() for z in self.vqvae.analyse(pixels, quality)]
+        estimate, context = Estimate(self.vqvae, quality, height, width), Context(quality, height, width)
+        followers: tuple[Follower, ...] = (estimate,) if self.rounding is not None else (estimate, context)
+        for piece in walk(self.levels, *followers):
+            z = latents[piece.level]
+            importance = piece.error_weight(weight[:, None], quality).float()
+            if self.rounding is not None:
+                log_scale = self.rounding.log_scale(piece, estimate.values, self.vqvae.condition(quality))
+                v = self._round(run, piece, estimate, z, importance, log_scale)
+            else:
+                v = self._quantise(run, piece, estimate, context, z, importance)
+            estimate.add(v)
         bpp = bits.sum(1) / (height * width)
         if run.only_prior and self.training:
             unknown = torch.full_like(bpp, math.nan)
             return Losses(run.rate, bits, bpp, unknown, unknown, unknown, torch.full_like(pixels, math.nan))
-        assert estimate is not None
-        reconstruction = self.vqvae.descend(len(latents) - 1, estimate, quality).float()
+        reconstruction = estimate.pixels()
         mse = (reconstruction - pixels).square().mean((1, 2, 3))
         # Only in training: validation looks at pictures as they are restored.
         distortion = self.distortion(reconstruction, pixels, quality) if self.training else mse
@@ -152,59 +144,60 @@ class RateDistortion(nn.Module):
         renderer = self.vqvae.renderer().values()
         return self.training and not any(p.requires_grad for part in renderer for p in part.parameters())
 
-    def _round(self, run: "_Pass", target: "_Target", log_scale: Tensor) -> Tensor:
-        """What the decoder gets of one slice, in steps, by `Rounding`: integers, with a gradient passed straight through."""
-        v, dim = target.residual(), target.piece.dim
-        wide = target.importance.repeat_interleave(dim, 1)[:, :, None, None]
+    def _round(
+        self, run: "_Pass", piece: Slice, estimate: Estimate, latents: Tensor, importance: Tensor, log_scale: Tensor
+    ) -> Tensor:
+        """What the decoder gets of one slice by `Rounding`: integers, in steps, with a straight-through gradient.
+
+        Args: as of `_quantise`. log_scale: of the slice's channels, latent units.
+        """
+        v = estimate.residual(latents)
+        wide = importance.repeat_interleave(piece.config.dim, 1)[:, :, None, None]
         bias = self.config.choice_bias * run.rate_weight
-        chosen, spent = round_off(v, log_scale.exp() / target.scale, wide, bias, self.training)
-        spent = spent.sum((1, 2, 3))
-        run.rate = run.rate + (run.balance * spent).mean() * run.rate_weight / run.area
-        run.bits[:, target.level] += spent.detach()
+        chosen, spent = round_off(v, log_scale.exp() / estimate.scale, wide, bias, self.training)
+        run.spend(piece.level, spent.sum((1, 2, 3)))
         return v + (chosen - v).detach()
 
-    def _quantise(self, run: "_Pass", target: "_Target", state: Tensor) -> tuple[Tensor, Tensor]:
-        """The same by codebook and prior, and the prior's state (B, C, h, w) after the slice."""
-        piece, book, importance = target.piece, target.piece.codebook, target.importance
-        part = self.prior.level(target.level).slice(target.index)
-        state, context = part.prepare(state, run.quality)
-        v = target.residual()
+    def _quantise(
+        self, run: "_Pass", piece: Slice, estimate: Estimate, context: Context, latents: Tensor, importance: Tensor
+    ) -> Tensor:
+        """The same by codebook and prior.
+
+        Args:
+            latents: of the level, (B, C, h, w). importance: (B, P), bits per unit of squared error in steps.
+        """
+        book, prior, config = piece.codebook, piece.prior, piece.config
+        assert prior is not None
+        v = estimate.residual(latents)
         batch, _, h, w = v.shape
-        flat = rows(v, piece.planes)
+        flat = rows(v, config.planes)
         if self.maintain is not None:
             self.maintain(book, flat.detach())
-        table = book.inputs()
-        indices = torch.zeros(batch, h, w, piece.planes, dtype=torch.int64, device=v.device)
-        known = torch.zeros(batch, table.shape[0] * table.shape[2], h, w, device=v.device)
-        if part.at_once:
-            known = grid(look_up(table, book.nearest(flat)), batch, h, w)
-        for number, places in part.passes(h, w):
-            at = (slice(None), slice(None), *places)
-            here = v[at]
-            sought = rows(here, piece.planes)
+        nearest = book.nearest(flat).reshape(batch, h, w, -1) if prior.at_once else None
+        for one in context.passes(nearest):
+            here = v[(slice(None), slice(None), *one.places)]
+            sought = rows(here, config.planes)
             if self.config.rate == "after" and not run.only_prior:
                 shape = sought.shape[:2]
-                model = Rates(sought.new_zeros(*shape, part.piece.parameters - 1), sought.new_zeros(shape))
+                model = Rates(sought.new_zeros(*shape, config.parameters - 1), sought.new_zeros(shape))
             else:
-                model = rates(part.parameters_at(number, context, known), piece.dim)
+                model = rates(one.parameters, config.dim)
             count = here.shape[2] * here.shape[3]
             share = (run.balance * run.rate_weight / (batch * run.area)).repeat_interleave(count)
             importances = importance.repeat_interleave(count, 0)
             bias = self.config.choice_bias * run.rate_weight
-            rate, k, spent = book.quantise(
-                sought.detach() if run.only_prior else sought, model, importances, bias, share
+            rate, one.codes, spent = quantise(
+                book, sought.detach() if run.only_prior else sought, model, importances, bias, share
             )
             run.rate = run.rate + rate
-            run.bits[:, target.level] += spent.reshape(batch, -1).sum(1)
-            indices[:, places[0], places[1]] = k.reshape(batch, here.shape[2], here.shape[3], -1)
-            known = known.clone()
-            known[at] = grid(look_up(table, k), batch, here.shape[2], here.shape[3])
-        chosen = book.lookup(indices.reshape(-1, piece.planes))
+            run.bits[:, piece.level] += spent.reshape(batch, -1).sum(1)
+        indices = context.codes.reshape(-1, config.planes)
+        chosen = book.lookup(indices)
         scaled = run.balance[:, None] * importance / (batch * run.area)  # (B, P)
         # The straight-through gradient to the estimate is zero: what is added behind the quantiser was taken
         # away before it. Without a loss of its own the estimate drifts, and codes go along, until they saturate.
-        gap = (target.latents.detach() - target.estimate) / target.scale.detach()
-        wide = scaled.repeat_interleave(piece.dim, 1)[:, :, None, None]
+        gap = (latents[:, piece.channels].detach() - estimate.here) / estimate.scale.detach()
+        wide = scaled.repeat_interleave(config.dim, 1)[:, :, None, None]
         run.loss = run.loss + ESTIMATE_WEIGHT * (wide * gap.square()).sum()
         # Codebook and commitment loss, van den Oord et al. 2017, eq. 3, second and third term.
         scaled = scaled.repeat_interleave(h * w, 0)[..., None]
@@ -213,10 +206,9 @@ class RateDistortion(nn.Module):
         if self.config.commitment:
             run.loss = run.loss + self.config.commitment * (scaled * (flat - chosen.detach()).square()).sum()
         if self.training and not run.only_prior:
-            book.update_averages(flat.detach(), indices.reshape(-1, piece.planes))
+            update_averages(book, flat.detach(), indices)
         # Straight-through: the decoder sees the code, the encoder gets the decoder's gradient.
-        straight = grid(flat + (chosen - flat).detach(), batch, h, w)
-        return straight, part.update(state, known)
+        return grid(flat + (chosen - flat).detach(), batch, h, w)
 
 
 def pattern(error: Tensor, period: int) -> Tensor:
@@ -253,25 +245,7 @@ class _Pass:
     rate: Tensor
     loss: Tensor
 
-
-@dataclass
-class _Target:
-    """What one slice has to code.
-
-    Attributes:
-        level, index: of the slice. piece: its steps and codebook.
-        latents, estimate: of its channels, (B, P D, h, w). scale: (B, P D, 1, 1), steps in latent units.
-        importance: (B, P), bits per unit of squared error in steps, no gradient.
-    """
-
-    level: int
-    index: int
-    piece: Slice
-    latents: Tensor
-    estimate: Tensor
-    scale: Tensor
-    importance: Tensor
-
-    def residual(self) -> Tensor:
-        """In steps."""
-        return (self.latents - self.estimate) / self.scale
+    def spend(self, level: int, bits: Tensor) -> None:
+        """Count the bits of a slice, (B,)."""
+        self.rate = self.rate + (self.balance * bits).mean() * self.rate_weight / self.area
+        self.bits[:, level] += bits.detach()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vqcodec.models.config import Config, StageConfig
+from vqcodec.models.model import Estimate, Slice, levels_of, walk
 from vqcodec.models.quantizer import MOST_BITS
 from vqcodec.models.vqvae import VQVAE, Condition
 
@@ -57,27 +58,25 @@ class Rounding(nn.Module):
             [nn.ModuleList([Scale(stage, piece.channels) for piece in stage.slices]) for stage in config.levels]
         )
 
-    def log_scale(self, level: int, index: int, estimate: Tensor, cond: Condition) -> Tensor:
-        """As of `Scale`."""
-        scale: Tensor = self.levels[level][index](estimate, cond)  # type: ignore[index]
+    def log_scale(self, piece: Slice, estimate: Tensor, cond: Condition) -> Tensor:
+        """As of `Scale`, for a slice."""
+        scale: Tensor = self.levels[piece.level][piece.index](estimate, cond)  # type: ignore[index]
         return scale
 
     @torch.no_grad()
     def start_from_pictures(self, vqvae: VQVAE, pixels: Tensor) -> None:
         """Scales for transforms as they are, untrained or trained, from training crops (B, 3, H, W), 0..255."""
         quality = torch.full((len(pixels),), 50)
-        estimate = None
-        for level, latents in enumerate(vqvae.analyse(pixels, quality)):
-            estimate = torch.zeros_like(latents) if estimate is None else vqvae.descend(level - 1, estimate, quality)
-            for index, piece in enumerate(vqvae.level_slices(level)):
-                estimate = vqvae.refine(level, index, estimate, quality)
-                here = slice(piece.start, piece.stop)
-                rest = (latents - estimate)[:, here].square().mean((0, 2, 3)).sqrt() / LOGISTIC_DEVIATION
-                scale = self.levels[level][index]  # type: ignore[index]
-                assert isinstance(scale, Scale)
-                scale.usual.copy_(rest.clamp(min=0.02).log())
-                scale.deviation.copy_(latents.square().mean((0, 2, 3)).sqrt().clamp(min=0.3))
-                estimate = torch.cat([estimate[:, : piece.start], latents[:, here], estimate[:, piece.stop :]], 1)
+        latents = vqvae.analyse(pixels, quality)
+        estimate = Estimate(vqvae, quality, *pixels.shape[2:])
+        for piece in walk(levels_of(vqvae), estimate):
+            z = latents[piece.level]
+            rest = (z[:, piece.channels] - estimate.here).square().mean((0, 2, 3)).sqrt() / LOGISTIC_DEVIATION
+            scale = self.levels[piece.level][piece.index]  # type: ignore[index]
+            assert isinstance(scale, Scale)
+            scale.usual.copy_(rest.clamp(min=0.02).log())
+            scale.deviation.copy_(z.square().mean((0, 2, 3)).sqrt().clamp(min=0.3))
+            estimate.replace(z[:, piece.channels])
 
 
 def round_off(v: Tensor, scale: Tensor, weight: Tensor, bias: float | Tensor, noisy: bool) -> tuple[Tensor, Tensor]:

@@ -39,16 +39,20 @@ from torch import Tensor, distributed, nn
 from vqcodec import precision, tuning, weights
 from vqcodec.errors import TrainingError
 from vqcodec.metrics import ms_ssim
-from vqcodec.models.config import Config, load_config
+from vqcodec.models.config import Config
+from vqcodec.models.model import Model
 from vqcodec.models.quantizer import Codebook
+from vqcodec.models.recipes import load_config
 from vqcodec.models.vqvae import Linear1x1, ResidualBlock, channels_last
 from vqcodec.ssimulacra2 import score
-from vqcodec.train import data, perceptual, sensitivity
+from vqcodec.train import codebooks, data, perceptual, sensitivity
 from vqcodec.train.loss import Losses, RateDistortion
 from vqcodec.train.muon import Muon
 from vqcodec.train.recording import Recording
 from vqcodec.train.rounding import Rounding
-from vqcodec.train.schedule import LOOK, SCHEDULES, Schedule
+from vqcodec.train.schedule import LOOK, SCHEDULES, Phase, Schedule
+from vqcodec.train.start import start_from_pictures
+from vqcodec.train.warm_start import load_networks
 from vqcodec.visual import visual_distance
 
 CHECKPOINT_SECONDS = 180
@@ -116,11 +120,11 @@ def train(
 
     Args:
         pictures: files and folders. output: the weights file, .safetensors.
-        config: a configuration, the name of one, or a JSON file; None for "photo", or that of `start_from`. minutes: budget
+        config: a configuration, the name of one, or a JSON file; None for "photo", or that of `start_from`, from which
+            only the commitment may differ. minutes: budget
             of the whole run, earlier parts included.
         resume: go on from the checkpoint. device: "auto", "cpu" or "cuda". seed: of crops and initial weights.
-        start_from: a weights file to train on from, instead of from scratch; of `config` only the commitment, and more codes, scales
-            of the rate model and residual blocks count then.
+        start_from: a weights file to train on from, instead of from scratch.
             Where training begins with rounding, codebooks begin again as integers; what stood in for the prior when these weights were
             trained goes on if their checkpoint still lies beside them.
         features: of the network of LPIPS that says how alike pictures look, SqueezeNet 1.1 as safetensors: train the natural look
@@ -132,7 +136,8 @@ def train(
         on_progress, on_warning: called now and then with a `Progress`, and with one line for each picture skipped.
 
     Raises:
-        TrainingError: no pictures, no such device, no checkpoint to resume from, or one of another configuration; features
+        TrainingError: no pictures, no such device, no checkpoint to resume from, or one of another configuration; weights
+            of another configuration; features
             without weights to start from, or without the packages.
         ValueError: no such distortion.
         WeightsError: unknown configuration; unreadable features.
@@ -141,9 +146,10 @@ def train(
     if given and start_from and features and weights.is_look_of(output, given.id):
         given = weights.load(start_from, look=output)
     settings = config if isinstance(config, Config) else load_config(str(config or "photo"))
-    if given:  # what shapes a model comes with its weights, how it learns need not
-        kept = given.config if config is None else settings
-        settings = dataclasses.replace(given.config, commitment=kept.commitment).grown(kept)
+    if given and config is None:
+        settings = given.config
+    elif given and features is None and (fields := _differences(settings, given.config)):
+        raise TrainingError(f"{start_from} has another configuration than {settings.name!r}, differing in {fields}")
     if features is not None:
         if given is None:
             raise TrainingError("a look needs the weights that it is for")
@@ -228,6 +234,12 @@ def _optimisers(model: RateDistortion, schedule: Schedule) -> dict[str, torch.op
     return optimisers
 
 
+def _differences(asked: Config, given: Config) -> str:
+    """The fields in which two configurations differ; the commitment may."""
+    names = (field.name for field in dataclasses.fields(Config) if field.name != "commitment")
+    return ", ".join(name for name in names if getattr(asked, name) != getattr(given, name))
+
+
 def _lpips(load: Callable[[], Callable[[Tensor, Tensor], Tensor]]) -> Callable[[Tensor, Tensor], Tensor]:
     try:
         return load()
@@ -248,23 +260,6 @@ def _stood_in(checkpoint: Path) -> dict[str, Tensor]:
 def _follow(averages: Tensor, values: Tensor) -> Tensor:
     """Moving averages; what is nan does not count."""
     return torch.where(averages.isnan(), values, torch.where(values.isnan(), averages, averages.lerp(values, 0.02)))
-
-
-def _tensorboard(output: Path) -> Any:
-    """A TensorBoard writer beside the output, if TensorBoard is installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(output.with_suffix("")) + "-tensorboard")
-
-
-def _revive(book: Codebook, v: Tensor) -> None:
-    """Move dead codes; all processes take the first one's."""
-    book.revive(v)
-    if distributed.is_available() and distributed.is_initialized():
-        for tensor in (book.vectors.data, book.usage, book.sums):
-            distributed.broadcast(tensor, 0)
 
 
 def _keep_memory() -> None:
@@ -311,14 +306,13 @@ class _Run:
         # Kept where the model is, so that no step waits for numbers: moving averages of bits per pixel and PSNR; the last loss.
         self.recent, self.loss = torch.full((2,), math.nan, device=device), torch.tensor(math.nan)
         self.recording: Recording[tuple[Tensor, Tensor]] | None = None  # for this phase and size of crops
-        self.board = _tensorboard(output) if rank == 0 else None
         self.judge: Callable[[Tensor, Tensor], Tensor] | None = None  # LPIPS, for the log alone
         self.before: list[data.Pixels] = []  # validation crops as the untrained model decodes them
         self.validation: list[data.Pixels] = []
 
     # Stages
 
-    def only_look(self, given: weights.Model, features: Path) -> None:
+    def only_look(self, given: Model, features: Path) -> None:
         """Train what turns the codes of given weights into pixels, and export nothing else."""
         self.look_of = given.id.hex()
         distance = _lpips(lambda: perceptual.distance("squeeze", features, self.device))
@@ -338,19 +332,19 @@ class _Run:
         if not self.validation:
             raise TrainingError("none of the pictures set aside for validation could be read")
 
-    def start_from(self, given: weights.Model, path: Path) -> None:
+    def start_from(self, given: Model, path: Path) -> None:
         """Continue from exported weights, read from `path`; the rate counts in full from the first step."""
-        self.model.vqvae.take_over(given.vqvae)
+        load_networks(self.model.vqvae, given.vqvae)
         prior = copy.deepcopy(given.prior)
         prior.thaw()
-        self.model.prior.take_over(prior)
+        self.model.prior.load_state_dict(prior.state_dict())
         self.rate_start = 1.0
         rounding = self.model.rounding
         self.model.rounding = self.average.rounding = None
         self._begin()  # the log begins with the weights as they are
         if rounding is not None:
             for book in self._books():
-                book.restart()
+                codebooks.restart(book)
             rounding.start_from_pictures(self.model.vqvae, self._start_crops())
             stood_in = _stood_in(path.with_suffix(".ckpt"))
             if {k: v.shape for k, v in stood_in.items()} == {k: v.shape for k, v in rounding.state_dict().items()}:
@@ -362,11 +356,11 @@ class _Run:
     def start_fresh(self) -> None:
         """The KLT start."""
         pixels = self._start_crops()
-        self.model.vqvae.start_from_pictures(pixels)
+        start_from_pictures(self.model.vqvae, pixels)
         if self.model.rounding is not None:
             self.model.rounding.start_from_pictures(self.model.vqvae, pixels)
         if not self.config.structured:
-            with torch.no_grad(), self._maintenance(Codebook.start_from):
+            with torch.no_grad(), self._maintenance(codebooks.start_by_k_means):
                 self.model(pixels, torch.full((len(pixels),), 50))
         self._begin()
 
@@ -449,8 +443,6 @@ class _Run:
         if self.rank == 0:
             self._validate()
             self._save()
-            if self.board is not None:
-                self.board.close()
 
     def export(self) -> None:
         """Write the weights file and the sheet."""
@@ -490,9 +482,9 @@ class _Run:
         unused = self.config.rate == "after"
         return nn.parallel.DistributedDataParallel(self.model, device_ids=ids, find_unused_parameters=unused)
 
-    def _enter(self, phase: int) -> nn.Module:
+    def _enter(self, phase: Phase) -> nn.Module:
         """Begin a phase, or go on in it: what learns, as one module."""
-        if phase and self.model.rounding is not None:
+        if phase is not Phase.ROUNDING and self.model.rounding is not None:
             self._end_rounding()
         self.phase = phase
         self.recording = None
@@ -505,9 +497,9 @@ class _Run:
             self._learn_only((vqvae, self.model.rounding))
             for book in books:
                 book.requires_grad_(False)
-        elif phase == 1:
+        elif phase is Phase.PRIOR:
             self._learn_only((self.model.prior, *biases))
-        elif phase == 3:
+        elif phase is Phase.POLISH:
             self._learn_only((self.model.prior, *vqvae.renderer().values(), *biases))
         else:
             self._learn_only((vqvae, self.model.prior))
@@ -559,7 +551,7 @@ class _Run:
     def _maintenance(self, work: Callable[[Codebook, Tensor], object] | None) -> Iterator[None]:
         """In forward passes of the body, do this to each codebook that has no structured start."""
         if work is not None:
-            self.model.maintain = lambda book, v: None if book.structured else work(book, v)
+            self.model.maintain = lambda book, v: None if book.config.structured else work(book, v)
         try:
             yield
         finally:
@@ -578,7 +570,7 @@ class _Run:
                 self.recording = self._record(trained, [x.to(self.device) for x in inputs])
             recent, self.loss = self.recording(*inputs)
         else:
-            with self._maintenance(_revive if revive else None):
+            with self._maintenance(codebooks.revive if revive else None):
                 recent, self.loss = self._gradients(
                     trained, crops.to(self.device), quality.to(self.device), rate_weight
                 )
@@ -683,9 +675,6 @@ class _Run:
         self._report("validate")
         row = {"step": self.step, "minutes": round(self.spent / 60, 2), **self._measure(self.average)}
         row["perplexity"] = round(self._perplexity(), 2)
-        if self.board is not None:
-            for name, value in row.items():
-                self.board.add_scalar(name, value, self.step)
         self._write_log([*(self._log(self.step) if self.step else []), row])
 
     def _log(self, end: int) -> list[dict[str, Any]]:
@@ -773,7 +762,7 @@ class _Run:
         if metadata.get("look_of", "") != self.look_of:
             what = f"a look of weights {metadata['look_of']}" if metadata.get("look_of") else "a model of its own"
             raise TrainingError(f"{path} is of {what}")
-        if facts["phase"]:
+        if facts["phase"] != Phase.ROUNDING:
             self.model.rounding = self.average.rounding = None
             self.stood_in = {k: tensors.pop(k) for k in list(tensors) if k.startswith(ROUNDING)}
         for prefix, module in (("model.", self.model), ("average.", self.average)):
@@ -788,6 +777,7 @@ class _Run:
         self.before = [tensors[f"before.{i}"].numpy() for i in range(SHEET_PICTURES) if f"before.{i}" in tensors]
         for name in FACTS:
             setattr(self, name, facts[name])
+        self.phase = Phase(facts["phase"])
         self.recent = torch.tensor(facts["recent"], device=self.device)
         if self.rank == 0 and (rows := self._log(self.step + 1)):
             self._write_log(rows)  # without what came after the checkpoint and is lost

@@ -2,9 +2,24 @@
 
 import math
 from dataclasses import dataclass, replace
+from enum import IntEnum
 
 # Shares of the visual distance, by what `train --distortion` calls them.
 DISTORTIONS = {"mse": 0.0, "visual": 0.5}
+
+
+class Phase(IntEnum):
+    """The phases of a run, in their order. Checkpoints store the numbers.
+
+    Attributes:
+        ROUNDING: rounding stands in for codebooks and prior (rounding.py). PRIOR: the prior learns alone. JOINT: everything
+            learns. POLISH: codes stand still; the prior and what turns codes into pixels learn.
+    """
+
+    ROUNDING = 0
+    PRIOR = 1
+    JOINT = 2
+    POLISH = 3
 
 
 @dataclass(frozen=True)
@@ -85,16 +100,16 @@ class Schedule:
         after which what makes the codes is done; the prior catches up, and polishes with the renderer."""
         return replace(self, rounding_rate=0.5, prior_at=0.7, joint_at=0.92, polish_from=0.92, joint_rate=0.02)
 
-    def phase(self, share: float) -> int:
-        """0: rounding; 1: the prior alone; 2: all; 3: for codes that stand still."""
-        return sum(share >= start for start in (self.prior_at, self.joint_at, self.polish_from))
+    def phase(self, share: float) -> Phase:
+        """The phase at a share of the time, 0..1."""
+        return Phase(sum(share >= start for start in (self.prior_at, self.joint_at, self.polish_from)))
 
     def begins(self, phase: int) -> float:
-        """The share at which a phase begins; of 4, the end."""
+        """The share of the time at which a phase begins; of the number after the last phase, 1."""
         return (0.0, self.prior_at, self.joint_at, self.polish_from, 1.0)[phase]
 
     def _passed(self, share: float) -> float:
-        """The share of a phase's time."""
+        """The share of its own time that the phase at a share of the whole time has had."""
         phase = self.phase(share)
         start, end = self.begins(phase), self.begins(phase + 1)
         return (share - start) / max(1e-9, end - start)
@@ -103,14 +118,15 @@ class Schedule:
         """What the peak learning rates are multiplied by: a rise over the steps, and a fall in every phase."""
         phase, passed = self.phase(share), self._passed(share)
         rise = min(1.0, (step + 1) / self.warm_up_steps)
-        if phase == 0:
+        if phase is Phase.ROUNDING:
             return rise * self.rounding_rate * min(1.0, self.joint_rate + 1 - passed)
-        return rise * {1: 1.0, 2: self.joint_rate, 3: self.polish_rate}[phase] * _cosine(passed)
+        peak = {Phase.PRIOR: 1.0, Phase.JOINT: self.joint_rate, Phase.POLISH: self.polish_rate}[phase]
+        return rise * peak * _cosine(passed)
 
     def rate_weight(self, share: float, start: float) -> float:
         """Weight of the rate, from `start` to 1. It rises again while the prior learns alone: what a new prior says must not
         decide at once which codes are chosen."""
-        risen = self._passed(share) if self.phase(share) == 1 else share / self.rate_rise
+        risen = self._passed(share) if self.phase(share) is Phase.PRIOR else share / self.rate_rise
         return min(1.0, start + (1 - start) * risen)
 
     def part(self, share: float) -> tuple[bool, float]:
@@ -130,7 +146,7 @@ class Schedule:
 
 
 def _cosine(share: float) -> float:
-    """From 1 to .01."""
+    """From 1 to 0.01."""
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share))
 
 

@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from vqcodec import codec, coding, tuning
-from vqcodec.bitstream import Header
-from vqcodec.models.quantizer import grid
+from vqcodec import coding, tuning
+from vqcodec.encoder import encode
+from vqcodec.frame import Frame
+from vqcodec.models.model import Estimate, Model, walk
 from vqcodec.tuning import LEAST_VARIANCE, Tuning
 from vqcodec.visual import visual_distance
-from vqcodec.weights import Model
 
-QUALITIES = (5, 20, 40, 60, 80, 95)
+QUALITIES = (1, 8, 25, 50, 75, 95)
 AMPLITUDE = 0.5  # of the errors, in quantiser steps
 # Bounds of sensitivities: planes that hardly matter are measured badly.
 LEAST, MOST = 0.05, 40.0
@@ -72,28 +72,26 @@ def _contributions(model: Model, pictures: Sequence[Pixels], quality: int) -> _C
     for pixels in pictures:
         height, width = (side - side % model.config.multiple for side in pixels.shape[:2])
         pixels = pixels[:height, :width]
-        header = Header(width, height, quality, model.id, model.config.layers, 0, False)
+        frame = Frame(width, height, quality)
         with coding.exact(model):
-            codes = codec.encode(model, header, pixels)[1]
+            codes = encode(model, frame, pixels)[1]
         original = torch.from_numpy(pixels.copy()).to(model.device).permute(2, 0, 1)[None].float()
         errors, leaves, restored = _restore_with_errors(model, codes, quality, chance)
         square = (restored - original).square().mean()
         visual = visual_distance(restored, original).sum()
         ratios.append(float(square.detach() / visual.detach().clamp(min=1e-6)))
         slopes = [torch.autograd.grad(x, leaves, retain_graph=x is square) for x in (square, visual)]
-        number = 0
-        for level, stage in enumerate(model.config.levels):
-            at_places = []
-            for span, piece in zip(stage.spans, stage.slices, strict=True):
-                for total, by_leaf in ((squares, slopes[0]), (visuals, slopes[1])):
-                    parts = (by_leaf[number] * errors[number])[0].cpu()
-                    parts = parts.reshape(piece.planes, piece.dim, *parts.shape[1:]).sum(1)
-                    total[level][span] += parts.sum((1, 2))
-                    at_places.append(parts.sum(0))
-                number += 1
-        places.append(
-            _smooth(torch.stack(at_places[1::2]).sum(0)) / _smooth(torch.stack(at_places[::2]).sum(0)).clamp(min=1e-12)
-        )
+        parts = iter(zip(errors, *slopes, strict=True))
+        for level in model.levels:
+            at_places: tuple[list[Tensor], list[Tensor]] = ([], [])
+            for piece in level.slices:
+                error, *by_leaf = next(parts)
+                for total, at_place, slope in zip((squares, visuals), at_places, by_leaf, strict=True):
+                    share = (slope * error)[0].cpu().unflatten(0, (piece.config.planes, -1)).sum(1)
+                    total[level.number][piece.planes] += share.sum((1, 2))
+                    at_place.append(share.sum(0))
+        square_places, visual_places = (_smooth(torch.stack(x).sum(0)) for x in at_places)
+        places.append(visual_places / square_places.clamp(min=1e-12))
     unit = float(np.exp(np.mean(np.log(ratios))))
     # A plane whose errors seem to do no harm was measured on too little: it counts as squared error does.
     planes = [torch.where(s > 0, unit * v / s, 1.0).clamp(LEAST, MOST) for v, s in zip(visuals, squares, strict=True)]
@@ -111,26 +109,16 @@ def _restore_with_errors(
     """
     at = torch.tensor([quality], device=model.device)
     errors, leaves = [], []
-    estimate: Tensor | None = None
-    for level, stage in enumerate(model.config.levels):
-        height, width = codes[level].shape[:2]
-        if estimate is None:
-            estimate = torch.zeros(1, stage.channels, height, width, device=model.device)
-        else:
-            estimate = model.vqvae.descend(level - 1, estimate, at)
-        for index, span in enumerate(stage.spans):
-            piece = model.vqvae.slice(level, index)
-            estimate = model.vqvae.refine(level, index, estimate, at)
-            indices = codes[level][:, :, span].to(model.device, torch.int64).flatten(0, 1)
-            vectors = grid(piece.codebook.lookup(indices), 1, height, width)
-            sign = 2 * torch.randint(2, vectors.shape, generator=chance) - 1
-            errors.append((AMPLITUDE * sign).to(model.device))
-            leaves.append((vectors + errors[-1]).requires_grad_())
-            scale = piece.steps(at).repeat_interleave(piece.dim, 1)[:, :, None, None]
-            decoded = estimate[:, piece.start : piece.stop] + leaves[-1] * scale
-            estimate = torch.cat([estimate[:, : piece.start], decoded, estimate[:, piece.stop :]], 1)
-    assert estimate is not None
-    return errors, leaves, model.vqvae.descend(len(codes) - 1, estimate, at).float()
+    height, width = (side * model.config.multiple for side in codes[0].shape[:2])
+    estimate = Estimate(model.vqvae, at, height, width)
+    for piece in walk(model.levels, estimate):
+        indices = codes[piece.level][None, :, :, piece.planes].to(model.device, torch.int64)
+        vectors = piece.vectors(indices)
+        sign = 2 * torch.randint(2, vectors.shape, generator=chance) - 1
+        errors.append((AMPLITUDE * sign).to(model.device))
+        leaves.append((vectors + errors[-1]).requires_grad_())
+        estimate.add(leaves[-1])
+    return errors, leaves, estimate.pixels()
 
 
 def _smooth(contributions: Tensor) -> Tensor:
@@ -160,10 +148,10 @@ def _balanced(model: Model, tuned: Tuning, pictures: Sequence[Pixels]) -> Tuning
         total = 0
         for pixels in pictures:
             height, width = pixels.shape[:2]
-            header = Header(width, height, quality, model.id, model.config.layers, 0, False)
+            frame = Frame(width, height, quality)
             importance = None if how is None else how.importance(model.config, pixels, quality)
             with coding.exact(model):
-                total += sum(map(len, codec.encode(model, header, pixels, importance)[0]))
+                total += sum(map(len, encode(model, frame, pixels, importance)[0]))
         return total
 
     wanted = [size(quality, None) for quality in QUALITIES]

@@ -1,0 +1,153 @@
+"""The separable lap and the renderer of a model whose finest stage is coarse, and such a model as a codec."""
+
+from pathlib import Path
+
+import models
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import vqcodec
+from vqcodec import synthesis
+from vqcodec.models.config import Config, PriorConfig, SliceConfig, StageConfig
+from vqcodec.models.pixels import CELL, Renderer, SeparableLap
+from vqcodec.models.vqvae import VQVAE
+from vqcodec.train.start import lapped_filter, start_from_pictures
+
+# Patches of 8 pixels, of which all principal components are kept.
+FAST = Config(
+    name="fast",
+    stages=(
+        StageConfig(
+            8,
+            192,
+            16,
+            1,
+            1,
+            (SliceConfig(64, 1, 64, layer=1), SliceConfig(64, 2, 32, layer=2)),
+            lapped=True,
+            renderer=16,
+        ),
+        StageConfig(32, 12, 16, 1, 1, (SliceConfig(planes=12, dim=1, codes=128, layer=0),)),
+    ),
+    prior=PriorConfig(channels=16, embedding=16),
+)
+
+
+def lap_of(weight: Tensor) -> SeparableLap:
+    lap = SeparableLap(len(weight))
+    lap.weight.data.copy_(weight)
+    return lap
+
+
+@torch.no_grad()
+def test_the_lap_filters_rows_and_columns() -> None:
+    """Against the filter as a matrix over whole rows."""
+    filter8 = lapped_filter(8).float()
+    line = torch.eye(32)
+    for start in (4, 12, 20):
+        line[start : start + 8, start : start + 8] = filter8
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(lap_of(filter8)(x), line @ x @ line.T, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (8, 40), (32, 8), (64, 40)], ids=str)
+@torch.no_grad()
+def test_the_inverse_filter_takes_the_lap_back(size: tuple[int, int]) -> None:
+    x = torch.randn(1, 3, *size)
+    lapped = lap_of(lapped_filter(8).float())(x)
+    assert torch.equal(lapped, x) == (size == (8, 8)), "a single patch has no borders"
+    torch.testing.assert_close(lap_of(torch.linalg.inv(lapped_filter(8)).float())(lapped), x, atol=1e-4, rtol=1e-4)
+
+
+def renderer() -> Renderer:
+    torch.manual_seed(0)
+    found = Renderer(channels=6, hidden=10, stride=16)
+    for layer in (found.modulation, found.expand):
+        nn.init.normal_(layer.weight)
+    return found
+
+
+def test_a_new_renderer_changes_nothing() -> None:
+    pixels = torch.randn(2, 3, 32, 48)
+    assert torch.equal(Renderer(6, 10, 16)(pixels, torch.randn(2, 6, 2, 3), torch.ones(2)), pixels)
+
+
+@pytest.mark.parametrize("place", [(0, 0), (17, 40), (31, 47)], ids=str)
+def test_a_pixel_is_rendered_from_its_cell_and_its_patch(place: tuple[int, int]) -> None:
+    pixels = torch.randn(1, 3, 32, 48, requires_grad=True)
+    features = torch.randn(1, 6, 2, 3, requires_grad=True)
+    y, x = place
+    renderer()(pixels, features, torch.ones(1))[0, 1, y, x].backward()
+    assert pixels.grad is not None and features.grad is not None
+    own = torch.zeros(32, 48, dtype=torch.bool)
+    own[y // CELL * CELL :, x // CELL * CELL :][:CELL, :CELL] = True
+    assert torch.equal((pixels.grad != 0).any(1)[0], own)
+    patch = torch.zeros(2, 3, dtype=torch.bool)
+    patch[y // 16, x // 16] = True
+    assert torch.equal((features.grad != 0).all(1)[0], patch)
+
+
+def test_operations_of_the_renderer_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = 0
+    linear = functional.linear
+
+    def convolve(self: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        nonlocal done
+        done += weight.numel() * x.shape[2] * x.shape[3]
+        return functional.conv2d(x, weight, bias)
+
+    def multiply(x: Tensor, weight: Tensor) -> Tensor:
+        nonlocal done
+        done += weight.numel() * x.shape[1] * x.shape[2]
+        return linear(x, weight)
+
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", convolve)
+    monkeypatch.setattr(functional, "linear", multiply)
+    found = renderer()
+    found(torch.randn(1, 3, 32, 48), torch.randn(1, 6, 2, 3), torch.ones(1))
+    assert done / (32 * 48) == pytest.approx(found.macs_per_pixel())
+
+
+@torch.no_grad()
+def test_the_start_is_a_transform_that_loses_nothing() -> None:
+    pixels = models.batch(*(models.picture(64, 96, seed) for seed in range(8)))
+    model = VQVAE(FAST).eval()
+    start_from_pictures(model, pixels)
+    quality = torch.full((8,), 50)
+    latents = model.analyse(pixels, quality)
+    torch.testing.assert_close(model.descend(1, latents[1], quality), pixels, atol=0.02, rtol=0)
+    energy = latents[1].square().mean((0, 2, 3))
+    assert float(energy[:20].sum()) > 0.97 * float(energy.sum()), "the first components hold nearly all"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A shaken model of that kind, its renderer as well."""
+    model = models.tiny(FAST)
+    part = model.vqvae.stage(0).renderer
+    assert part is not None
+    with torch.no_grad():
+        for layer in (part.modulation, part.expand):
+            layer.weight += 0.02 * torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(1))
+    return models.save(model, tmp_path_factory.mktemp("fast") / "fast.safetensors")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (33, 70), (128, 180)], ids=str)
+def test_files_decode(size: tuple[int, int], weights: Path) -> None:
+    pixels = models.picture(*size, seed=3)
+    data = vqcodec.compress(pixels, weights=weights, quality=80, tile=64, effort=2, verify=True)
+    restored = np.asarray(vqcodec.decompress(data, weights=weights))
+    assert restored.shape == pixels.shape
+    if size != (1, 1):
+        assert np.abs(restored.astype(int) - pixels).mean() < 8
+
+
+def test_windows_leave_no_seams(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = vqcodec.compress(models.picture(200, 232, seed=4), weights=weights, quality=60)
+    whole = np.asarray(vqcodec.decompress(data, weights=weights)).astype(int)
+    monkeypatch.setattr(synthesis, "WINDOW", 64)
+    parts = np.asarray(vqcodec.decompress(data, weights=weights)).astype(int)
+    assert np.abs(parts - whole).max() <= 1

@@ -1,0 +1,140 @@
+"""The named configurations: the photo model and the systems of three papers."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from vqcodec.errors import WeightsError
+from vqcodec.models.config import Config, PriorConfig, SliceConfig, StageConfig
+
+PHOTO = Config(
+    name="photo",
+    stages=(
+        StageConfig(stride=4, channels=48, hidden=64, encoder_blocks=3, decoder_blocks=4),
+        StageConfig(stride=8, channels=192, hidden=96, encoder_blocks=5, decoder_blocks=6),
+        StageConfig(
+            stride=16,
+            channels=288,
+            hidden=160,
+            encoder_blocks=7,
+            decoder_blocks=6,
+            refine_blocks=3,
+            slices=(
+                SliceConfig(planes=16, dim=1, codes=256, layer=1),
+                SliceConfig(planes=40, dim=1, codes=96, layer=1),
+                SliceConfig(planes=28, dim=2, codes=512, layer=2, scales=2, outposts="near"),
+                SliceConfig(planes=88, dim=2, codes=256, layer=3, scales=2, outposts="near"),
+            ),
+            lapped=True,
+        ),
+        StageConfig(
+            stride=64,
+            channels=48,
+            hidden=96,
+            encoder_blocks=1,
+            decoder_blocks=1,
+            slices=(
+                SliceConfig(planes=3, dim=1, codes=2048, layer=0),
+                SliceConfig(planes=45, dim=1, codes=512, layer=0),
+            ),
+        ),
+    ),
+    prior=PriorConfig(blocks=2),
+)
+
+# A tenth of the multiplications: all blocks at strides 16 and 64, and pointwise layers on cells of 4 x 4 pixels.
+PHOTO_FAST = Config(
+    name="photo-fast",
+    stages=(
+        StageConfig(
+            stride=16,
+            channels=288,
+            hidden=128,
+            encoder_blocks=8,
+            decoder_blocks=3,
+            slices=(
+                SliceConfig(planes=56, dim=1, codes=256, layer=1),
+                SliceConfig(planes=28, dim=2, codes=512, layer=2, scales=2, outposts="near"),
+                SliceConfig(planes=88, dim=2, codes=256, layer=3, scales=2, outposts="near"),
+            ),
+            lapped=True,
+            renderer=64,
+        ),
+        StageConfig(
+            stride=64,
+            channels=48,
+            hidden=96,
+            encoder_blocks=1,
+            decoder_blocks=1,
+            slices=(
+                SliceConfig(planes=3, dim=1, codes=2048, layer=0),
+                SliceConfig(planes=45, dim=1, codes=512, layer=0),
+            ),
+        ),
+    ),
+    prior=PriorConfig(channels=64, embedding=32),
+)
+
+# The classic systems: codes chosen for the distortion alone, one quality, and a prior that is learned after the rest.
+
+# van den Oord et al. 2017: one level of one plane. On digits of 28 x 28, 7 x 7 codes.
+VQVAE_MNIST = Config(
+    name="vqvae-mnist",
+    stages=(StageConfig(4, 16, 64, 2, 2, (SliceConfig(planes=1, dim=16, codes=128, layer=0),)),),
+    prior=PriorConfig(channels=64, blocks=0, layers=4),
+    lambda_range=(0.0025, 0.0026),
+    commitment=0.25,
+    rate="after",
+)
+# The same with a codebook by moving averages (their appendix A.1). On pictures of 32 x 32, 8 x 8 codes.
+VQVAE_EMA_CIFAR10 = Config(
+    name="vqvae-ema-cifar10",
+    stages=(StageConfig(4, 64, 64, 2, 2, (SliceConfig(planes=1, dim=64, codes=512, layer=0),)),),
+    prior=PriorConfig(channels=64, blocks=0, layers=4),
+    lambda_range=(0.0025, 0.0026),
+    codebook="ema",
+    commitment=0.25,
+    rate="after",
+)
+# Razavi et al. 2019: levels of one plane each; pictures of 256 x 256 have 32 x 32 and 64 x 64 codes.
+VQVAE2 = Config(
+    name="vqvae2",
+    stages=(
+        StageConfig(4, 64, 64, 2, 2, (SliceConfig(planes=1, dim=64, codes=512, layer=1),)),
+        StageConfig(8, 64, 128, 2, 2, (SliceConfig(planes=1, dim=64, codes=512, layer=0),)),
+    ),
+    prior=PriorConfig(channels=64, blocks=1, layers=4),
+    lambda_range=(0.0025, 0.0026),
+    codebook="ema",
+    commitment=0.25,
+    rate="after",
+)
+# With a third level, at half the resolution: theirs for pictures of 1024 x 1024.
+VQVAE2_3LEVEL = replace(
+    VQVAE2,
+    name="vqvae2-3level",
+    stages=(
+        replace(VQVAE2.stages[0], slices=(SliceConfig(planes=1, dim=64, codes=512, layer=2),)),
+        replace(VQVAE2.stages[1], slices=(SliceConfig(planes=1, dim=64, codes=512, layer=1),)),
+        StageConfig(16, 64, 128, 2, 2, (SliceConfig(planes=1, dim=64, codes=512, layer=0),)),
+    ),
+)
+
+NAMED = {config.name: config for config in (PHOTO, PHOTO_FAST, VQVAE2, VQVAE2_3LEVEL, VQVAE_MNIST, VQVAE_EMA_CIFAR10)}
+
+
+def load_config(name: str) -> Config:
+    """A named configuration, or one from a JSON file.
+
+    Raises:
+        WeightsError: neither a known name nor a readable configuration file.
+    """
+    if name in NAMED:
+        return NAMED[name]
+    path = Path(name)
+    if not path.is_file():
+        raise WeightsError(f"no configuration {name!r}: known are {', '.join(NAMED)}, or give a JSON file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise WeightsError(f"cannot read the configuration {name}: {error}") from None
+    return Config.from_json(text)

@@ -1,0 +1,76 @@
+"""Arguments and options that several commands of the command line share, and the types of their values."""
+
+import contextlib
+import re
+from collections.abc import Callable
+from decimal import Decimal
+from typing import Any
+
+import click
+
+from vqcodec import packaged
+from vqcodec.errors import VqcodecError
+from vqcodec.target import HIGHEST, LOWEST
+
+
+class WeightsPath(click.Path):
+    """The path of a weights file; the name of a packaged one is replaced by its path."""
+
+    def __init__(self) -> None:
+        super().__init__(exists=True, dir_okay=False, readable=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        with contextlib.suppress(VqcodecError):  # click.Path refuses what is neither
+            value = str(packaged.find(value))
+        return super().convert(value, param, ctx)
+
+
+ABOVE_ZERO = click.FloatRange(min=0, min_open=True)
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
+
+
+def size_option(name: str, text: str) -> Callable[[Any], Any]:
+    """An option whose value is a number of bytes, at least 1, given as 50000, 50KB, 48.8KiB or 1.5MB."""
+    return click.option(name, callback=_bytes_of, metavar="SIZE", help=text)
+
+
+def _bytes_of(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?i?)b?", value.strip().lower())
+    size = int(Decimal(found[1]) * _UNITS[found[2]]) if found and found[2] in _UNITS else 0
+    if size < 1:
+        raise click.BadParameter(f"{value!r} is not a size like 50000, 50KB or 1.5MiB.")
+    return size
+
+
+inputs = click.argument("inputs", metavar="IN...", nargs=-1, required=True, type=click.Path(allow_dash=True))
+output = click.option(
+    "-o",
+    "--output",
+    metavar="OUT",
+    type=click.Path(allow_dash=True),
+    help="File, folder, or - for standard output.  [default: a name like that of IN]",
+)
+output_picture = click.option(
+    "-o", "--output", metavar="OUT", type=click.Path(allow_dash=True), required=True, help="Picture to write."
+)
+quality = click.option(
+    "-q", "--quality", type=click.IntRange(LOWEST, HIGHEST), default=50, show_default=True, help="Quality of the codes."
+)
+weights = click.option(
+    "--weights", type=WeightsPath(), help="Weights file, or name of packaged weights.  [default: photo]"
+)
+device = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Device to compute on.",
+)
+force = click.option("-f", "--force", is_flag=True, help="Overwrite existing files.")
+quiet = click.option("--quiet", is_flag=True, help="Print errors only.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+seed = click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the random numbers."
+)

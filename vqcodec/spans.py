@@ -1,0 +1,97 @@
+"""Where the time goes: the codec names its stages with `span`, and `collect` adds up the seconds of each.
+
+>>> with collect() as seconds:
+...     with span("prior"), span("range coder"):
+...         pass
+>>> sorted(seconds)
+['prior', 'range coder']
+"""
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+from types import TracebackType
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_NOTHING: AbstractContextManager[None] = contextlib.nullcontext()
+
+
+class _Collector:
+    """Adds up seconds by name. `inner` is the time that spans inside the one that is open have taken."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.seconds: dict[str, float] = {}
+        self.inner = 0.0
+
+
+class _Span:
+    def __init__(self, collector: _Collector, name: str) -> None:
+        self.collector, self.name = collector, name
+
+    def __enter__(self) -> None:
+        self.inner_before, self.collector.inner = self.collector.inner, 0.0
+        self.start = self.collector.clock()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        collector = self.collector
+        elapsed = collector.clock() - self.start
+        own = elapsed - collector.inner
+        collector.seconds[self.name] = collector.seconds.get(self.name, 0.0) + own
+        collector.inner = self.inner_before + elapsed
+
+
+_collector: ContextVar[_Collector | None] = ContextVar("vqcodec.spans", default=None)
+
+
+def span(name: str) -> AbstractContextManager[None]:
+    """Count the time of the body under a name, if the caller of the codec collects; else do nothing.
+
+    A span inside another one interrupts it: each moment counts for the innermost span only, so that the seconds of all
+    names add up to the time spent in spans.
+    """
+    collector = _collector.get()
+    return _NOTHING if collector is None else _Span(collector, name)
+
+
+def timed(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A decorator: every call of the function is a `span`."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            with span(name):
+                return function(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+@contextlib.contextmanager
+def collect(clock: Callable[[], float] = time.perf_counter) -> Iterator[dict[str, float]]:
+    """Collect the spans that the body runs through in this thread.
+
+    A `collect` inside another one has the spans of its body to itself.
+
+    Args:
+        clock: gives the time in seconds. A GPU works on while Python goes on: to time it, pass a function that waits
+            for the GPU before it reads the clock.
+
+    Yields:
+        Seconds by name, in the order in which spans of these names first ended; filled while the body runs.
+    """
+    collector = _Collector(clock)
+    token = _collector.set(collector)
+    try:
+        yield collector.seconds
+    finally:
+        _collector.reset(token)

@@ -1,0 +1,286 @@
+"""What the command line says to people: error lines, results, tables and progress bars.
+
+Errors, notes and progress bars go to stderr, the answers of `vqcodec info` and `vqcodec compare` to stdout.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from vqcodec.bitstream import Info
+from vqcodec.errors import VqcodecError
+from vqcodec.files import Job
+
+if TYPE_CHECKING:
+    from vqcodec.image import Picture
+    from vqcodec.train.run import Progress
+
+T = TypeVar("T")
+
+_BAR_STEPS = 1000  # of a progress bar over a share or over time
+
+
+class ErrorReport:
+    """Reports the errors of a command on stderr, one line each, and counts them.
+
+    Attributes:
+        failed: how many errors were reported.
+    """
+
+    def __init__(self) -> None:
+        self.failed = 0
+
+    @contextlib.contextmanager
+    def errors_of(self, name: str) -> Iterator[None]:
+        """Report an exception that the body raises as an error of the file `name`, and go on after the body.
+
+        Wrong usage and interruption pass through: they end the command. `vqcodec --debug` prints a traceback first.
+        """
+        try:
+            yield
+        except (click.ClickException, click.Abort):
+            raise
+        except Exception as error:  # noqa: BLE001 - an error in one file must not stop the others
+            self.failed += 1
+            if click.get_current_context().find_root().params["debug"]:
+                traceback.print_exc()
+            if isinstance(error, OSError) and error.filename is not None:
+                name = str(error.filename)
+            say(f"vqcodec: {name}: {_message(error)}")
+
+    @property
+    def status(self) -> int:
+        """The exit code: 1 if there was an error, else 0."""
+        return 1 if self.failed else 0
+
+
+def _message(error: Exception) -> str:
+    """One line that says what went wrong."""
+    if isinstance(error, MemoryError):
+        return "not enough memory"
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    line = next(iter(text.splitlines()), "")
+    if isinstance(error, (VqcodecError, OSError)):
+        return line
+    return f"{type(error).__name__}: {line} (vqcodec --debug ... shows where)"
+
+
+def say(text: str) -> None:
+    """Write a line to stderr. On a terminal, it replaces a progress bar that stands on the current line."""
+    click.echo(("\r\x1b[K" if sys.stderr.isatty() else "") + text, err=True)
+
+
+def warn(text: str) -> None:
+    """Write a warning to stderr."""
+    say(f"vqcodec: warning: {text}")
+
+
+def silence_libraries() -> None:
+    """Keep Pillow's log off stderr: what matters of it arrives as an exception or as a warning."""
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+
+
+# Results
+
+
+def say_result(
+    job: Job,
+    picture: "Picture",
+    *,
+    read: int,
+    written: int,
+    compressed: int,
+    seconds: float,
+    quality: int | None = None,
+    tested: bool = False,
+) -> None:
+    """Report one compressed, decompressed or tested picture on stderr.
+
+    Args:
+        job: the file and what was made of it.
+        picture: the picture in it.
+        read: bytes read.
+        written: bytes written.
+        compressed: bytes of the .vqz file, for the bits per pixel.
+        seconds: how long it took.
+        quality: the quality that was found for a target, if any.
+        tested: whether the file was decoded without writing the picture.
+    """
+    height, width, _ = picture.pixels.shape
+    bpp = 8 * compressed / (width * height)
+    what = f"{job.source}: fine, {read:,}" if tested else f"{job.source} -> {job.target}: {read:,} -> {written:,}"
+    found = "" if quality is None else f", quality {quality}"
+    say(f"{what} bytes, {width} x {height}, {bpp:.4f} bpp{found}, {seconds:.2f} s")
+
+
+def say_total(files: int, failed: int, *, read: int, written: int) -> None:
+    """Report on stderr how many of several files were done, and the bytes read and written for them."""
+    say(f"vqcodec: {files - failed} of {files} files done, {failed} failed; {read:,} -> {written:,} bytes")
+
+
+# Tables
+
+
+def print_table(values: dict[str, Any], *, as_json: bool) -> None:
+    """Print names and values on stdout, a line each or as one JSON object."""
+    if as_json:
+        click.echo(json.dumps(values, indent=2))
+        return
+    for name, value in values.items():
+        shown = json.dumps(value) if isinstance(value, (dict, list)) else value
+        click.echo(f"{name}: {shown}")
+
+
+def print_infos(infos: Sequence[tuple[str, Info]], *, as_json: bool) -> None:
+    """Print what `bitstream.read_info` says of files on stdout, given with their names."""
+    if as_json:
+        click.echo(json.dumps([_info_json(path, info) for path, info in infos], indent=2))
+        return
+    for path, info in infos:
+        click.echo(_info_text(path, info))
+
+
+def _info_json(path: str, info: Info) -> dict[str, Any]:
+    header = info.header
+    return {
+        "file": path,
+        "bytes": info.file_bytes,
+        "bpp": info.bits_per_pixel,
+        "format": header.version,
+        "width": header.width,
+        "height": header.height,
+        "grey": header.grey,
+        "quality": header.quality,
+        "weights": header.weights_id.hex(),
+        "tile": header.tile,
+        "tiles": list(header.tiles),
+        "layer_bytes": list(info.layer_bytes),
+        "chunks": [{"kind": kind, "bytes": size} for kind, size in info.chunks],
+    }
+
+
+def _info_text(path: str, info: Info) -> str:
+    header = info.header
+    rows, columns = header.tiles
+    lines = [
+        click.format_filename(path),
+        f"  size      {header.width} x {header.height} pixels, {'grey' if header.grey else 'colour'}",
+        f"  file      {info.file_bytes:,} bytes, {info.bits_per_pixel:.4f} bits per pixel, format {header.version}",
+        f"  quality   {header.quality}",
+        f"  weights   {header.weights_id.hex()}",
+        f"  tiles     {columns} x {rows}" + (f" of {header.tile} pixels a side" if header.tile else ""),
+        f"  layers    {len(info.layer_bytes)}: {', '.join(f'{size:,}' for size in info.layer_bytes)} bytes",
+    ]
+    if info.chunks:
+        lines.append(f"  metadata  {', '.join(f'{kind.strip()} {size:,} bytes' for kind, size in info.chunks)}")
+    return "\n".join(lines)
+
+
+def print_comparison(
+    width: int, height: int, compressed: dict[str, int], *, psnr: float, ms_ssim: float, as_json: bool
+) -> None:
+    """Print on stdout how much two pictures differ.
+
+    Args:
+        width, height: of both pictures, in pixels.
+        compressed: bytes of each .vqz file among the two, by name.
+        psnr: dB; infinity for equal pictures.
+        ms_ssim: at most 1; nan for pictures that are too small.
+        as_json: print a JSON object, in which null stands for infinity and nan.
+    """
+    files = [{"file": path, "bytes": size, "bpp": 8 * size / (width * height)} for path, size in compressed.items()]
+    if as_json:
+        numbers = {"psnr": psnr, "ms_ssim": ms_ssim}
+        finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        click.echo(json.dumps({"width": width, "height": height, "files": files, **finite}, indent=2))
+        return
+    for file in files:
+        click.echo(f"{file['file']}: {file['bytes']:,} bytes, {file['bpp']:.4f} bpp")
+    click.echo(f"PSNR {psnr:.2f} dB, MS-SSIM {ms_ssim:.4f}")
+
+
+# Progress
+
+
+@contextlib.contextmanager
+def file_bar(jobs: Sequence[Job], *, wanted: bool) -> Iterator[Iterable[Job]]:
+    """The jobs, with a progress bar over them if there are several and stderr is a terminal."""
+    if not (wanted and len(jobs) > 1 and sys.stderr.isatty()):
+        yield jobs
+        return
+    with click.progressbar(jobs, file=sys.stderr) as steps:
+        yield steps
+
+
+@contextlib.contextmanager
+def sample_bar(pictures: Iterable[T], count: int) -> Iterator[Iterable[T]]:
+    """The `count` pictures, with a progress bar over them if stderr is a terminal."""
+    with click.progressbar(pictures, length=count, file=sys.stderr, hidden=not sys.stderr.isatty()) as steps:
+        yield steps
+
+
+@contextlib.contextmanager
+def search_bar(*, wanted: bool) -> Iterator[Callable[[float], None] | None]:
+    """A progress bar over the search for better codes, if stderr is a terminal.
+
+    Yields:
+        A function that takes the share of the search that is done, 0 to 1, or None if there is no bar. A share below
+        the last one starts the bar again: the next quality is tried.
+    """
+    if not (wanted and sys.stderr.isatty()):
+        yield None
+        return
+    with click.progressbar(length=_BAR_STEPS, label="searching", file=sys.stderr) as bar:
+
+        def show(share: float) -> None:
+            reached = round(_BAR_STEPS * share)
+            if reached < bar.pos:
+                bar.pos, bar.finished = 0, False
+            bar.update(reached - bar.pos)
+
+        yield show
+
+
+@contextlib.contextmanager
+def training_bar() -> Iterator[Callable[["Progress"], None]]:
+    """A progress bar over the time of a training run; without a terminal, a line whenever the stage changes.
+
+    Yields:
+        A function that shows the progress it is given.
+    """
+    if not sys.stderr.isatty():
+        shown = ""
+
+        def show_stage(progress: "Progress") -> None:
+            nonlocal shown
+            if progress.stage != shown:
+                shown = progress.stage
+                say(_training_line(progress))
+
+        yield show_stage
+        return
+
+    with click.progressbar(length=_BAR_STEPS, file=sys.stderr, show_eta=False, item_show_func=_training_line) as bar:
+
+        def show(progress: "Progress") -> None:
+            total = progress.elapsed + progress.remaining
+            reached = int(_BAR_STEPS * progress.elapsed / total) if total > 0 else 0
+            bar.update(max(0, reached - bar.pos), progress)
+
+        yield show
+
+
+def _training_line(progress: "Progress | None") -> str:
+    if progress is None:  # before the first step
+        return ""
+    minutes, seconds = divmod(int(progress.remaining), 60)
+    left = f"{minutes // 60:02}:{minutes % 60:02}:{seconds:02}"
+    numbers = f"{progress.bpp:.3f} bpp, {progress.psnr:.2f} dB"
+    return f"{progress.stage}, step {progress.step}: {numbers}, {left} left"
