@@ -71,7 +71,7 @@ PHOTO_FAST = Config(
             ),
         ),
     ),
-    prior=PriorConfig(channels=56, embedding=24),
+    prior=PriorConfig(channels=56, embedding=32),
 )
 
 # The classic systems: codes chosen for the distortion alone, one quality, and a prior that is learned after the rest.
