@@ -51,7 +51,7 @@ def quantise(
 
 @dataclass
 class _Task:
-    """What `quantise` is asked for, and what needs a gradient: with `pulled` the vectors, with `learns` the rate model."""
+    """What `quantise` is asked for, and what needs a gradient: the vectors if `pulled`, the rate model if it `learns`."""
 
     v: Tensor
     rates: Rates
