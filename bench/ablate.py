@@ -23,6 +23,7 @@ from vqcodec.models.config import Config, PriorConfig, SliceConfig
 from vqcodec.models.recipes import PHOTO, PHOTO_FAST
 from vqcodec.train import run as training
 from vqcodec.train.schedule import Schedule
+from vqcodec.train.validation import VALIDATION_QUALITIES
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def row(name: str, folder: Path) -> str:
         return f"| {name} | failed |"
     with path.open(newline="") as file:
         last = list(csv.DictReader(file))[-1]
-    pairs = [f"{float(last[f'bpp_{q}']):.3f}/{float(last[f'psnr_{q}']):.2f}" for q in training.VALIDATION_QUALITIES]
+    pairs = [f"{float(last[f'bpp_{q}']):.3f}/{float(last[f'psnr_{q}']):.2f}" for q in VALIDATION_QUALITIES]
     return f"| {name} | {VARIANTS[name].about} | {last['step']} | {' | '.join(pairs)} | {float(last['cost']):.4f} |"
 
 
@@ -189,8 +190,8 @@ def main(arguments: list[str] | None = None) -> int:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
 
-    qualities = " | ".join(f"q {q}" for q in training.VALIDATION_QUALITIES)
-    print(f"| variant | what | steps | {qualities} | cost |\n|{'---|' * (4 + len(training.VALIDATION_QUALITIES))}")
+    qualities = " | ".join(f"q {q}" for q in VALIDATION_QUALITIES)
+    print(f"| variant | what | steps | {qualities} | cost |\n|{'---|' * (4 + len(VALIDATION_QUALITIES))}")
     with ThreadPoolExecutor(options.jobs) as pool:
         for name, _ in zip(names, pool.map(start, names), strict=True):
             print(row(name, options.output), flush=True)

@@ -20,6 +20,7 @@ import models
 import numpy as np
 import pytest
 import torch
+from commandline import ROOT
 from models import TINY
 from safetensors.torch import load_file, save_file
 from trainer import BOOKKEEPING, SMALL, Run, checkpoint_of, log_of, make_pictures, run, sheet_of, small_runs
@@ -29,10 +30,11 @@ from vqcodec.errors import TrainingError, WeightsError
 from vqcodec.metrics import ms_ssim, psnr
 from vqcodec.models.config import Config, PriorConfig, SliceConfig
 from vqcodec.ssimulacra2 import ssimulacra2
-from vqcodec.train import perceptual, sensitivity
+from vqcodec.train import checkpoint, perceptual, sensitivity, step, validation
 from vqcodec.train import run as training
 from vqcodec.train.loss import RateDistortion
 from vqcodec.train.schedule import Schedule
+from vqcodec.train.validation import SHEET_QUALITY, VALIDATION_QUALITIES
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ def untuned(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def unmeasured(untuned: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests that ask nothing of the log's numbers either."""
-    monkeypatch.setattr(training._Run, "_measure", lambda *_, **__: {"cost": 1.0})
+    monkeypatch.setattr(validation, "measure", lambda *_, **__: {"cost": 1.0})
 
 
 @pytest.fixture(scope="module")
@@ -140,10 +142,10 @@ def test_a_few_seconds_beat_the_untrained_state(trained: Run, small: None) -> No
     assert min(psnr(original, before), psnr(original, after)) > 20
 
     measures = ("bpp", "psnr", "cost", "ssimulacra2", "ms_ssim")
-    columns = {f"{name}_{quality}" for name in measures for quality in training.VALIDATION_QUALITIES}
+    columns = {f"{name}_{quality}" for name in measures for quality in VALIDATION_QUALITIES}
     assert rows[0].keys() == columns | {"step", "minutes", "cost", "perplexity"}
     for row, restored in ((rows[0], before), (rows[-1], after)):
-        logged = [row[f"{name}_{training.SHEET_QUALITY}"] for name in ("ssimulacra2", "ms_ssim")]
+        logged = [row[f"{name}_{SHEET_QUALITY}"] for name in ("ssimulacra2", "ms_ssim")]
         assert logged[0] == pytest.approx(ssimulacra2(original, restored), abs=0.05)
         assert logged[1] == pytest.approx(ms_ssim(original, restored), abs=1e-5)
 
@@ -236,7 +238,7 @@ def test_a_resumed_run_starts_from_the_checkpoint(
     """Weights, averages, optimiser and facts: saving what was loaded gives the same checkpoint."""
     output = trained.copy(tmp_path)
     before = checkpoint_of(output)
-    monkeypatch.setattr(training._Run, "_validate", lambda _: None)
+    monkeypatch.setattr(validation, "validate", lambda _: None)
     run(pictures, output, 0.5, resume=True)  # no step, but the checkpoint is written again
     after = checkpoint_of(output)
     assert before.keys() == after.keys()
@@ -256,7 +258,7 @@ def test_an_interrupted_save_leaves_the_last_checkpoint(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "save_file", interrupted)
+        patch.setattr(checkpoint, "save_file", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(pictures, output, trained.seconds + 1, resume=True)
     assert output.with_suffix(".ckpt").read_bytes() == saved
@@ -272,8 +274,9 @@ from vqcodec.models.config import Config
 from vqcodec.train import run as training
 from vqcodec.train.schedule import Schedule
 
+modules = {{"run": training, "begin": begin, "export": export}}
 for name, value in {settings!r}.items():
-    setattr(training, name, value)
+    setattr(modules[name.partition(".")[0]], name.partition(".")[2], value)
 if __name__ == "__main__":
     training.train(
         [Path(sys.argv[1])],
@@ -289,7 +292,7 @@ if __name__ == "__main__":
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
     path = tmp_path / "run.py"
-    settings = {**BOOKKEEPING, "CHECKPOINT_SECONDS": 0.1}
+    settings = {**BOOKKEEPING, "run.CHECKPOINT_SECONDS": 0.1}
     path.write_text(SCRIPT.format(settings=settings, schedule=SMALL, config=TINY.to_json()), encoding="utf-8")
     return path
 
@@ -298,7 +301,8 @@ def script(tmp_path: Path) -> Path:
 def test_kill(pictures: Path, tmp_path: Path, script: Path, small: None) -> None:
     output = tmp_path / "mine.safetensors"
     checkpoint = output.with_suffix(".ckpt")
-    with subprocess.Popen([sys.executable, str(script), str(pictures), str(output), "5"]) as process:
+    command = [sys.executable, str(script), str(pictures), str(output), "5"]
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
         deadline = time.monotonic() + 60
         while not checkpoint.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -316,7 +320,7 @@ def test_two_processes(pictures: Path, tmp_path: Path, script: Path) -> None:
     output = tmp_path / "mine.safetensors"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(script), str(pictures), str(output), str(6 / 60)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=200, env=environment)
     assert done.returncode == 0, done.stderr
     rows = log_of(output)
@@ -332,7 +336,7 @@ def test_on_a_gpu(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """All phases, each recorded; a CPU decodes what comes of it, and goes on with it."""
     output = tmp_path / "mine.safetensors"
     plan = dataclasses.replace(SMALL, kernel_rate=None, prior_at=0.6, joint_at=0.8, polish_from=0.9)
-    monkeypatch.setattr(training, "COMPILING_PAYS", 0.0)
+    monkeypatch.setattr(step, "COMPILING_PAYS", 0.0)
     run(pictures, output, 150, device="cuda", schedule=plan)  # about a minute of it compiles
     rows = log_of(output)
     assert rows[-1]["cost"] < rows[0]["cost"]
@@ -393,7 +397,7 @@ def test_in_the_end_codes_stand_still(pictures: Path, tmp_path: Path, untuned: N
 
 def test_distortions(pictures: Path, tmp_path: Path, unmeasured: None, monkeypatch: pytest.MonkeyPatch) -> None:
     output, shares = tmp_path / "mine.safetensors", []
-    monkeypatch.setattr(training._Run, "loop", lambda r: shares.append(r.model.distortion.share))
+    monkeypatch.setattr(training, "_learn", lambda r: shares.append(r.model.distortion.share))
     squared = dataclasses.replace(SMALL, visual_share=0.0)
     for distortion, schedule, share in (
         ("mse", SMALL, 0.0),
@@ -426,7 +430,7 @@ def test_a_judge(trained: Run, pictures: Path, tmp_path: Path, untuned: None, mo
 
     monkeypatch.setattr(perceptual, "distance", distance)
     output = trained.copy(tmp_path)
-    columns = [f"lpips_alex_{quality}" for quality in training.VALIDATION_QUALITIES]
+    columns = [f"lpips_alex_{quality}" for quality in VALIDATION_QUALITIES]
     assert not log_of(output)[0].keys() & set(columns)
     run(pictures, output, trained.seconds + 0.1, resume=True, judge=Path("a.safetensors"))
     with output.with_suffix(".csv").open(newline="") as file:
@@ -489,8 +493,8 @@ def test_what_stood_in_for_the_prior_goes_on(
         """What a run from the first weights begins with."""
         seen: list[torch.Tensor] = []
         with monkeypatch.context() as patch:
-            patch.setattr(training._Run, "loop", lambda r: seen.append(r.model.rounding.state_dict()[name].clone()))
-            patch.setattr(training._Run, "export", lambda _: None)
+            patch.setattr(training, "_learn", lambda r: seen.append(r.model.rounding.state_dict()[name].clone()))
+            patch.setattr(training, "export", lambda _: None)
             run(pictures, second, 1, start_from=first, schedule=ROUNDING)
         return seen[0]
 

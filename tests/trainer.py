@@ -37,8 +37,8 @@ SMALL = Schedule(
     rate_rise=0.2,
     polish_rate=0.15,
 )
-BOOKKEEPING = {"REPORT_SECONDS": 0.0, "CHECKPOINT_SECONDS": 0.5, "VALIDATIONS": 3}
-BOOKKEEPING |= {"START_CROPS": 32, "TUNING_CROPS": 1}
+BOOKKEEPING = {"run.REPORT_SECONDS": 0.0, "run.CHECKPOINT_SECONDS": 0.5, "run.VALIDATIONS": 3}
+BOOKKEEPING |= {"begin.START_CROPS": 32, "export.TUNING_CROPS": 1}
 STEPS_A_SECOND = 20
 
 
@@ -47,10 +47,10 @@ def small_runs() -> Iterator[None]:
     """In the body, runs look at few crops, and their time goes by steps."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in BOOKKEEPING.items():
-            patch.setattr(training, name, value)
+            patch.setattr(f"vqcodec.train.{name}", value)
         patch.setattr(torch, "set_flush_denormal", lambda _: True)  # of the whole process
-        ticks = itertools.count()  # the clock is looked at three times a step
-        patch.setattr(training, "time", SimpleNamespace(monotonic=lambda: next(ticks) / (3 * STEPS_A_SECOND)))
+        ticks = itertools.count()  # the clock is looked at twice a step
+        patch.setattr(training, "time", SimpleNamespace(monotonic=lambda: next(ticks) / (2 * STEPS_A_SECOND)))
         yield
 
 

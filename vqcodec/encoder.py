@@ -9,7 +9,6 @@ from vqcodec import coding, synthesis, tuning
 from vqcodec.entropy import Encoder
 from vqcodec.frame import Frame
 from vqcodec.models.model import Model, Pass, Slice, walk
-from vqcodec.models.prior import rates
 from vqcodec.models.quantizer import rows
 from vqcodec.spans import timed
 from vqcodec.tuning import Importance
@@ -68,4 +67,4 @@ def _choose(piece: Slice, one: Pass, v: Tensor, weight: Tensor, places: Tensor |
     weights = weight.expand(len(target), -1)
     if places is not None:
         weights = weights * places[one.places].reshape(-1, 1)
-    return piece.codebook.choose(target, rates(one.parameters, piece.config.dim), weights, bias)
+    return piece.codebook.choose(target, piece.rates(one.parameters), weights, bias)

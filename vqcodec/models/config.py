@@ -12,6 +12,8 @@ from vqcodec.errors import WeightsError
 QUALITIES = 100
 # The prior's convolutions have at most this many inputs: see prior.py on exactness.
 MAX_INPUTS = (1 << 24) // (127 * 127)  # 1040
+# Of stored tables: what the prior gives for a symbol has 255 values.
+MAX_ROWS = 128
 # Codebooks of more dimensions have no structured start: even the first shells of the lattice are larger than most of them.
 LARGEST_LATTICE = 8
 # Residual blocks that another look has more in every stage below the codes.
@@ -36,6 +38,8 @@ class SliceConfig:
         layer: progressive layer of the file that carries the slice (0 is the coarsest).
         scales: widths that the rate model gives a symbol's distribution: 1 for all dimensions alike, or one for each, D.
         outposts: of a lattice of two or more dimensions, how codes start that lie beyond it: "far" or "near" (`quantizer.OUTPOSTS`).
+        rows: of the stored table of probabilities that all planes share: the prior only says which row a symbol has (Jia et al. 2026,
+            "PULSE", section 3); 0 if it gives the parameters of a distribution.
 
     Raises:
         ValueError: a number is out of range.
@@ -47,6 +51,7 @@ class SliceConfig:
     layer: int
     scales: int = 1
     outposts: str = "far"
+    rows: int = 0
 
     def __post_init__(self) -> None:
         _check_range(self, 1, "planes", "dim")
@@ -57,6 +62,11 @@ class SliceConfig:
             raise ValueError(f"scales must be 1 or dim, {self.dim}, got {self.scales!r}")
         if self.outposts not in ("far", "near"):
             raise ValueError(f"outposts must be far or near, got {self.outposts!r}")
+        _check_range(self, 0, "rows", high=MAX_ROWS)
+        if self.rows and (self.rows == 1 or self.scales != 1 or not self.structured):
+            raise ValueError(
+                f"rows must be 0, or from 2 to {MAX_ROWS} with one scale and at most {LARGEST_LATTICE} dimensions"
+            )
 
     @property
     def channels(self) -> int:
@@ -64,8 +74,8 @@ class SliceConfig:
 
     @property
     def parameters(self) -> int:
-        """Numbers that the prior gives for each symbol: means, two for each scale, and odds of code 0."""
-        return self.dim + 2 * self.scales + 1
+        """Numbers that the prior gives for each symbol: its row; or means, two for each scale, and odds of code 0."""
+        return 1 if self.rows else self.dim + 2 * self.scales + 1
 
     @property
     def structured(self) -> bool:

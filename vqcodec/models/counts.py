@@ -12,6 +12,7 @@ squares and absolute values of all, whose products are added up. All products an
 in float64; the only division is between such integers. Both sides of the coder call these functions and no others.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -19,8 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from vqcodec.entropy import Table
 from vqcodec.models.config import Config, SliceConfig
-from vqcodec.models.quantizer import CHUNK, Codebook, plane_blocks
+from vqcodec.models.quantizer import CHUNK, Codebook, log_probabilities, plane_blocks
 
 # The range coder's precision; it gives every symbol one more than its count, so that n counts sum to TOTAL - n.
 TOTAL = 1 << 24
@@ -151,14 +153,72 @@ def flag_counts(parameters: Tensor) -> NDArray[np.float32]:
     return np.take(FLAGS, parameters[..., -1].flatten().cpu().numpy().astype(np.intp) + 127, axis=0)
 
 
+def tables_of(piece: SliceConfig) -> "CodeTables | RowTables":
+    """New tables of a slice."""
+    return RowTables(piece) if piece.rows else CodeTables(piece)
+
+
+class RowTables(nn.Module):
+    """The stored table of one slice, for a prior that says which row of it a symbol has.
+
+    Buffers, integers held in floats: inputs (P, K, 2 D), see `Codebook.inputs`; counts (R, K), each row of which sums to 2^24 - K.
+    """
+
+    inputs: Tensor
+    counts: Tensor
+
+    def __init__(self, piece: SliceConfig) -> None:
+        super().__init__()
+        self.piece = piece
+        self.register_buffer("inputs", torch.zeros(piece.planes, piece.codes, 2 * piece.dim))
+        self.register_buffer("counts", torch.zeros(piece.rows, piece.codes))
+
+    @functools.cached_property
+    def table(self) -> Table:
+        """The counts as the range coder takes them; to be asked for only when they are there."""
+        return Table(self.counts.cpu().numpy())
+
+    @torch.no_grad()
+    def fill(self, book: Codebook) -> None:
+        """Tabulate a trained rate model."""
+        self.inputs.copy_(book.inputs())
+        rows = self.piece.rows
+        # The least integer of each row: what the prior gives is one of 255, and rows are fewer.
+        given = -(-torch.arange(rows) * 255 // rows) - 127
+        model = book.row_rates(given[:, None].float())
+        logp, _ = log_probabilities(book.features()[:1], book.biases()[:1], model.theta, model.zero)
+        probabilities = torch.exp2(logp[0].double())
+        total = TOTAL - self.piece.codes
+        counts = (probabilities / probabilities.sum(1, keepdim=True) * total).floor()
+        first = counts.argmax(1, keepdim=True)
+        self.counts.copy_(counts.scatter_add_(1, first, total - counts.sum(1, keepdim=True)))
+
+    def check(self) -> None:
+        """Make sure that the range coder can use the table.
+
+        Raises:
+            ValueError: counts are no whole numbers from 0, a row does not sum to 2^24 - K, or an input of the prior is outside -127..127.
+        """
+        counts = self.counts.double()
+        total = TOTAL - self.piece.codes
+        if not (
+            bool((counts == counts.floor()).all())
+            and bool((counts >= 0).all())
+            and bool((counts.sum(1) == total).all())
+        ):
+            raise ValueError("the counts of a table are not those of distributions")
+        if self.inputs.abs().max() > 127:
+            raise ValueError("an input of the prior is outside -127..127")
+
+
 class Tables(nn.Module):
     """The tables of all slices: `levels[level][slice]`, coarse level first."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.levels = nn.ModuleList([nn.ModuleList([CodeTables(p) for p in s.slices]) for s in config.levels])
+        self.levels = nn.ModuleList([nn.ModuleList([tables_of(p) for p in s.slices]) for s in config.levels])
 
-    def slice(self, level: int, index: int) -> CodeTables:
+    def slice(self, level: int, index: int) -> CodeTables | RowTables:
         tables = self.levels[level][index]  # type: ignore[index]
-        assert isinstance(tables, CodeTables)
+        assert isinstance(tables, CodeTables | RowTables)
         return tables

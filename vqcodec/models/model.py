@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from vqcodec.models.config import Config, SliceConfig, StageConfig
-from vqcodec.models.counts import CodeTables, Tables
-from vqcodec.models.prior import LevelPrior, Places, Prior, SlicePrior
-from vqcodec.models.quantizer import Codebook, grid, look_up
+from vqcodec.models.counts import CodeTables, RowTables, Tables
+from vqcodec.models.prior import LevelPrior, Places, Prior, SlicePrior, rates
+from vqcodec.models.quantizer import Codebook, Rates, grid, look_up
 from vqcodec.models.vqvae import PIXEL_SCALE, VQVAE, SliceQuantizer, channels_last
 
 
@@ -42,7 +42,7 @@ class Slice:
     planes: slice
     quantizer: SliceQuantizer
     prior: SlicePrior | None = None
-    tables: CodeTables | None = None
+    tables: CodeTables | RowTables | None = None
 
     @property
     def channels(self) -> slice:
@@ -67,6 +67,12 @@ class Slice:
         """
         steps = self.quantizer.steps(quality).detach()
         return weight * (steps * PIXEL_SCALE) ** 2 / 3
+
+    def rates(self, parameters: Tensor) -> Rates:
+        """The rate model, in floats, that the prior's integers (N, P, F) stand for: what the encoder's choice uses."""
+        if self.config.rows:
+            return self.codebook.row_rates(parameters[..., 0])
+        return rates(parameters, self.config.dim)
 
     def vectors(self, indices: Tensor) -> Tensor:
         """Code vectors on the grid, in steps: int64 (B, h, w, P) -> (B, P D, h, w)."""

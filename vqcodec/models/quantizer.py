@@ -31,6 +31,8 @@ from vqcodec.models.config import LARGEST_LATTICE, SliceConfig
 OUTPOSTS = {"far": (0.6, 1.4, 6), "near": (0.75, 1.25, 4)}
 # In one dimension, where the last code lies relative to the last integer.
 OUTER_REACH = 3.0
+# Of the rows of a table before training: scales of the first and the last, in steps, and log2 of `square`, next to nothing.
+ROW_SCALES, SQUARE_START = (0.04, 100.0), -12.0
 # No value costs more bits: the range coder gives every one a count of at least 1 in 2^24.
 MOST_BITS = 24.0
 # Entries of a K-wide tensor that are worked on at once: 2^17 floats, several such tensors fit the second-level cache.
@@ -90,6 +92,24 @@ def start_of(config: SliceConfig) -> Tensor:
     return structured_start(config.codes, config.dim, config.outposts)
 
 
+def family_start(rows: int, dim: int) -> Tensor:
+    """The rows of a table before training: Laplace distributions of `ROW_SCALES`, evenly spaced in the logarithm.
+
+    Returns:
+        float32 (rows, 3), see `Codebook.family`.
+    """
+    low, high = ROW_SCALES
+    scale = low * (high / low) ** (torch.arange(rows) / (rows - 1))
+    zero = (1 - torch.exp(-0.5 / scale)) ** dim
+    linear = torch.log2(1 / (scale * math.log(2)))
+    return torch.stack([torch.full_like(scale, SQUARE_START), linear, torch.log2(zero / (1 - zero))], 1)
+
+
+def row_of(given: Tensor, rows: int) -> Tensor:
+    """Integers in -127..127 from the prior, any float dtype -> rows of a table, int64: floor((given + 127) * rows / 255)."""
+    return (given.long() + 127) * rows // 255
+
+
 def companding(start: Tensor) -> float:
     """Units of the prior's inputs for every doubling of a magnitude.
 
@@ -132,7 +152,8 @@ class Codebook(nn.Module):
             averages of the members of each code ("ema", appendix A.1; train/codebooks.py).
 
     Attributes:
-        vectors: float32 (P, K, D), in steps. bias: float32 (P, K), log2 units, part of the rate model.
+        vectors: float32 (P, K, D), in steps. bias: float32 (P, K), log2 units, part of the rate model; (1, K) with a table.
+        family: float32 (R, 3), of a table's rows: log2 of square and of linear, and zero, as of `Rates`.
         spread: float32 (P,), of the rate model; see the module.
         usage, sums, steps: what training counts: moving averages of the members of each code, (P, K), and of their sum,
             (P, K, D), and the number of averages so far.
@@ -143,13 +164,17 @@ class Codebook(nn.Module):
     sums: Tensor
     spread: Tensor
     steps: Tensor
+    start: Tensor
 
     def __init__(self, config: SliceConfig, learn: str = "gradient") -> None:
         super().__init__()
         start = start_of(config)
         self.config, self.learn = config, learn
         self.vectors = nn.Parameter(start.repeat(config.planes, 1, 1), requires_grad=learn == "gradient")
-        self.bias = nn.Parameter(torch.zeros(config.planes, config.codes))
+        self.bias = nn.Parameter(torch.zeros(1 if config.rows else config.planes, config.codes))
+        if config.rows:
+            self.register_buffer("start", start, persistent=False)
+            self.family = nn.Parameter(family_start(config.rows, config.dim))
         self.register_buffer("spread", torch.ones(config.planes))
         self.register_buffer("usage", torch.zeros(config.planes, config.codes))
         self.register_buffer("sums", torch.zeros(config.planes, config.codes, config.dim))
@@ -166,12 +191,44 @@ class Codebook(nn.Module):
             return negative_distances(v.float(), self.vectors.detach()).argmax(-1).T
 
     def features(self) -> Tensor:
-        """x_k, and its squares and absolute values, or their sums: float32 (P, K, D + 2 S)."""
-        x = self.vectors.detach() / self.spread[:, None, None]
+        """x_k, and its squares and absolute values, or their sums: float32 (P, K, D + 2 S).
+
+        Planes that share a table of probabilities share them: those of the codes at the start.
+        """
+        if self.config.rows:
+            x = self.start.expand(self.config.planes, -1, -1)
+        else:
+            x = self.vectors.detach() / self.spread[:, None, None]
         sizes = [x.square(), x.abs()]
         if self.config.scales == 1:
             sizes = [size.sum(-1, keepdim=True) for size in sizes]
         return torch.cat([x, *sizes], -1)
+
+    def biases(self) -> Tensor:
+        """`bias` of every plane, (P, K)."""
+        return self.bias.expand(self.config.planes, -1)
+
+    def rate_parameters(self) -> list[nn.Parameter]:
+        """What the rate model has besides the prior."""
+        return [self.bias, self.family] if self.config.rows else [self.bias]
+
+    def row_rates(self, given: Tensor) -> Rates:
+        """The rate model of rows of the table.
+
+        Args:
+            given: integers in -127..127, (N, P), any float dtype, from the prior; see `row_of`. The gradient that they get is that of
+                the line through the rows on either side.
+        """
+        rows = self.config.rows
+        row = row_of(given.detach(), rows)
+        family = self.family[row]  # (N, P, 3)
+        with torch.no_grad():
+            above, below = (row + 1).clamp(max=rows - 1), (row - 1).clamp(min=0)
+            slope = (self.family[above] - self.family[below]) / (above - below)[..., None] * (rows / 255)
+        square, linear, zero = (family + slope * (given - given.detach())[..., None]).unbind(-1)
+        drift = torch.zeros(*square.shape, self.config.dim, device=square.device)
+        theta = torch.cat([drift, -torch.exp2(square)[..., None], -torch.exp2(linear)[..., None]], -1)
+        return Rates(theta, zero)
 
     def inputs(self) -> Tensor:
         """What the prior sees of each code: integers in [-127, 127], float32 (P, K, 2 D): value and magnitude."""
@@ -291,7 +348,7 @@ def chosen_blocks(
     """
     features, vectors = book.features(), book.vectors.detach()
     lengths = vectors.square().sum(-1)
-    for block, parts, logp, values in rate_blocks(features, book.bias.detach(), rates.theta, rates.zero, members):
+    for block, parts, logp, values in rate_blocks(features, book.biases().detach(), rates.theta, rates.zero, members):
         distances = torch.empty_like(logp)
         for plane, part, here in parts:
             torch.addmm(-lengths[plane], v[part], vectors[plane].T, alpha=2, out=distances[here])

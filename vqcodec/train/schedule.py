@@ -12,8 +12,8 @@ class Phase(IntEnum):
     """The phases of a run, in their order. Checkpoints store the numbers.
 
     Attributes:
-        ROUNDING: rounding stands in for codebooks and prior (rounding.py). PRIOR: the prior learns alone. JOINT: everything
-            learns. POLISH: codes stand still; the prior and what turns codes into pixels learn.
+        ROUNDING: rounding stands in for codebooks and prior (rounding.py). PRIOR: the prior learns alone.
+        JOINT: everything learns. POLISH: codes stand still; the prior and what turns codes into pixels learn.
     """
 
     ROUNDING = 0
