@@ -271,6 +271,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from vqcodec.models.config import Config
+from vqcodec.train import begin, export
 from vqcodec.train import run as training
 from vqcodec.train.schedule import Schedule
 
@@ -304,7 +305,7 @@ def test_kill(pictures: Path, tmp_path: Path, script: Path, small: None) -> None
     command = [sys.executable, str(script), str(pictures), str(output), "5"]
     with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
         deadline = time.monotonic() + 60
-        while not checkpoint.exists() and time.monotonic() < deadline:
+        while not checkpoint.exists() and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.05)
         time.sleep(1.5)
         process.send_signal(signal.SIGKILL)
