@@ -5,15 +5,15 @@ Crops and batches are small here, but for the slow tests.
 
 import csv
 import dataclasses
-import itertools
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import models
@@ -21,84 +21,77 @@ import numpy as np
 import pytest
 import torch
 from models import TINY
-from PIL import Image
 from safetensors.torch import load_file, save_file
+from trainer import BOOKKEEPING, SMALL, Run, checkpoint_of, log_of, make_pictures, run, sheet_of, small_runs
 
 from vqcodec import codec, tuning, weights
 from vqcodec.errors import TrainingError, WeightsError
 from vqcodec.metrics import ms_ssim, psnr
 from vqcodec.models.config import Config, PriorConfig, SliceConfig
 from vqcodec.ssimulacra2 import ssimulacra2
-from vqcodec.train import checkpoint, perceptual, step, validation
+from vqcodec.train import checkpoint, perceptual, sensitivity, step, validation
 from vqcodec.train import run as training
 from vqcodec.train.loss import RateDistortion
-from vqcodec.train.run import Progress, train
 from vqcodec.train.schedule import Schedule
 from vqcodec.train.validation import SHEET_QUALITY, VALIDATION_QUALITIES
 
-# All together from the start.
-SMALL = Schedule(
-    crop=64,
-    large_crop=96,
-    batch=4,
-    kernel_rate=1e-2,
-    rate=2.5e-3,
-    warm_up_steps=10,
-    prior_at=0.0,
-    joint_at=0.0,
-    joint_rate=1.0,
-    rate_start=0.5,
-    rate_rise=0.2,
-    polish_rate=0.15,
-)
-BOOKKEEPING = {"run.REPORT_SECONDS": 0.0, "run.CHECKPOINT_SECONDS": 0.5, "run.VALIDATIONS": 3}
-BOOKKEEPING |= {"begin.START_CROPS": 32, "export.TUNING_CROPS": 1}
+
+@pytest.fixture
+def small() -> Iterator[None]:
+    with small_runs():
+        yield
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in BOOKKEEPING.items():
-        monkeypatch.setattr(f"vqcodec.train.{name}", value)
-    monkeypatch.setattr(torch, "set_flush_denormal", lambda _: True)  # of the whole process
-    # As many steps in a second as elsewhere, however busy the machine is: the clock is looked at twice a step.
-    ticks = itertools.count()
-    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: next(ticks) / 40))
+def untuned(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that ask nothing of the visual tuning: it is not measured."""
+    monkeypatch.setattr(sensitivity, "measure", lambda *_: models.visual_tuning())
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
+def unmeasured(untuned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that ask nothing of the log's numbers either."""
+    monkeypatch.setattr(validation, "measure", lambda *_, **__: {"cost": 1.0})
+
+
+@pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight pictures to train on."""
-    folder = tmp_path_factory.mktemp("pictures")
-    for seed in range(8):
-        Image.fromarray(models.picture(160 + 8 * seed, 200 - 4 * seed, seed + 100)).save(folder / f"{seed}.png")
-    return folder
+    return make_pictures(tmp_path_factory.mktemp("pictures"), 8, 160, 200)
 
 
-def run(pictures: Path, output: Path, seconds: float, **options: Any) -> list[Progress]:
-    seen: list[Progress] = []
-    train(
-        [pictures],
-        output,
-        minutes=seconds / 60,
-        on_progress=seen.append,
-        **{"config": TINY, "device": "cpu", "schedule": SMALL} | options,
-    )
-    return seen
+@pytest.fixture(scope="module")
+def trained(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Three seconds on these pictures and one that is none."""
+    folder, output = tmp_path_factory.mktemp("more"), tmp_path_factory.mktemp("trained") / "mine.safetensors"
+    for path in pictures.iterdir():
+        shutil.copy(path, folder)
+    (folder / "bad.png").write_text("no picture")
+    warnings: list[str] = []
+    with small_runs():
+        seen = run(folder, output, 3, on_warning=warnings.append)
+    return Run(output, seen, warnings, 3)
 
 
-def log_of(output: Path) -> list[dict[str, float]]:
-    with output.with_suffix(".csv").open(newline="") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+ROUNDING = dataclasses.replace(SMALL, kernel_rate=None, rate=3e-3, prior_at=0.7, joint_at=1.0, polish_from=1.0)
 
 
-def sheet_of(output: Path) -> list[np.ndarray]:
-    """Original, before and after."""
-    with Image.open(output.with_suffix(".png")) as sheet:
-        return np.split(np.asarray(sheet), 3)
+@pytest.fixture(scope="module")
+def rounded(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Two seconds of nothing but rounding."""
+    output = tmp_path_factory.mktemp("rounded") / "mine.safetensors"
+    with small_runs():
+        seen = run(pictures, output, 2, schedule=dataclasses.replace(ROUNDING, prior_at=1.0))
+    return Run(output, seen, [], 2)
 
 
-def checkpoint_of(output: Path) -> dict[str, torch.Tensor]:
-    return load_file(output.with_suffix(".ckpt"))
+@pytest.fixture(scope="module")
+def taken_over(rounded: Run, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The same run with another second, in which codebooks and prior have taken over."""
+    output = rounded.copy(tmp_path_factory.mktemp("taken-over"))
+    with small_runs():
+        seen = run(pictures, output, 3, schedule=ROUNDING, resume=True)
+    return Run(output, seen, [], 3)
 
 
 # A whole run
@@ -111,7 +104,7 @@ def test_the_prior_is_learned_after_the_rest(pictures: Path, tmp_path: Path, sma
     plan = dataclasses.replace(SMALL, crop=32, large_crop=32)
     stale = tuning.path_of(output)
     models.visual_tuning().save(stale, b"none")
-    seen = run(pictures, output, 6, config=config, schedule=plan)
+    seen = run(pictures, output, 4, config=config, schedule=plan)
     assert not stale.exists(), "of other weights; codes of these are not chosen for the rate"
     rows = log_of(output)
     first, last = rows[0], rows[-1]
@@ -122,29 +115,21 @@ def test_the_prior_is_learned_after_the_rest(pictures: Path, tmp_path: Path, sma
     assert np.asarray(codec.decompress(data, weights=output)).shape == source.shape
 
 
-def test_a_few_seconds_beat_the_untrained_state(pictures: Path, tmp_path: Path, small: None) -> None:
-    folder, output = tmp_path / "pictures", tmp_path / "out" / "mine.safetensors"
-    output.parent.mkdir()
-    folder.mkdir()
-    for path in pictures.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    (folder / "bad.png").write_text("no picture")
-    warnings: list[str] = []
-    seen = run(folder, output, 5, on_warning=warnings.append)
-
+def test_a_few_seconds_beat_the_untrained_state(trained: Run, small: None) -> None:
+    output, seen = trained.output, trained.seen
     rows = log_of(output)
     assert rows[0]["step"] == 0 and rows[-1]["step"] == seen[-1].step > 3
     assert rows[-1]["cost"] < 0.985 * rows[0]["cost"]
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert 2 <= len(rows) <= 6
-    assert len(warnings) == 1 and "bad.png" in warnings[0]
+    assert len(trained.warnings) == 1 and "bad.png" in trained.warnings[0]
 
     stages = [p.stage for p in seen]
     assert stages[0] == "start" and stages[-1] == "export" and {"train", "validate"} < set(stages)
     assert [p.step for p in seen] == sorted(p.step for p in seen)
     assert [p.elapsed for p in seen] == sorted(p.elapsed for p in seen)
     running = [p for p in seen if p.stage == "train"]
-    assert all(p.elapsed + p.remaining == pytest.approx(5) for p in running[:-1])
+    assert all(p.elapsed + p.remaining == pytest.approx(trained.seconds) for p in running[:-1])
     assert all(0 < p.bpp < 24 and 5 < p.psnr < 60 and math.isfinite(p.loss) and p.perplexity >= 1 for p in running)
 
     assert {path.name for path in output.parent.iterdir()} == {
@@ -176,10 +161,8 @@ def test_a_few_seconds_beat_the_untrained_state(pictures: Path, tmp_path: Path, 
     assert psnr(source, codec.decode_picture(data, weights=output).pixels) > 20
 
 
-def test_the_average_is_exported(pictures: Path, tmp_path: Path, small: None) -> None:
-    output = tmp_path / "mine.safetensors"
-    run(pictures, output, 1)
-    tensors, exported = checkpoint_of(output), weights.load(output).vqvae.state_dict()
+def test_the_average_is_exported(trained: Run) -> None:
+    tensors, exported = checkpoint_of(trained.output), weights.load(trained.output).vqvae.state_dict()
     for name in ("slices.1.0.log_steps", "slices.1.1.codebook.vectors", "slices.0.0.codebook.bias"):
         assert torch.equal(exported[name], tensors[f"average.vqvae.{name}"])
         assert not torch.equal(exported[name], tensors[f"model.vqvae.{name}"])
@@ -192,7 +175,7 @@ def test_codebooks_that_come_from_data(pictures: Path, tmp_path: Path, small: No
     config = dataclasses.replace(TINY, codebook="ema", commitment=0.25, stages=(fine, middle, coarse))
     output = tmp_path / "mine.safetensors"
     # Rounding cannot stand in for them, whatever the schedule says.
-    run(pictures, output, 2, config=config, schedule=dataclasses.replace(SMALL, prior_at=0.9, joint_at=0.95))
+    run(pictures, output, 1, config=config, schedule=dataclasses.replace(SMALL, prior_at=0.9, joint_at=0.95))
     assert not any(name.startswith("model.rounding.") for name in checkpoint_of(output))
     rows = log_of(output)
     assert rows[-1]["cost"] < rows[0]["cost"]
@@ -220,27 +203,26 @@ def test_a_minute_at_full_size(pictures: Path, tmp_path: Path, monkeypatch: pyte
 # Interruption
 
 
-def test_resume_goes_on(pictures: Path, tmp_path: Path, small: None) -> None:
-    output = tmp_path / "mine.safetensors"
-    first = run(pictures, output, 1)
-    stopped, rows, before = first[-1].step, log_of(output), weights.load(output).id
+def test_resume_goes_on(trained: Run, pictures: Path, tmp_path: Path, small: None) -> None:
+    output = trained.copy(tmp_path)
+    stopped, rows, before = trained.seen[-1].step, log_of(output), weights.load(output).id
     tensors = checkpoint_of(output)
     assert stopped > 0
 
     lost = output.with_suffix(".csv").read_text().splitlines()[-1].split(",", 1)[1]
     with output.with_suffix(".csv").open("a", newline="") as file:
         file.write(f"{stopped + 7},{lost}\n")  # of a run that went on after the checkpoint
-    again = run(pictures, output, 1, resume=True)  # the time is used up: nothing but the export is left
+    again = run(pictures, output, trained.seconds, resume=True)  # which are used up: nothing but the export is left
     assert [p.step for p in again] == [stopped] * len(again)
     assert log_of(output)[: len(rows)] == rows
     assert all(row["step"] <= stopped for row in log_of(output))
 
     sheet = sheet_of(output)
-    seen = run(pictures, output, 2, resume=True)
+    seen = run(pictures, output, trained.seconds + 0.5, resume=True)
     assert np.array_equal(sheet_of(output)[:2], sheet[:2]), "the original and what it looked like before all training"
     assert not np.array_equal(sheet_of(output)[2], sheet[2])
     running = [p for p in seen if p.stage == "train"]
-    assert running[0].step > stopped and running[0].elapsed > 0.9
+    assert running[0].step > stopped and running[0].elapsed > trained.seconds - 0.1
     assert seen[-1].step > stopped
     assert [row["step"] for row in log_of(output)] == sorted(row["step"] for row in log_of(output))
     assert weights.load(output).id != before
@@ -250,11 +232,10 @@ def test_resume_goes_on(pictures: Path, tmp_path: Path, small: None) -> None:
 
 
 def test_a_resumed_run_starts_from_the_checkpoint(
-    pictures: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+    trained: Run, pictures: Path, tmp_path: Path, unmeasured: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights, averages, optimiser and facts: saving what was loaded gives the same checkpoint."""
-    output = tmp_path / "mine.safetensors"
-    run(pictures, output, 1)
+    output = trained.copy(tmp_path)
     before = checkpoint_of(output)
     monkeypatch.setattr(validation, "validate", lambda _: None)
     run(pictures, output, 0.5, resume=True)  # no step, but the checkpoint is written again
@@ -266,10 +247,9 @@ def test_a_resumed_run_starts_from_the_checkpoint(
 
 
 def test_an_interrupted_save_leaves_the_last_checkpoint(
-    pictures: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+    trained: Run, pictures: Path, tmp_path: Path, unmeasured: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = tmp_path / "mine.safetensors"
-    run(pictures, output, 0.5)
+    output = trained.copy(tmp_path)
     saved = output.with_suffix(".ckpt").read_bytes()
 
     def interrupted(_: object, path: Path, __: object) -> None:
@@ -279,9 +259,10 @@ def test_an_interrupted_save_leaves_the_last_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            run(pictures, output, 1.5, resume=True)
+            run(pictures, output, trained.seconds + 1, resume=True)
     assert output.with_suffix(".ckpt").read_bytes() == saved
-    seen = run(pictures, output, 1.5, resume=True)
+    seen = run(pictures, output, trained.seconds + 0.2, resume=True)
+    assert seen[-1].step > trained.seen[-1].step
     assert seen[-1].stage == "export"
 
 
@@ -300,7 +281,7 @@ if __name__ == "__main__":
     training.train(
         [Path(sys.argv[1])],
         Path(sys.argv[2]),
-        config=TINY,
+        config={config!r},
         minutes=float(sys.argv[3]),
         device="cpu",
         schedule={schedule!r},
@@ -310,9 +291,13 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
-    path = tmp_path / "run.py"
+    path, configuration = tmp_path / "run.py", tmp_path / "tiny.json"
+    configuration.write_text(TINY.to_json(), encoding="utf-8")
     path.write_text(
-        SCRIPT.format(settings={**BOOKKEEPING, "run.CHECKPOINT_SECONDS": 0.1}, schedule=SMALL), encoding="utf-8"
+        SCRIPT.format(
+            settings={**BOOKKEEPING, "run.CHECKPOINT_SECONDS": 0.1}, schedule=SMALL, config=str(configuration)
+        ),
+        encoding="utf-8",
     )
     return path
 
@@ -367,36 +352,34 @@ def test_on_a_gpu(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 # Phases
 
 
-def test_rounding_comes_first(pictures: Path, tmp_path: Path, small: None) -> None:
+def test_rounding_comes_first(rounded: Run, taken_over: Run, pictures: Path, tmp_path: Path, unmeasured: None) -> None:
     """Until codebooks take over, neither they nor the prior learn; then only they do, and weights are a codec."""
-    output = tmp_path / "mine.safetensors"
-    plan = dataclasses.replace(SMALL, kernel_rate=None, rate=3e-3, prior_at=0.7, joint_at=1.0, polish_from=1.0)
     started = RateDistortion(TINY).state_dict()  # seeded by nothing: only what does not depend on it is looked at
-    run(pictures, output, 3, schedule=dataclasses.replace(plan, prior_at=1.0))
-    tensors = checkpoint_of(output)
+    tensors = checkpoint_of(rounded.output)
     assert any(name.startswith("model.rounding.") for name in tensors)
     assert bool(tensors["model.vqvae.stages.0.decoder.0.expand.weight"].any())
     books = [name for name in started if name.endswith(("codebook.vectors", "codebook.bias"))]
     assert books and all(torch.equal(tensors[f"model.{name}"], started[name]) for name in books)
 
-    seen = run(pictures, output, 4.5, schedule=plan, resume=True)
-    after = checkpoint_of(output)
+    after = checkpoint_of(taken_over.output)
     assert not any(name.startswith("model.rounding.") for name in after)
     assert not torch.equal(after["model.prior.levels.1.start.curve"], tensors["model.prior.levels.1.start.curve"])
     kernel = "vqvae.stages.0.decoder.0.expand.weight"
     assert torch.equal(after[f"model.{kernel}"], after[f"average.{kernel}"]), "what was learned until then stands still"
-    again = run(pictures, output, 4.5, schedule=plan, resume=True, config=dataclasses.replace(TINY, commitment=0.1))
-    assert again[-1].step == seen[-1].step, "the commitment may change on the way"
+    output = taken_over.copy(tmp_path)
+    commitment = dataclasses.replace(TINY, commitment=0.1)
+    again = run(pictures, output, taken_over.seconds, schedule=ROUNDING, resume=True, config=commitment)
+    assert again[-1].step == taken_over.seen[-1].step, "the commitment may change on the way"
     source = models.picture(70, 90, seed=200)
     data = codec.compress(source, weights=output, verify=True)
     assert psnr(source, codec.decode_picture(data, weights=output).pixels) > 20
 
 
-def test_in_the_end_codes_stand_still(pictures: Path, tmp_path: Path, small: None) -> None:
+def test_in_the_end_codes_stand_still(pictures: Path, tmp_path: Path, untuned: None) -> None:
     """Polishing from the first step on: encoder, estimates and codebooks stay as they start, decoder and prior learn."""
     output = tmp_path / "mine.safetensors"
     plan = dataclasses.replace(SMALL, polish_from=0.0, polish_rate=1.0)
-    run(pictures, output, 2, schedule=plan)
+    run(pictures, output, 1, schedule=plan)
     rows = log_of(output)
     assert rows[-1]["cost"] < rows[0]["cost"]
     learned = {name: tensor for name, tensor in checkpoint_of(output).items() if name.endswith("expand.weight")}
@@ -406,7 +389,7 @@ def test_in_the_end_codes_stand_still(pictures: Path, tmp_path: Path, small: Non
             assert bool(tensor.any()) == renders, name
 
     longer = dataclasses.replace(plan, polish_from=0.9)
-    seen = run(pictures, output, 4, schedule=longer, resume=True)
+    seen = run(pictures, output, 1.5, schedule=longer, resume=True)
     assert seen[-1].step > rows[-1]["step"]
     before, after = learned, checkpoint_of(output)
     encoder = [name for name in before if ".encoder." in name]
@@ -416,7 +399,7 @@ def test_in_the_end_codes_stand_still(pictures: Path, tmp_path: Path, small: Non
 # What counts as error
 
 
-def test_distortions(pictures: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_distortions(pictures: Path, tmp_path: Path, unmeasured: None, monkeypatch: pytest.MonkeyPatch) -> None:
     output, shares = tmp_path / "mine.safetensors", []
     monkeypatch.setattr(training, "_learn", lambda r: shares.append(r.model.distortion.share))
     squared = dataclasses.replace(SMALL, visual_share=0.0)
@@ -436,7 +419,7 @@ def test_an_unknown_distortion(pictures: Path, tmp_path: Path, small: None) -> N
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_judge(pictures: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_judge(trained: Run, pictures: Path, tmp_path: Path, untuned: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """LPIPS is in the log from where on it is asked for, and has no part in the loss."""
 
     def distance(network: str, features: Path, device: torch.device) -> Any:
@@ -450,18 +433,17 @@ def test_a_judge(pictures: Path, tmp_path: Path, small: None, monkeypatch: pytes
         return measure
 
     monkeypatch.setattr(perceptual, "distance", distance)
-    output = tmp_path / "mine.safetensors"
-    run(pictures, output, 0.3)
+    output = trained.copy(tmp_path)
     columns = [f"lpips_alex_{quality}" for quality in VALIDATION_QUALITIES]
     assert not log_of(output)[0].keys() & set(columns)
-    run(pictures, output, 0.5, resume=True, judge=Path("a.safetensors"))
+    run(pictures, output, trained.seconds + 0.1, resume=True, judge=Path("a.safetensors"))
     with output.with_suffix(".csv").open(newline="") as file:
         first, *_, last = csv.DictReader(file)
     for name in columns:
         assert first[name] == ""
         mse = 255**2 / 10 ** (float(last[name.replace("lpips_alex", "psnr")]) / 10)
         assert float(last[name]) == pytest.approx(mse, rel=0.05), "but for rounding to 8 bits"
-    run(pictures, output, 0.7, resume=True)  # and without it again
+    run(pictures, output, trained.seconds + 0.2, resume=True)  # and without it again
 
 
 def test_a_judge_needs_its_packages(
@@ -479,65 +461,26 @@ def test_a_judge_needs_its_packages(
 
 
 @pytest.mark.parametrize("plan", [SMALL, dataclasses.replace(SMALL, prior_at=0.4, joint_at=0.6)])
-def test_start_from_weights(pictures: Path, tmp_path: Path, small: None, plan: Schedule) -> None:
-    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
-    run(pictures, first, 2)
-    run(pictures, second, 1, start_from=first, schedule=plan, config=dataclasses.replace(TINY, commitment=0.1))
-    expected = dataclasses.replace(TINY, commitment=0.1)
-    assert weights.load(second).config == expected, "the commitment may be another"
+def test_start_from_weights(trained: Run, pictures: Path, tmp_path: Path, untuned: None, plan: Schedule) -> None:
+    first, second = trained.copy(tmp_path), tmp_path / "second.safetensors"
+    run(pictures, second, 1, start_from=first, schedule=plan)
     before, after = log_of(first), log_of(second)
     assert after[0]["step"] == 0
     assert after[0]["cost"] == pytest.approx(before[-1]["cost"], rel=0.03)
     assert after[0]["cost"] < before[0]["cost"]
     assert after[-1]["cost"] < before[0]["cost"]
-    run(pictures, tmp_path / "third.safetensors", 0.3, start_from=second, config=None)
-    assert weights.load(tmp_path / "third.safetensors").config == expected, "all of the configuration unless asked"
 
 
-def test_what_stood_in_for_the_prior_goes_on(
-    pictures: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+def test_the_configuration_comes_with_the_weights(
+    trained: Run, pictures: Path, tmp_path: Path, unmeasured: None
 ) -> None:
-    """From the checkpoint beside weights to the first of those trained on from them, unless it does not fit."""
-    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
-    plan = dataclasses.replace(SMALL, prior_at=0.5, joint_at=1.0, polish_from=1.0)
-    run(pictures, first, 2, schedule=plan)
-    run(pictures, first, 2.5, schedule=plan, resume=True)
-    checkpoint = first.with_suffix(".ckpt")
-    name = "levels.1.0.usual"
-    learned = checkpoint_of(first)[f"average.rounding.{name}"]
-
-    def start() -> torch.Tensor:
-        """What a run from the first weights begins with."""
-        seen: list[torch.Tensor] = []
-        with monkeypatch.context() as patch:
-            patch.setattr(training, "_learn", lambda r: seen.append(r.model.rounding.state_dict()[name].clone()))
-            run(pictures, second, 1, start_from=first, schedule=plan)
-        return seen[0]
-
-    assert torch.equal(start(), learned)
-    tensors = load_file(checkpoint)
-    save_file({k: v[:1] if k == "average.rounding.levels.0.0.out.bias" else v for k, v in tensors.items()}, checkpoint)
-    measured = start()
-    assert not torch.equal(measured, learned)
-    checkpoint.unlink()
-    assert torch.equal(start(), measured)
-
-
-def test_weights_go_on_by_their_own_schedule(
-    pictures: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first, asked = tmp_path / "first.safetensors", []
-    run(pictures, first, 0.3)
-    monkeypatch.setattr(Schedule, "onward", lambda plan: asked.append(plan) or SMALL)
-    run(pictures, tmp_path / "second.safetensors", 0.3, start_from=first, schedule=None)
-    assert asked == [Schedule()]
-    run(pictures, tmp_path / "second.safetensors", 0.3, resume=True, schedule=None)
-    assert asked == [Schedule()] * 2, "after an interruption too, whether or not they are given again"
-    run(pictures, tmp_path / "third.safetensors", 0.3, start_from=first, schedule=SMALL)
-    assert len(asked) == 2, "unless another is asked for"
-
-
-# Errors
+    """All of it, unless asked otherwise; the commitment is all that can be asked."""
+    first, second, third = trained.output, tmp_path / "second.safetensors", tmp_path / "third.safetensors"
+    expected = dataclasses.replace(TINY, commitment=0.1)
+    run(pictures, second, 0.1, start_from=first, config=expected)
+    assert weights.load(second).config == expected
+    run(pictures, third, 0.1, start_from=second, config=None)
+    assert weights.load(third).config == expected
 
 
 @pytest.mark.parametrize(
@@ -555,6 +498,50 @@ def test_weights_of_another_configuration(pictures: Path, tmp_path: Path, config
     ):
         run(pictures, tmp_path / "mine.safetensors", 1, start_from=models.tiny_weights(), config=config)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_stood_in_for_the_prior_goes_on(
+    taken_over: Run, pictures: Path, tmp_path: Path, unmeasured: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the checkpoint beside weights to the first of those trained on from them, unless it does not fit."""
+    first, second = taken_over.copy(tmp_path), tmp_path / "second.safetensors"
+    run(pictures, first, taken_over.seconds + 0.1, schedule=ROUNDING, resume=True)
+    checkpoint = first.with_suffix(".ckpt")
+    name = "levels.1.0.usual"
+    learned = checkpoint_of(first)[f"average.rounding.{name}"]
+
+    def start() -> torch.Tensor:
+        """What a run from the first weights begins with."""
+        seen: list[torch.Tensor] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "_learn", lambda r: seen.append(r.model.rounding.state_dict()[name].clone()))
+            patch.setattr(training, "export", lambda _: None)
+            run(pictures, second, 1, start_from=first, schedule=ROUNDING)
+        return seen[0]
+
+    assert torch.equal(start(), learned)
+    tensors = load_file(checkpoint)
+    save_file({k: v[:1] if k == "average.rounding.levels.0.0.out.bias" else v for k, v in tensors.items()}, checkpoint)
+    measured = start()
+    assert not torch.equal(measured, learned)
+    checkpoint.unlink()
+    assert torch.equal(start(), measured)
+
+
+def test_weights_go_on_by_their_own_schedule(
+    trained: Run, pictures: Path, tmp_path: Path, unmeasured: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, asked = trained.output, []
+    monkeypatch.setattr(Schedule, "onward", lambda plan: asked.append(plan) or SMALL)
+    run(pictures, tmp_path / "second.safetensors", 0.1, start_from=first, schedule=None)
+    assert asked == [Schedule()]
+    run(pictures, tmp_path / "second.safetensors", 0.1, resume=True, schedule=None)
+    assert asked == [Schedule()] * 2, "after an interruption too, whether or not they are given again"
+    run(pictures, tmp_path / "third.safetensors", 0.1, start_from=first, schedule=SMALL)
+    assert len(asked) == 2, "unless another is asked for"
+
+
+# Errors
 
 
 def test_nothing_to_train_on(tmp_path: Path, small: None) -> None:
@@ -590,8 +577,6 @@ def test_nothing_to_resume(pictures: Path, tmp_path: Path, small: None) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_a_checkpoint_of_another_configuration(pictures: Path, tmp_path: Path, small: None) -> None:
-    output = tmp_path / "mine.safetensors"
-    run(pictures, output, 0.5)
+def test_a_checkpoint_of_another_configuration(trained: Run, pictures: Path, small: None) -> None:
     with pytest.raises(TrainingError, match=r"mine\.ckpt is of another configuration"):
-        run(pictures, output, 1, resume=True, config="vqvae2")
+        run(pictures, trained.output, 4, resume=True, config="vqvae2")
