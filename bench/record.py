@@ -163,12 +163,21 @@ def psnr_table(record: Record) -> str:
 
 
 def bd_rates_table(record: Record) -> str:
-    """Both tunes against the others by all measures."""
+    """Both tunes against the best opponents, and against each other."""
+    return _bd_rates(record, ("jxl", "avif"))
+
+
+def all_bd_rates_table(record: Record) -> str:
+    """Both tunes against all others, and against each other."""
+    return _bd_rates(record, OPPONENTS)
+
+
+def _bd_rates(record: Record, opponents: Sequence[str]) -> str:
     measures = [key for key in MEASURES if _curve(record, "vqcodec", key)]
+    pairs = [("vqcodec", key) for key in (*opponents, "vqcodec-psnr")] + [("vqcodec-psnr", key) for key in opponents]
     rows = [
         [record[test].title, record[anchor].title, *(_percent(record, test, anchor, key) for key in measures)]
-        for test, anchors in (("vqcodec", (*OPPONENTS, "vqcodec-psnr")), ("vqcodec-psnr", OPPONENTS))
-        for anchor in anchors
+        for test, anchor in pairs
     ]
     return _table(["BD-rate of", "against", *(MEASURES[key].title for key in measures)], rows)
 
@@ -223,6 +232,7 @@ BLOCKS: dict[str, Callable[[Record], str]] = {
     "looks": looks_table,
     "psnr": psnr_table,
     "bd-rates": bd_rates_table,
+    "all-bd-rates": all_bd_rates_table,
     "against-jpeg": jpeg_table,
     "effort": effort_table,
     "natural": natural_table,
