@@ -29,8 +29,8 @@ from PIL import Image
 
 from bench import codecs, measures, plots, report
 from bench.bd_rate import BdRate, bd_rate
+from bench.curves import AIM_RATES, Aim, Comparison, Result, Row, aim, comparisons, published
 from bench.measures import MEASURES, Measure
-from bench.results import AIM_RATES, Aim, Comparison, Result, Row, aim, comparisons, published
 from vqcodec import files
 from vqcodec.errors import VqcodecError
 from vqcodec.metrics import psnr
@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     meta = {"dataset": ", ".join(sorted({p.parent.name for p in pictures})), "pictures": len(pictures), **versions()}
     for result in results:
         _write_json(options.output / f"{result.key}.json", result.to_json(meta))
-    images = draw(curves, chosen_measures)
+    images = plots.draw(curves, chosen_measures)
     for key, data in images.items():
         (options.output / f"{key}.png").write_bytes(data)
     compared = comparisons(curves, chosen_measures)
@@ -309,16 +309,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             installed[name] = "not installed"
     return {"python": platform.python_version(), "machine": platform.platform(), **installed}
-
-
-def draw(curves: Sequence[Result], chosen: Sequence[Measure]) -> dict[str, bytes]:
-    """A plot for each measure, as PNG bytes."""
-    images = {}
-    for measure in chosen:
-        lines = [plots.Line(result.key, result.title, c) for result in curves if (c := result.curve(measure))]
-        if lines:
-            images[measure.key] = plots.rate_distortion(lines, measure.axis)
-    return images
 
 
 def compare_pictures(pictures: Sequence[Path], chosen: Sequence[codecs.Codec]) -> list[tuple[str, list[report.Shot]]]:
