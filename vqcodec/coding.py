@@ -1,4 +1,4 @@
-"""Codes <-> segments: the entropy coding of one tile after the other, on integers and only with codes."""
+"""Entropy coding: codes <-> segments, tile by tile. It uses integers and codes only, no latents or pixels."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -17,22 +17,22 @@ from vqcodec.spans import span, timed
 
 @contextlib.contextmanager
 def exact(model: Model) -> Iterator[None]:
-    """No gradients, and no autocast of the caller's: in bf16 the prior's integers would not be integers."""
+    """Disable gradients and any autocast of the caller: bfloat16 cannot hold the prior's integers."""
     with torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
         yield
 
 
 class Tile(Context):
-    """What the prior knows of one tile, and where the tile lies.
+    """The prior's context in one tile, and the place of the tile.
 
     Attributes:
-        window: rows and columns of the tile on the grid of the level.
+        window: rows and columns of the tile on the present level's grid.
     """
 
     window: tuple[slice, slice]
 
     def __init__(self, quality: Tensor, box: Box) -> None:
-        """box: in pixels, multiples of `Config.multiple`."""
+        """quality: (1,), 1..100. box: of the tile in pixels, multiples of `Config.multiple`."""
         self.top, self.left, height, width = box
         super().__init__(quality, height, width)
 
@@ -43,7 +43,7 @@ class Tile(Context):
         self.window = slice(top, top + height), slice(left, left + width)
 
     def passes(self, given: Tensor | None = None) -> Iterator[Pass]:
-        """As of `Context`, timed."""
+        """See `Context.passes`; counts the time as the prior's."""
         passes = super().passes(given)
         while True:
             with span("prior"):
@@ -54,13 +54,13 @@ class Tile(Context):
 
 
 def tiles_of(model: Model, frame: Frame) -> list[Tile]:
-    """The tiles of a picture in the order of the file."""
+    """The tiles of a picture in file order."""
     quality = torch.tensor([frame.quality], device=model.device)
     return [Tile(quality, box) for box in frame.padded_tiles(model.config.multiple)]
 
 
 def no_codes(config: Config, frame: Frame) -> list[Tensor]:
-    """Code 0 everywhere: int16 (h, w, P) for each level, over the padded picture."""
+    """Codes that are all 0: for each level, coarse first, int16 (h, w, P) over the padded picture."""
     height, width = frame.padded(config.multiple)
     return [
         torch.zeros(
@@ -72,7 +72,10 @@ def no_codes(config: Config, frame: Frame) -> list[Tensor]:
 
 @timed("range coder")
 def put(coder: Encoder, piece: Slice, one: Pass) -> None:
-    """Encode the codes of one pass; those of a prior in raster order position by position, as decoding needs them."""
+    """Range-code the codes of one pass.
+
+    A prior in raster order has one pass, but the decoder needs its codes position by position.
+    """
     assert piece.prior is not None and piece.tables is not None and one.codes is not None
     count = 1 if piece.prior.at_once else len(one.codes)
     for start in range(0, len(one.codes), count):
@@ -81,7 +84,7 @@ def put(coder: Encoder, piece: Slice, one: Pass) -> None:
 
 
 def _put(coder: Encoder, tables: CodeTables, parameters: Tensor, k: Tensor) -> None:
-    """Encode symbols k, int64 (N, P): all flags, then the values plane by plane."""
+    """Range-code symbols k, int64 (N, P): first all flags, then the values plane by plane."""
     other = k > 0
     coder.put(other.reshape(-1).cpu().numpy(), flag_counts(parameters))
     coder.put(k.T[other.T].cpu().numpy() - 1, tables.value_counts(parameters, other))
@@ -89,7 +92,7 @@ def _put(coder: Encoder, tables: CodeTables, parameters: Tensor, k: Tensor) -> N
 
 @timed("range coder")
 def get(coder: Source, piece: Slice, one: Pass) -> Tensor:
-    """The codes of one pass, int64 (N, P): the inverse of `put`."""
+    """Decode the codes of one pass, int64 (N, P). The inverse of `put`."""
     assert piece.tables is not None
     flags = coder.get(flag_counts(one.parameters))
     k = torch.from_numpy(flags.astype(np.int64)).reshape(one.parameters.shape[:2]).to(one.parameters.device)
@@ -100,7 +103,7 @@ def get(coder: Source, piece: Slice, one: Pass) -> Tensor:
 
 
 def encode(model: Model, frame: Frame, codes: list[Tensor]) -> list[bytes]:
-    """Codes, as `decode` returns them -> segments in file order: its inverse."""
+    """Range-code codes, in the form that `decode` returns, to segments in file order. The inverse of `decode`."""
     tiles = tiles_of(model, frame)
     coders = [[Encoder() for _ in range(model.config.layers)] for _ in tiles]
     for tile, own in zip(tiles, coders, strict=True):
@@ -113,16 +116,22 @@ def encode(model: Model, frame: Frame, codes: list[Tensor]) -> list[bytes]:
 
 
 def in_file_order(coders: list[list[Encoder]]) -> list[bytes]:
-    """What the coders of every tile's layers wrote: layer by layer, the tiles in order."""
+    """The bytes that the coders `coders[tile][layer]` wrote: layer by layer, the tiles of a layer in order."""
     return [own[layer].finish() for layer in range(len(coders[0])) for own in coders]
 
 
 def decode(model: Model, frame: Frame, segments: Sequence[bytes | None]) -> list[Tensor]:
-    """Segments in file order -> codes.
+    """Decode segments in file order to codes.
+
+    Args:
+        model: the weights. frame: the picture's frame. segments: None where one is missing.
 
     Returns:
-        per level, coarse first, int16 (h, w, P) of the padded picture; code 0 where a segment is missing, and in what of its tile
-        comes after it.
+        For each level, coarse first, int16 (h, w, P) over the padded picture. Where a segment is missing, all codes of
+        its tile from that layer on are 0.
+
+    Raises:
+        ChecksumError: a segment is not what an encoder wrote.
     """
     codes = no_codes(model.config, frame)
     tiles = tiles_of(model, frame)
