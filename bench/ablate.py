@@ -17,11 +17,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from vqcodec.models.config import Config, PriorConfig, SliceConfig
-from vqcodec.models.recipes import PHOTO
+from vqcodec.models.recipes import PHOTO, PHOTO_FAST
 from vqcodec.train import run as training
 from vqcodec.train.schedule import Schedule
+from vqcodec.train.validation import VALIDATION_QUALITIES
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,20 @@ def _shallow() -> Config:
     return replace(PHOTO, stages=stages)
 
 
+def _fast(**changes: Any) -> Config:
+    """The fast photo model with another body at stride 16."""
+    return replace(PHOTO_FAST, stages=(replace(PHOTO_FAST.stages[0], **changes), *PHOTO_FAST.stages[1:]))
+
+
+# Rounding to the end: transforms, steps and estimates learn, and bits are those of what stands in for the prior.
+ROUNDING = Schedule(prior_at=1.0, joint_at=1.0, polish_from=1.0, rate_rise=0.6)
+
 VARIANTS = {
     "photo": Variant("as shipped"),
     # The quantiser
     "scalar": Variant(
         "rounding to the end, bits of what stands in for the prior",
-        schedule=Schedule(prior_at=1.0, joint_at=1.0, polish_from=1.0, rate_rise=0.6),
+        schedule=ROUNDING,
     ),
     "no-rounding": Variant(
         "codebooks and prior from the start",
@@ -105,6 +115,13 @@ VARIANTS = {
     "prior-1-block": Variant("one gated block before each slice", replace(PHOTO, prior=PriorConfig(96, 64, 1))),
     # Depth
     "shallow": Variant("half of the residual blocks", _shallow()),
+    # The fast model, rounding to the end, at about equal work
+    "fast": Variant("the fast model: dense 3x3 of 128", PHOTO_FAST, ROUNDING),
+    "fast-mse": Variant("on squared error alone", PHOTO_FAST, replace(ROUNDING, visual_share=0.0)),
+    "fast-groups": Variant("3x3 of 256 in 8 groups", _fast(hidden=256, groups=8), ROUNDING),
+    "fast-depthwise": Variant("depthwise 3x3 of 384", _fast(hidden=384, groups=384), ROUNDING),
+    "fast-no-renderer": Variant("five decoder blocks and no renderer", _fast(decoder_blocks=5, renderer=0), ROUNDING),
+    "fast-encoder": Variant("sixteen encoder blocks", _fast(encoder_blocks=16), ROUNDING),
     # The schedule
     "half-rate": Variant("half the learning rates", schedule=Schedule(rate=5e-4, prior_rate=1.5e-3)),
     "double-rate": Variant("twice the learning rates", schedule=Schedule(rate=2e-3, prior_rate=6e-3)),
@@ -139,7 +156,7 @@ def row(name: str, folder: Path) -> str:
         return f"| {name} | failed |"
     with path.open(newline="") as file:
         last = list(csv.DictReader(file))[-1]
-    pairs = [f"{float(last[f'bpp_{q}']):.3f}/{float(last[f'psnr_{q}']):.2f}" for q in training.VALIDATION_QUALITIES]
+    pairs = [f"{float(last[f'bpp_{q}']):.3f}/{float(last[f'psnr_{q}']):.2f}" for q in VALIDATION_QUALITIES]
     return f"| {name} | {VARIANTS[name].about} | {last['step']} | {' | '.join(pairs)} | {float(last['cost']):.4f} |"
 
 
@@ -173,8 +190,8 @@ def main(arguments: list[str] | None = None) -> int:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
 
-    qualities = " | ".join(f"q {q}" for q in training.VALIDATION_QUALITIES)
-    print(f"| variant | what | steps | {qualities} | cost |\n|{'---|' * (4 + len(training.VALIDATION_QUALITIES))}")
+    qualities = " | ".join(f"q {q}" for q in VALIDATION_QUALITIES)
+    print(f"| variant | what | steps | {qualities} | cost |\n|{'---|' * (4 + len(VALIDATION_QUALITIES))}")
     with ThreadPoolExecutor(options.jobs) as pool:
         for name, _ in zip(names, pool.map(start, names), strict=True):
             print(row(name, options.output), flush=True)

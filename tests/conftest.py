@@ -1,7 +1,9 @@
 """Pictures made on the spot, so that the tests need no files."""
 
 from collections.abc import Callable
+from pathlib import Path
 
+import models
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -22,3 +24,9 @@ def make_photo() -> MakePhoto:
         return np.clip(np.rint(photo), 0, 255).astype(np.uint8)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def fast_weights() -> Path:
+    """A weights file of `models.FAST`."""
+    return models.fast_weights()

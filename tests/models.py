@@ -48,6 +48,25 @@ TINY = Config(
     prior=PriorConfig(channels=16, embedding=16, blocks=1),
 )
 
+# The fast photo model in miniature: patches of 8 pixels, of which all principal components are kept, and stored tables.
+FAST = Config(
+    name="fast",
+    stages=(
+        StageConfig(
+            8,
+            192,
+            16,
+            1,
+            1,
+            (SliceConfig(64, 1, 64, layer=1, rows=128), SliceConfig(64, 2, 32, layer=2, rows=20)),
+            lapped=True,
+            renderer=16,
+        ),
+        StageConfig(32, 12, 16, 1, 1, (SliceConfig(planes=12, dim=1, codes=128, layer=0),)),
+    ),
+    prior=PriorConfig(channels=16, embedding=16),
+)
+
 
 def picture(height: int, width: int, seed: int = 0) -> Pixels:
     """uint8 (height, width, 3): a gradient, Gabor patches and straight edges, as photos have; no noise."""
@@ -117,6 +136,21 @@ def tiny_weights() -> Path:
     folder = tempfile.TemporaryDirectory(prefix="vqcodec-tests-")
     atexit.register(folder.cleanup)
     return save(tiny(), Path(folder.name) / "tiny.safetensors")
+
+
+@functools.cache
+def fast_weights() -> Path:
+    """The weights file of a shaken model of `FAST`, its renderer as well."""
+    model = tiny(FAST)
+    part = model.vqvae.stage(0).renderer
+    assert part is not None
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for layer in (part.modulation, part.expand):
+            layer.weight += 0.02 * torch.randn(layer.weight.shape, generator=generator)
+    folder = tempfile.TemporaryDirectory(prefix="vqcodec-tests-")
+    atexit.register(folder.cleanup)
+    return save(model, Path(folder.name) / "fast.safetensors")
 
 
 def tiny_model() -> Model:

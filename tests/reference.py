@@ -188,9 +188,8 @@ class Tile:
                     )
                     s = s + self.conv(f"{name}.blocks.{block}.merge", gate(hidden), b=4)
                 context = self.conv(f"{name}.context", act(s)) + self.q(f"{name}.quality")
-                tables = {
-                    t: self.weights.tensors[f"tables.levels.{level}.{index}.{t}"] for t in ("inputs", "values", "bias")
-                }
+                stored = ("inputs", "counts") if piece.get("rows") else ("inputs", "values", "bias")
+                tables = {t: self.weights.tensors[f"tables.levels.{level}.{index}.{t}"] for t in stored}
                 planes = piece["planes"]
                 k = np.zeros((planes * 2 * piece["dim"], h, w), np.int64)
                 indices = np.zeros((h, w, planes), np.int64)
@@ -235,6 +234,14 @@ class Tile:
     ) -> None:
         """The symbols of one pass, into `indices`."""
         planes = len(parameters)
+        if "counts" in tables:
+            rows = len(tables["counts"])
+            symbols = [
+                ((int(parameters[j, 0, y, x]) + 127) * rows // 255, y, x, j) for y, x in places for j in range(planes)
+            ]
+            for row, y, x, plane in sorted(symbols, key=lambda symbol: symbol[0]):
+                indices[y, x, plane] = coder.get(tables["counts"][row].tolist())
+            return
         for y, x in places:
             for plane in range(planes):
                 indices[y, x, plane] = coder.get(flag_counts(int(parameters[plane, -1, y, x])))
@@ -260,8 +267,15 @@ class Renderer:
         return self.weights.floats[f"vqvae.{name}"]
 
     def conv(self, name: str, x: Floats) -> Floats:
-        """1x1 or 3x3, with biases or without, as the tensors are."""
+        """1x1 or 3x3, in groups or not, with biases or without, as the tensors are."""
         weight = self.tensor(f"{name}.weight")
+        groups = len(x) // weight.shape[1]
+        if groups > 1:
+            whole = np.zeros((len(weight), len(x), *weight.shape[2:]))
+            for channel, kernel in enumerate(weight):
+                first = channel * groups // len(weight) * weight.shape[1]
+                whole[channel, first : first + weight.shape[1]] = kernel
+            weight = whole
         weight = weight.reshape(*weight.shape[:2], *(weight.shape[2:] or (1, 1)))
         outputs, _, side, _ = weight.shape
         padded = np.pad(x, ((0, 0), (side // 2, side // 2), (side // 2, side // 2)))
@@ -290,6 +304,34 @@ class Renderer:
         inside = unshuffle(x[:, half:-half, half:-half], r)
         return x + np.pad(shuffle(self.conv(f"{name}.change", inside), r), ((0, 0), (half, half), (half, half)))
 
+    def unlap_pixels(self, x: Floats, r: int) -> Floats:
+        weight, half = self.tensor("stages.0.unlap.weight"), r // 2
+        for axis in (2, 1):
+            length = x.shape[axis]
+            whole = np.eye(length)
+            for start in range(half, length - r, r):
+                whole[start : start + r, start : start + r] = weight
+            x = np.moveaxis(np.tensordot(whole, x, (1, axis)), 0, axis)
+        return x
+
+    def render(self, x: Floats, features: Floats) -> Floats:
+        def f(y: Floats) -> Floats:
+            return np.where(y < 0, y / 10, y)
+
+        def sized(y: Floats, deviation: Floats) -> Floats:
+            return y / np.maximum(deviation, self.bound)[:, None, None]
+
+        name = "stages.0.renderer"
+        ratio = x.shape[1] // features.shape[1] // 4
+        basis = self.tensor(f"{name}.basis")
+        n = sized(features, self.tensor(f"{name}.deviation"))
+        c = sized(np.tensordot(basis, unshuffle(x, 4), 1), self.tensor(f"{name}.detail"))
+        gain, shift = np.split(self.conv(f"{name}.modulation", f(n)).repeat(ratio, 1).repeat(ratio, 2), 2)
+        own = shuffle(self.conv(f"{name}.features", n), ratio)
+        y = f(self.conv(f"{name}.reduce", np.concatenate([c, own])))
+        y = f(self.conv(f"{name}.mix", y) * (1 + gain) + shift)
+        return x + shuffle(self.bound * np.tensordot(basis.T, self.conv(f"{name}.expand", y), 1), 4)
+
     def add_codes(self, name: str, piece: dict[str, Any], indices: Ints, channels: Floats) -> None:
         """Add what the indices of a slice stand for to its channels of the estimate, in place."""
         vectors, knots = self.tensor(f"{name}.codebook.vectors"), self.tensor(f"{name}.log_steps")
@@ -307,9 +349,11 @@ class Renderer:
             r = stage["stride"] // (stages[number - 1]["stride"] if number else 1)
             for block in range(stage["decoder_blocks"]):
                 x = self.block(f"{name}.decoder.{block}", x)
-            x = shuffle(self.conv(f"{name}.synthesis", x), r)
+            features, x = x, shuffle(self.conv(f"{name}.synthesis", x), r)
             if stage.get("lapped", False):
-                x = self.unlap(f"{name}.unlap", x, r)
+                x = self.unlap(f"{name}.unlap", x, r) if number else self.unlap_pixels(x, r)
+            if stage.get("renderer", 0):
+                x = self.render(x, features)
         return x
 
     def pixels(self, indices: Sequence[Ints], height: int, width: int, grey: bool = False) -> NDArray[np.uint8]:

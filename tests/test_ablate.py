@@ -10,16 +10,19 @@ from PIL import Image
 
 from bench import ablate
 from bench.ablate import VARIANTS, Variant
-from vqcodec.models.recipes import PHOTO
-from vqcodec.train import run as training
+from vqcodec.models.recipes import PHOTO, PHOTO_FAST
+from vqcodec.train import begin, export
 from vqcodec.train.schedule import Schedule
+from vqcodec.train.validation import VALIDATION_QUALITIES
 
 
-def test_variants_differ_from_the_photo_model_in_one_thing() -> None:
+def test_variants_differ_from_their_model_in_one_thing() -> None:
     assert VARIANTS["photo"].config == PHOTO and VARIANTS["photo"].schedule == Schedule()
+    assert VARIANTS["fast"].config == PHOTO_FAST
     for name, variant in VARIANTS.items():
-        changed = (variant.config != PHOTO) + (variant.schedule != Schedule())
-        assert changed == (name != "photo"), name
+        base = VARIANTS["fast" if variant.config.name == "photo-fast" else "photo"]
+        changed = (variant.config != base.config) + (variant.schedule != base.schedule)
+        assert changed == (variant is not base), name
         if name != "no-top":
             assert [s.channels for s in variant.config.levels] == [s.channels for s in PHOTO.levels], name
     assert len(VARIANTS["no-top"].config.levels) == 1
@@ -29,15 +32,15 @@ def test_a_run_gives_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for seed in range(4):
         Image.fromarray(models.picture(96, 96, seed)).save(tmp_path / f"{seed}.png")
     monkeypatch.setattr(torch, "set_flush_denormal", lambda _: True)  # of the whole process
-    monkeypatch.setattr(training, "START_CROPS", 8)
-    monkeypatch.setattr(training, "TUNING_CROPS", 1)
+    monkeypatch.setattr(begin, "START_CROPS", 8)
+    monkeypatch.setattr(export, "TUNING_CROPS", 1)
     variant = Variant("in miniature", TINY, Schedule(crop=64, large_crop=64, batch=2))
     monkeypatch.setitem(VARIANTS, "tiny", variant)
     assert "failed" in ablate.row("tiny", tmp_path)
     ablate.run("tiny", [tmp_path], 1 / 60, tmp_path)
     cells = ablate.row("tiny", tmp_path).strip("| ").split(" | ")
     assert cells[:2] == ["tiny", "in miniature"] and int(cells[2]) > 0
-    assert len(cells) == 4 + len(training.VALIDATION_QUALITIES)
+    assert len(cells) == 4 + len(VALIDATION_QUALITIES)
     assert 0 < float(cells[-1]) < 100
 
 

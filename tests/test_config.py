@@ -142,5 +142,7 @@ def test_load_config(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(WeightsError, match="cannot read the configuration"):
         load_config(str(path))
-    with pytest.raises(WeightsError, match="known are photo, vqvae2, vqvae2-3level, vqvae-mnist, vqvae-ema-cifar10"):
+    with pytest.raises(
+        WeightsError, match="known are photo, photo-fast, vqvae2, vqvae2-3level, vqvae-mnist, vqvae-ema-cifar10"
+    ):
         load_config(str(tmp_path / "missing.json"))

@@ -25,8 +25,8 @@ from vqcodec.models.model import Model
 from vqcodec.models.vqvae import VQVAE
 from vqcodec.train import perceptual
 from vqcodec.train import run as training
+from vqcodec.train.begin import load_networks
 from vqcodec.train.schedule import LOOK
-from vqcodec.train.warm_start import load_networks
 
 PLAN = replace(LOOK, crop=64, batch=4, kernel_rate=1e-2, rate=1e-2, warm_up_steps=5)
 

@@ -5,35 +5,19 @@ from pathlib import Path
 import models
 import numpy as np
 import pytest
+import reference
 import torch
+from models import FAST
 from torch import Tensor, nn
 from torch.nn import functional
 
 import vqcodec
-from vqcodec import synthesis
-from vqcodec.models.config import Config, PriorConfig, SliceConfig, StageConfig
+from vqcodec import coding, synthesis, weights
+from vqcodec.encoder import encode
+from vqcodec.frame import Frame
 from vqcodec.models.pixels import CELL, Renderer, SeparableLap
 from vqcodec.models.vqvae import VQVAE
 from vqcodec.train.start import lapped_filter, start_from_pictures
-
-# Patches of 8 pixels, of which all principal components are kept.
-FAST = Config(
-    name="fast",
-    stages=(
-        StageConfig(
-            8,
-            192,
-            16,
-            1,
-            1,
-            (SliceConfig(64, 1, 64, layer=1), SliceConfig(64, 2, 32, layer=2)),
-            lapped=True,
-            renderer=16,
-        ),
-        StageConfig(32, 12, 16, 1, 1, (SliceConfig(planes=12, dim=1, codes=128, layer=0),)),
-    ),
-    prior=PriorConfig(channels=16, embedding=16),
-)
 
 
 def lap_of(weight: Tensor) -> SeparableLap:
@@ -123,31 +107,33 @@ def test_the_start_is_a_transform_that_loses_nothing() -> None:
     assert float(energy[:20].sum()) > 0.97 * float(energy.sum()), "the first components hold nearly all"
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A shaken model of that kind, its renderer as well."""
-    model = models.tiny(FAST)
-    part = model.vqvae.stage(0).renderer
-    assert part is not None
-    with torch.no_grad():
-        for layer in (part.modulation, part.expand):
-            layer.weight += 0.02 * torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(1))
-    return models.save(model, tmp_path_factory.mktemp("fast") / "fast.safetensors")
-
-
 @pytest.mark.parametrize("size", [(1, 1), (33, 70), (128, 180)], ids=str)
-def test_files_decode(size: tuple[int, int], weights: Path) -> None:
+def test_files_decode(size: tuple[int, int], fast_weights: Path) -> None:
     pixels = models.picture(*size, seed=3)
-    data = vqcodec.compress(pixels, weights=weights, quality=80, tile=64, effort=2, verify=True)
-    restored = np.asarray(vqcodec.decompress(data, weights=weights))
+    data = vqcodec.compress(pixels, weights=fast_weights, quality=80, tile=64, effort=2, verify=True)
+    restored = np.asarray(vqcodec.decompress(data, weights=fast_weights))
     assert restored.shape == pixels.shape
     if size != (1, 1):
         assert np.abs(restored.astype(int) - pixels).mean() < 8
 
 
-def test_windows_leave_no_seams(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = vqcodec.compress(models.picture(200, 232, seed=4), weights=weights, quality=60)
-    whole = np.asarray(vqcodec.decompress(data, weights=weights)).astype(int)
+def test_windows_leave_no_seams(fast_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = vqcodec.compress(models.picture(200, 232, seed=4), weights=fast_weights, quality=60)
+    whole = np.asarray(vqcodec.decompress(data, weights=fast_weights)).astype(int)
     monkeypatch.setattr(synthesis, "WINDOW", 64)
-    parts = np.asarray(vqcodec.decompress(data, weights=weights)).astype(int)
+    parts = np.asarray(vqcodec.decompress(data, weights=fast_weights)).astype(int)
     assert np.abs(parts - whole).max() <= 1
+
+
+@pytest.mark.parametrize("quality", [1, 60])
+def test_pixels_by_the_second_reader(quality: int, fast_weights: Path) -> None:
+    model = weights.load(fast_weights)
+    with coding.exact(model):
+        _, codes = encode(model, Frame(90, 50, quality), models.picture(50, 90, seed=quality))
+        expected = synthesis.reconstruct(model, Frame(90, 50, quality), codes)
+    found = reference.Renderer(reference.Weights(fast_weights), quality).pixels(
+        [c.numpy().astype(np.int64) for c in codes], 50, 90
+    )
+    gap = np.abs(found.astype(int) - expected)
+    assert int(gap.max()) <= 1 and float((gap > 0).mean()) < 0.002
+    assert float(((found > 0) & (found < 255)).mean()) > 0.7, "clipping would hide differences"

@@ -29,11 +29,12 @@ from vqcodec.errors import TrainingError, WeightsError
 from vqcodec.metrics import ms_ssim, psnr
 from vqcodec.models.config import Config, PriorConfig, SliceConfig
 from vqcodec.ssimulacra2 import ssimulacra2
-from vqcodec.train import perceptual
+from vqcodec.train import checkpoint, perceptual, step, validation
 from vqcodec.train import run as training
 from vqcodec.train.loss import RateDistortion
 from vqcodec.train.run import Progress, train
 from vqcodec.train.schedule import Schedule
+from vqcodec.train.validation import SHEET_QUALITY, VALIDATION_QUALITIES
 
 # All together from the start.
 SMALL = Schedule(
@@ -50,18 +51,18 @@ SMALL = Schedule(
     rate_rise=0.2,
     polish_rate=0.15,
 )
-BOOKKEEPING = {"REPORT_SECONDS": 0.0, "CHECKPOINT_SECONDS": 0.5, "VALIDATIONS": 3}
-BOOKKEEPING |= {"START_CROPS": 32, "TUNING_CROPS": 1}
+BOOKKEEPING = {"run.REPORT_SECONDS": 0.0, "run.CHECKPOINT_SECONDS": 0.5, "run.VALIDATIONS": 3}
+BOOKKEEPING |= {"begin.START_CROPS": 32, "export.TUNING_CROPS": 1}
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in BOOKKEEPING.items():
-        monkeypatch.setattr(training, name, value)
+        monkeypatch.setattr(f"vqcodec.train.{name}", value)
     monkeypatch.setattr(torch, "set_flush_denormal", lambda _: True)  # of the whole process
-    # As many steps in a second as elsewhere, however busy the machine is: the clock is looked at three times a step.
+    # As many steps in a second as elsewhere, however busy the machine is: the clock is looked at twice a step.
     ticks = itertools.count()
-    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: next(ticks) / 60))
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: next(ticks) / 40))
 
 
 @pytest.fixture(scope="session")
@@ -155,10 +156,10 @@ def test_a_few_seconds_beat_the_untrained_state(pictures: Path, tmp_path: Path, 
     assert min(psnr(original, before), psnr(original, after)) > 20
 
     measures = ("bpp", "psnr", "cost", "ssimulacra2", "ms_ssim")
-    columns = {f"{name}_{quality}" for name in measures for quality in training.VALIDATION_QUALITIES}
+    columns = {f"{name}_{quality}" for name in measures for quality in VALIDATION_QUALITIES}
     assert rows[0].keys() == columns | {"step", "minutes", "cost", "perplexity"}
     for row, restored in ((rows[0], before), (rows[-1], after)):
-        logged = [row[f"{name}_{training.SHEET_QUALITY}"] for name in ("ssimulacra2", "ms_ssim")]
+        logged = [row[f"{name}_{SHEET_QUALITY}"] for name in ("ssimulacra2", "ms_ssim")]
         assert logged[0] == pytest.approx(ssimulacra2(original, restored), abs=0.05)
         assert logged[1] == pytest.approx(ms_ssim(original, restored), abs=1e-5)
 
@@ -255,7 +256,7 @@ def test_a_resumed_run_starts_from_the_checkpoint(
     output = tmp_path / "mine.safetensors"
     run(pictures, output, 1)
     before = checkpoint_of(output)
-    monkeypatch.setattr(training._Run, "_validate", lambda _: None)
+    monkeypatch.setattr(validation, "validate", lambda _: None)
     run(pictures, output, 0.5, resume=True)  # no step, but the checkpoint is written again
     after = checkpoint_of(output)
     assert before.keys() == after.keys()
@@ -276,7 +277,7 @@ def test_an_interrupted_save_leaves_the_last_checkpoint(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "save_file", interrupted)
+        patch.setattr(checkpoint, "save_file", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(pictures, output, 1.5, resume=True)
     assert output.with_suffix(".ckpt").read_bytes() == saved
@@ -288,11 +289,13 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from vqcodec.train import begin, export
 from vqcodec.train import run as training
 from vqcodec.train.schedule import Schedule
 
+modules = {{"run": training, "begin": begin, "export": export}}
 for name, value in {settings!r}.items():
-    setattr(training, name, value)
+    setattr(modules[name.partition(".")[0]], name.partition(".")[2], value)
 if __name__ == "__main__":
     training.train(
         [Path(sys.argv[1])],
@@ -309,7 +312,7 @@ if __name__ == "__main__":
 def script(tmp_path: Path) -> Path:
     path = tmp_path / "run.py"
     path.write_text(
-        SCRIPT.format(settings={**BOOKKEEPING, "CHECKPOINT_SECONDS": 0.1}, schedule=SMALL), encoding="utf-8"
+        SCRIPT.format(settings={**BOOKKEEPING, "run.CHECKPOINT_SECONDS": 0.1}, schedule=SMALL), encoding="utf-8"
     )
     return path
 
@@ -352,7 +355,7 @@ def test_on_a_gpu(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """All phases, each recorded; a CPU decodes what comes of it, and goes on with it."""
     output = tmp_path / "mine.safetensors"
     plan = dataclasses.replace(SMALL, kernel_rate=None, prior_at=0.6, joint_at=0.8, polish_from=0.9)
-    monkeypatch.setattr(training, "COMPILING_PAYS", 0.0)
+    monkeypatch.setattr(step, "COMPILING_PAYS", 0.0)
     run(pictures, output, 150, device="cuda", schedule=plan)  # about a minute of it compiles
     rows = log_of(output)
     assert rows[-1]["cost"] < rows[0]["cost"]
@@ -415,7 +418,7 @@ def test_in_the_end_codes_stand_still(pictures: Path, tmp_path: Path, small: Non
 
 def test_distortions(pictures: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     output, shares = tmp_path / "mine.safetensors", []
-    monkeypatch.setattr(training._Run, "loop", lambda r: shares.append(r.model.distortion.share))
+    monkeypatch.setattr(training, "_learn", lambda r: shares.append(r.model.distortion.share))
     squared = dataclasses.replace(SMALL, visual_share=0.0)
     for distortion, schedule, share in (
         ("mse", SMALL, 0.0),
@@ -449,7 +452,7 @@ def test_a_judge(pictures: Path, tmp_path: Path, small: None, monkeypatch: pytes
     monkeypatch.setattr(perceptual, "distance", distance)
     output = tmp_path / "mine.safetensors"
     run(pictures, output, 0.3)
-    columns = [f"lpips_alex_{quality}" for quality in training.VALIDATION_QUALITIES]
+    columns = [f"lpips_alex_{quality}" for quality in VALIDATION_QUALITIES]
     assert not log_of(output)[0].keys() & set(columns)
     run(pictures, output, 0.5, resume=True, judge=Path("a.safetensors"))
     with output.with_suffix(".csv").open(newline="") as file:
@@ -507,7 +510,7 @@ def test_what_stood_in_for_the_prior_goes_on(
         """What a run from the first weights begins with."""
         seen: list[torch.Tensor] = []
         with monkeypatch.context() as patch:
-            patch.setattr(training._Run, "loop", lambda r: seen.append(r.model.rounding.state_dict()[name].clone()))
+            patch.setattr(training, "_learn", lambda r: seen.append(r.model.rounding.state_dict()[name].clone()))
             run(pictures, second, 1, start_from=first, schedule=plan)
         return seen[0]
 

@@ -5,13 +5,15 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vqcodec.entropy import Decoder, Encoder, Source
 from vqcodec.frame import Box, Frame
 from vqcodec.models.config import Config
-from vqcodec.models.counts import CodeTables, flag_counts
+from vqcodec.models.counts import CodeTables, RowTables, flag_counts
 from vqcodec.models.model import Context, Level, Model, Pass, Slice, walk
+from vqcodec.models.quantizer import row_of
 from vqcodec.spans import span, timed
 
 
@@ -83,8 +85,12 @@ def put(coder: Encoder, piece: Slice, one: Pass) -> None:
         _put(coder, piece.tables, one.parameters[part], one.codes[part])
 
 
-def _put(coder: Encoder, tables: CodeTables, parameters: Tensor, k: Tensor) -> None:
-    """Range-code symbols k, int64 (N, P): first all flags, then the values plane by plane."""
+def _put(coder: Encoder, tables: CodeTables | RowTables, parameters: Tensor, k: Tensor) -> None:
+    """Range-code symbols k, int64 (N, P): in order of their table rows, or all flags, then values plane by plane."""
+    if isinstance(tables, RowTables):
+        rows, order = _by_row(tables, parameters)
+        coder.put_rows(k.flatten().cpu().numpy()[order], rows[order], tables.table)
+        return
     other = k > 0
     coder.put(other.reshape(-1).cpu().numpy(), flag_counts(parameters))
     coder.put(k.T[other.T].cpu().numpy() - 1, tables.value_counts(parameters, other))
@@ -94,12 +100,27 @@ def _put(coder: Encoder, tables: CodeTables, parameters: Tensor, k: Tensor) -> N
 def get(coder: Source, piece: Slice, one: Pass) -> Tensor:
     """Decode the codes of one pass, int64 (N, P). The inverse of `put`."""
     assert piece.tables is not None
+    if isinstance(piece.tables, RowTables):
+        rows, order = _by_row(piece.tables, one.parameters)
+        symbols = np.empty(len(rows), np.int64)
+        symbols[order] = coder.get_rows(rows[order], piece.tables.table)
+        return torch.from_numpy(symbols).reshape(one.parameters.shape[:2]).to(one.parameters.device)
     flags = coder.get(flag_counts(one.parameters))
     k = torch.from_numpy(flags.astype(np.int64)).reshape(one.parameters.shape[:2]).to(one.parameters.device)
     other = k > 0
     values = coder.get(piece.tables.value_counts(one.parameters, other))
     k.T[other.T] += torch.from_numpy(values.astype(np.int64)).to(k.device)
     return k
+
+
+def _by_row(tables: RowTables, parameters: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The table rows of the N P symbols of a pass, and the order in which symbols are coded.
+
+    Both are (N P,). Symbols are numbered position by position, and within a position plane by plane. They are coded in
+    ascending order of their rows, and in the order of their numbers within a row.
+    """
+    rows = row_of(parameters, tables.piece.rows).flatten().cpu().numpy()
+    return rows, np.argsort(rows, kind="stable")
 
 
 def encode(model: Model, frame: Frame, codes: list[Tensor]) -> list[bytes]:

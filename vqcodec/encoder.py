@@ -9,7 +9,6 @@ from vqcodec import coding, synthesis, tuning
 from vqcodec.entropy import Encoder
 from vqcodec.frame import Frame
 from vqcodec.models.model import Model, Pass, Slice, walk
-from vqcodec.models.prior import rates
 from vqcodec.models.quantizer import rows
 from vqcodec.spans import timed
 from vqcodec.tuning import Importance
@@ -80,4 +79,4 @@ def _choose(
     costs = step_cost.expand(len(target), -1)
     if factors is not None:
         costs = costs * factors[one.places].reshape(-1, 1)
-    return piece.codebook.choose(target, rates(one.parameters, piece.config.dim), costs, rate_factor)
+    return piece.codebook.choose(target, piece.rates(one.parameters), costs, rate_factor)

@@ -6,7 +6,8 @@ keeps its format. The bytes are the coder's 32-bit words, little endian, without
 zeros after the end. The coder does not detect damage; the checksums of the container do.
 """
 
-from typing import Protocol
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import constriction
 import numpy as np
@@ -18,6 +19,20 @@ Symbols = NDArray[np.int32]
 Counts = NDArray[np.float32]
 
 _MODEL = constriction.stream.model.Categorical(perfect=False)
+
+
+class Table:
+    """Stored counts, of which each symbol uses a row: float32 (R, m), rows as of the module."""
+
+    def __init__(self, counts: Counts) -> None:
+        self.counts = np.ascontiguousarray(counts)
+        self._distributions: dict[int, Any] = {}
+
+    def distribution(self, row: int) -> Any:
+        """constriction's model of a row; made once, because that takes as long as a thousand symbols."""
+        if row not in self._distributions:
+            self._distributions[row] = constriction.stream.model.Categorical(self.counts[row], perfect=False)
+        return self._distributions[row]
 
 
 class Encoder:
@@ -36,6 +51,15 @@ class Encoder:
         if len(symbols):
             self._coder.encode(np.ascontiguousarray(symbols, np.int32), _MODEL, counts)
 
+    def put_rows(self, symbols: NDArray[np.integer], rows: NDArray[np.integer], table: Table) -> None:
+        """Encode symbols whose counts are rows of a table.
+
+        Args:
+            symbols: (n,). rows: (n,), rising.
+        """
+        for row, part in _groups(rows):
+            self._coder.encode(np.ascontiguousarray(symbols[part], np.int32), table.distribution(row))
+
     def finish(self) -> bytes:
         """Return the bytes of all symbols."""
         words: NDArray[np.uint32] = self._coder.get_compressed()
@@ -47,6 +71,9 @@ class Source(Protocol):
 
     def get(self, counts: Counts) -> Symbols:
         """Return the next n symbols, int32 (n,), for counts float32 (n, m)."""
+
+    def get_rows(self, rows: NDArray[np.integer], table: Table) -> Symbols:
+        """Return the next n symbols, int32 (n,), for rows (n,), rising, of a table."""
 
 
 class Decoder:
@@ -70,8 +97,27 @@ class Decoder:
         """
         if not len(counts):
             return np.zeros(0, np.int32)
+        return self._decode(_MODEL, counts)
+
+    def get_rows(self, rows: NDArray[np.integer], table: Table) -> Symbols:
+        """Decode the next symbols; arguments as of `Encoder.put_rows`, and errors as of `get`."""
+        symbols = np.zeros(len(rows), np.int32)
+        for row, part in _groups(rows):
+            symbols[part] = self._decode(table.distribution(row), part.stop - part.start)
+        return symbols
+
+    def _decode(self, model: Any, amount: Counts | int) -> Symbols:
         try:
-            symbols: Symbols = self._coder.decode(_MODEL, counts)
+            symbols: Symbols = self._coder.decode(model, amount)
         except AssertionError as error:  # raised by constriction for data that no encoder wrote
             raise ChecksumError("the codes do not decode: damaged data, or other weights") from error
         return symbols
+
+
+def _groups(rows: NDArray[np.integer]) -> Iterator[tuple[int, slice]]:
+    """Runs of equal numbers: each number and where it is."""
+    ends = [*(np.flatnonzero(np.diff(rows)) + 1).tolist(), len(rows)] if len(rows) else []
+    start = 0
+    for end in ends:
+        yield int(rows[start]), slice(start, end)
+        start = end

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vqcodec import codec, coding, packaged, synthesis, weights
 from vqcodec.encoder import encode
-from vqcodec.entropy import Counts, Symbols
+from vqcodec.entropy import Counts, Symbols, Table
 from vqcodec.errors import ImageError
 from vqcodec.frame import Frame
 from vqcodec.image import Picture
@@ -46,6 +46,10 @@ class Dice:
         sums = np.exp(logits - logits.max(1, keepdims=True, initial=-math.inf)).cumsum(1)
         thrown = self.rng.random((len(sums), 1)) * sums[:, -1:]
         return (sums <= thrown).sum(1).clip(max=counts.shape[1] - 1).astype(np.int32)
+
+    def get_rows(self, rows: NDArray[np.integer], table: Table) -> Symbols:
+        """One symbol for each row of a table, int32 (n,)."""
+        return self.get(table.counts[rows])
 
 
 def sample(

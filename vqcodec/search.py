@@ -35,7 +35,6 @@ from torch import Tensor
 from vqcodec import precision, synthesis, tuning
 from vqcodec.frame import Frame
 from vqcodec.models.model import Context, Estimate, Model, Slice, walk
-from vqcodec.models.prior import rates
 from vqcodec.models.quantizer import MOST_BITS, Codebook, Rates, grid, look_up, rate_blocks, rows, softplus2
 from vqcodec.spans import timed
 from vqcodec.ssimulacra2 import SMALLEST
@@ -279,7 +278,7 @@ def _rate_model(piece: Slice, context: Tensor, inputs: Tensor) -> Rates:
         coded = coded.clone()
         coded[:, :, places[0], places[1]] = 1
     assert everywhere is not None
-    return rates(everywhere.flatten(0, 1), piece.config.dim)
+    return piece.rates(everywhere.flatten(0, 1))
 
 
 def _slopes(point: _Point) -> list[_Slopes]:
@@ -327,7 +326,7 @@ def _best(s: _Symbols, slopes: _Slopes, penalty: Tensor) -> tuple[Tensor, Tensor
     given = (s.indices, rate_model.theta.float(), rate_model.zero.float(), slopes.by_prior, slopes.by_decoder, curved)
     k, theta, zero, by_prior, by_decoder, curved = (x.transpose(0, 1)[free] for x in given)
     chosen, gained = torch.empty_like(k), torch.empty_like(zero)
-    for block, parts, logp, _ in rate_blocks(features, book.bias, theta, zero, free.sum(1).tolist()):
+    for block, parts, logp, _ in rate_blocks(features, book.biases(), theta, zero, free.sum(1).tolist()):
         distances, costs = torch.empty_like(logp), torch.empty_like(logp)
         for plane, part, here in parts:
             own = k[part]
@@ -357,7 +356,7 @@ class _Spent(torch.autograd.Function):
         other = (indices > 0).T
         k, drift, odds = (x.transpose(0, 1)[other] for x in (indices, theta, zero))
         expected = torch.empty_like(drift)
-        for block, parts, logp, values in rate_blocks(features, book.bias, drift, odds, other.sum(1).tolist()):
+        for block, parts, logp, values in rate_blocks(features, book.biases(), drift, odds, other.sum(1).tolist()):
             spent = -logp.gather(1, k[block, None])
             bits += spent.clamp(max=MOST_BITS).sum()
             for plane, part, here in parts:

@@ -151,7 +151,7 @@ def save_model(path: Path, config: Config, vqvae: VQVAE, prior: Prior, notes: di
         single = {
             f"{name}.{tensor}"
             for name, part in module.named_modules()
-            for tensor in ("log_steps", "vectors", "bias", "spread")
+            for tensor in ("log_steps", "vectors", "bias", "spread", "family")
             if isinstance(part, SliceQuantizer | Codebook)
         }
         for name, tensor in module.state_dict().items():

@@ -12,6 +12,8 @@ from vqcodec.errors import WeightsError
 QUALITIES = 100
 # Largest fan-in of the prior's convolutions, for exact sums in float32 (integers.py): 1040.
 MAX_INPUTS = (1 << 24) // (127 * 127)
+# Most rows of a stored table of probabilities: about half of the 255 values that the prior can choose a row with.
+MAX_ROWS = 128
 # Largest code length of codebooks that start as a lattice. In more dimensions the first shells of the integer lattice
 # hold more points than most codebooks.
 LARGEST_LATTICE = 8
@@ -38,6 +40,8 @@ class SliceConfig:
         scales: number S of width parameters in the rate model of a symbol: 1, shared by all dimensions, or D.
         outposts: how the outer codes of a lattice of two or more dimensions start: "far" or "near", see
             `quantizer.OUTPOSTS`.
+        rows: rows R of a stored table of probabilities, shared by all planes, from which the prior chooses a row for
+            each symbol (Jia et al. 2026, "PULSE", section 3). 0 for a prior that gives parameters of a distribution.
 
     Raises:
         ValueError: a field is out of range.
@@ -49,6 +53,7 @@ class SliceConfig:
     layer: int
     scales: int = 1
     outposts: str = "far"
+    rows: int = 0
 
     def __post_init__(self) -> None:
         _check_range(self, 1, "planes", "dim")
@@ -59,6 +64,11 @@ class SliceConfig:
             raise ValueError(f"scales must be 1 or dim, {self.dim}, got {self.scales!r}")
         if self.outposts not in ("far", "near"):
             raise ValueError(f"outposts must be far or near, got {self.outposts!r}")
+        _check_range(self, 0, "rows", high=MAX_ROWS)
+        if self.rows and (self.rows == 1 or self.scales != 1 or not self.structured):
+            raise ValueError(
+                f"rows must be 0, or from 2 to {MAX_ROWS} with one scale and at most {LARGEST_LATTICE} dimensions"
+            )
 
     @property
     def channels(self) -> int:
@@ -66,8 +76,11 @@ class SliceConfig:
 
     @property
     def parameters(self) -> int:
-        """Number of rate model parameters per symbol: D means, S squares, S linears, and the odds of code 0."""
-        return self.dim + 2 * self.scales + 1
+        """Number of parameters that the prior gives for each symbol: 1, its row, or D + 2 S + 1.
+
+        The latter are D means, S squares, S linears and the odds of code 0.
+        """
+        return 1 if self.rows else self.dim + 2 * self.scales + 1
 
     @property
     def structured(self) -> bool:
@@ -89,6 +102,7 @@ class StageConfig:
         refine_blocks: residual blocks that refine the estimate before each slice.
         renderer: hidden channels of the network that refines pixels after the finest stage (`pixels.Renderer`); 0 for
             none.
+        groups: groups of the 3x3 convolutions of residual blocks; a divisor of `hidden`, which makes them depthwise.
     """
 
     stride: int
@@ -100,10 +114,14 @@ class StageConfig:
     lapped: bool = False
     refine_blocks: int = 1
     renderer: int = 0
+    groups: int = 1
 
     def __post_init__(self) -> None:
         _check_range(self, 1, "stride", "channels", "hidden", "refine_blocks")
         _check_range(self, 0, "encoder_blocks", "decoder_blocks", "renderer")
+        _check_range(self, 1, "groups", high=self.hidden)
+        if self.hidden % self.groups:
+            raise ValueError(f"groups must divide hidden, {self.hidden}, got {self.groups}")
 
     @property
     def spans(self) -> tuple[slice, ...]:

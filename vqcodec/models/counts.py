@@ -14,6 +14,7 @@ All products and sums are integers below 2^53, held in float64; the only divisio
 decoder both call these functions.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -21,8 +22,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from vqcodec.entropy import Table
 from vqcodec.models.config import Config, SliceConfig
-from vqcodec.models.quantizer import CHUNK, Codebook, plane_blocks
+from vqcodec.models.quantizer import CHUNK, Codebook, log_probabilities, plane_blocks
 
 # The range coder's precision. It adds 1 to every count, so n counts sum to TOTAL - n.
 TOTAL = 1 << 24
@@ -163,14 +165,75 @@ def flag_counts(parameters: Tensor) -> NDArray[np.float32]:
     return np.take(FLAGS, parameters[..., -1].flatten().cpu().numpy().astype(np.intp) + 127, axis=0)
 
 
+def tables_of(piece: SliceConfig) -> "CodeTables | RowTables":
+    """Make the tables of a slice, of the kind that its configuration asks for, filled with zeros."""
+    return RowTables(piece) if piece.rows else CodeTables(piece)
+
+
+class RowTables(nn.Module):
+    """The stored table of probabilities of one slice, from which the prior chooses a row for each symbol.
+
+    Attributes:
+        inputs: float32 (P, K, 2 D), integers; see `Codebook.inputs`.
+        counts: float32 (R, K), integers; each row sums to 2^24 - K.
+    """
+
+    inputs: Tensor
+    counts: Tensor
+
+    def __init__(self, piece: SliceConfig) -> None:
+        super().__init__()
+        self.piece = piece
+        self.register_buffer("inputs", torch.zeros(piece.planes, piece.codes, 2 * piece.dim))
+        self.register_buffer("counts", torch.zeros(piece.rows, piece.codes))
+
+    @functools.cached_property
+    def table(self) -> Table:
+        """The counts in the range coder's form. They are cached: fill or load the counts first."""
+        return Table(self.counts.cpu().numpy())
+
+    @torch.no_grad()
+    def fill(self, book: Codebook) -> None:
+        """Tabulate a trained rate model."""
+        self.inputs.copy_(book.inputs())
+        rows = self.piece.rows
+        # The least of the prior's 255 values that choose each row.
+        given = -(-torch.arange(rows) * 255 // rows) - 127
+        model = book.row_rates(given[:, None].float())
+        logp, _ = log_probabilities(book.features()[:1], book.biases()[:1], model.theta, model.zero)
+        probabilities = torch.exp2(logp[0].double())
+        total = TOTAL - self.piece.codes
+        counts = (probabilities / probabilities.sum(1, keepdim=True) * total).floor()
+        first = counts.argmax(1, keepdim=True)
+        self.counts.copy_(counts.scatter_add_(1, first, total - counts.sum(1, keepdim=True)))
+
+    def check(self) -> None:
+        """Check that the range coder can use the table.
+
+        Raises:
+            ValueError: a count is negative or no integer, a row does not sum to 2^24 - K, or an input of the prior is
+                outside -127..127.
+        """
+        counts = self.counts.double()
+        total = TOTAL - self.piece.codes
+        if not (
+            bool((counts == counts.floor()).all())
+            and bool((counts >= 0).all())
+            and bool((counts.sum(1) == total).all())
+        ):
+            raise ValueError("the counts of a table are not those of distributions")
+        if self.inputs.abs().max() > 127:
+            raise ValueError("an input of the prior is outside -127..127")
+
+
 class Tables(nn.Module):
     """The tables of all slices: `levels[level][slice]`, coarse first."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.levels = nn.ModuleList([nn.ModuleList([CodeTables(p) for p in s.slices]) for s in config.levels])
+        self.levels = nn.ModuleList([nn.ModuleList([tables_of(p) for p in s.slices]) for s in config.levels])
 
-    def slice(self, level: int, index: int) -> CodeTables:
+    def slice(self, level: int, index: int) -> CodeTables | RowTables:
         tables = self.levels[level][index]  # type: ignore[index]
-        assert isinstance(tables, CodeTables)
+        assert isinstance(tables, CodeTables | RowTables)
         return tables

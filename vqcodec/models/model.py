@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from vqcodec.models.config import Config, SliceConfig, StageConfig
-from vqcodec.models.counts import CodeTables, Tables
-from vqcodec.models.prior import LevelPrior, Places, Prior, SlicePrior
-from vqcodec.models.quantizer import Codebook, grid, look_up
+from vqcodec.models.counts import CodeTables, RowTables, Tables
+from vqcodec.models.prior import LevelPrior, Places, Prior, SlicePrior, rates
+from vqcodec.models.quantizer import Codebook, Rates, grid, look_up
 from vqcodec.models.vqvae import PIXEL_SCALE, VQVAE, SliceQuantizer, channels_last
 
 
@@ -44,7 +44,7 @@ class Slice:
     planes: slice
     quantizer: SliceQuantizer
     prior: SlicePrior | None = None
-    tables: CodeTables | None = None
+    tables: CodeTables | RowTables | None = None
 
     @property
     def channels(self) -> slice:
@@ -72,6 +72,15 @@ class Slice:
         """
         steps = self.quantizer.steps(quality).detach()
         return lagrangian * (steps * PIXEL_SCALE) ** 2 / 3
+
+    def rates(self, parameters: Tensor) -> Rates:
+        """Convert the prior's integer parameters to a rate model in floats, for training and the choice of codes.
+
+        parameters: (N, P, D + 2 S + 1), or (N, P, 1) with a stored table.
+        """
+        if self.config.rows:
+            return self.codebook.row_rates(parameters[..., 0])
+        return rates(parameters, self.config.dim)
 
     def vectors(self, indices: Tensor) -> Tensor:
         """Look up code vectors: int64 (B, h, w, P) -> float (B, P D, h, w), in steps."""
@@ -237,7 +246,7 @@ class Pass:
 
     Attributes:
         places: rows and columns of the positions.
-        parameters: of their rate model, (N, P, D + 2 S + 1), N = B h' w' in raster order; see `SlicePrior`.
+        parameters: of their rate model, see `Slice.rates`. N = B h' w', in raster order.
         codes: int64 (N, P). Unless they were given, the caller sets them before it asks for the next pass.
     """
 

@@ -103,8 +103,8 @@ class SlicePrior(nn.Module):
                 be zero, unless the prior is `at_once`.
 
         Returns:
-            float32 (N, P, D + 2 S + 1), integers in [-127, 127]: mean (D), square (S), linear (S), zero (1). The
-            N = B h' w' positions are in raster order.
+            float32 (N, P, D + 2 S + 1), integers in [-127, 127]: mean (D), square (S), linear (S), zero (1); with a
+            stored table (N, P, 1), see `quantizer.row_of`. The N = B h' w' positions are in raster order.
         """
         row, column = PHASES[number]
         hidden = context[:, :, row::2, column::2]

@@ -32,6 +32,8 @@ from vqcodec.models.config import LARGEST_LATTICE, SliceConfig
 OUTPOSTS = {"far": (0.6, 1.4, 6), "near": (0.75, 1.25, 4)}
 # Structured start in one dimension: ratio of the outermost code to the last of the integers.
 OUTER_REACH = 3.0
+# Initial rows of a stored table: scale of the first and of the last row in steps, and log2 of `square` (near 0).
+ROW_SCALES, SQUARE_START = (0.04, 100.0), -12.0
 # Upper bound of the bits of a value: the range coder gives each at least 1 of 2^24 counts.
 MOST_BITS = 24.0
 # Entries of a K-wide tensor processed at a time: several such blocks of 2^17 floats fit the second-level cache.
@@ -91,6 +93,27 @@ def start_of(config: SliceConfig) -> Tensor:
     return structured_start(config.codes, config.dim, config.outposts)
 
 
+def family_start(rows: int, dim: int) -> Tensor:
+    """The rows of a stored table before training: Laplace distributions with geometrically spaced `ROW_SCALES`.
+
+    Returns:
+        float32 (rows, 3), see `Codebook.family`.
+    """
+    low, high = ROW_SCALES
+    scale = low * (high / low) ** (torch.arange(rows) / (rows - 1))
+    zero = (1 - torch.exp(-0.5 / scale)) ** dim
+    linear = torch.log2(1 / (scale * math.log(2)))
+    return torch.stack([torch.full_like(scale, SQUARE_START), linear, torch.log2(zero / (1 - zero))], 1)
+
+
+def row_of(given: Tensor, rows: int) -> Tensor:
+    """The table rows that integers from the prior choose: floor((given + 127) * rows / 255).
+
+    given: integers in [-127, 127], any float dtype and shape. Returns int64 of the same shape.
+    """
+    return (given.long() + 127) * rows // 255
+
+
 def companding(start: Tensor) -> float:
     """The slope of the logarithmic companding of the prior's inputs: units for every doubling of 1 + magnitude.
 
@@ -135,7 +158,9 @@ class Codebook(nn.Module):
 
     Attributes:
         vectors: float32 (P, K, D), in steps.
-        bias: float32 (P, K), part of the rate model, in log2 units.
+        bias: float32 (P, K), part of the rate model, in log2 units; (1, K) with a stored table.
+        family: float32 (R, 3), only with a stored table: log2 of square, log2 of linear, and zero, for each row; see
+            `Rates`.
         spread: float32 (P,), what the rate model divides vectors by; see the module.
         usage, sums: float32 (P, K) and (P, K, D), exponential moving averages of the number of members of each code and
             of their sum. Training only.
@@ -147,13 +172,17 @@ class Codebook(nn.Module):
     sums: Tensor
     spread: Tensor
     steps: Tensor
+    start: Tensor
 
     def __init__(self, config: SliceConfig, learn: str = "gradient") -> None:
         super().__init__()
         start = start_of(config)
         self.config, self.learn = config, learn
         self.vectors = nn.Parameter(start.repeat(config.planes, 1, 1), requires_grad=learn == "gradient")
-        self.bias = nn.Parameter(torch.zeros(config.planes, config.codes))
+        self.bias = nn.Parameter(torch.zeros(1 if config.rows else config.planes, config.codes))
+        if config.rows:
+            self.register_buffer("start", start, persistent=False)
+            self.family = nn.Parameter(family_start(config.rows, config.dim))
         self.register_buffer("spread", torch.ones(config.planes))
         self.register_buffer("usage", torch.zeros(config.planes, config.codes))
         self.register_buffer("sums", torch.zeros(config.planes, config.codes, config.dim))
@@ -172,13 +201,43 @@ class Codebook(nn.Module):
     def features(self) -> Tensor:
         """Sufficient statistics of the rate model, float32 (P, K, D + 2 S): x_k, its squares and its absolute values.
 
-        With S = 1 squares and absolute values are summed over the dimensions.
+        With S = 1 squares and absolute values are summed over the dimensions. With a stored table, x_k are the initial
+        code vectors, because all planes share the table.
         """
-        x = self.vectors.detach() / self.spread[:, None, None]
+        if self.config.rows:
+            x = self.start.expand(self.config.planes, -1, -1)
+        else:
+            x = self.vectors.detach() / self.spread[:, None, None]
         sizes = [x.square(), x.abs()]
         if self.config.scales == 1:
             sizes = [size.sum(-1, keepdim=True) for size in sizes]
         return torch.cat([x, *sizes], -1)
+
+    def biases(self) -> Tensor:
+        """The bias of every plane, float32 (P, K)."""
+        return self.bias.expand(self.config.planes, -1)
+
+    def rate_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the rate model, besides those of the prior."""
+        return [self.bias, self.family] if self.config.rows else [self.bias]
+
+    def row_rates(self, given: Tensor) -> Rates:
+        """The rate model of the table rows that the prior chose.
+
+        Args:
+            given: integers in [-127, 127] from the prior, (N, P), any float dtype; see `row_of`. Their gradient is a
+                central difference over the neighbouring rows.
+        """
+        rows = self.config.rows
+        row = row_of(given.detach(), rows)
+        family = self.family[row]  # (N, P, 3)
+        with torch.no_grad():
+            above, below = (row + 1).clamp(max=rows - 1), (row - 1).clamp(min=0)
+            slope = (self.family[above] - self.family[below]) / (above - below)[..., None] * (rows / 255)
+        square, linear, zero = (family + slope * (given - given.detach())[..., None]).unbind(-1)
+        drift = torch.zeros(*square.shape, self.config.dim, device=square.device)
+        theta = torch.cat([drift, -torch.exp2(square)[..., None], -torch.exp2(linear)[..., None]], -1)
+        return Rates(theta, zero)
 
     def inputs(self) -> Tensor:
         """What the prior sees of each code, companded: float32 (P, K, 2 D), integers in [-127, 127].
@@ -307,7 +366,7 @@ def chosen_blocks(
     """
     features, vectors = book.features(), book.vectors.detach()
     lengths = vectors.square().sum(-1)
-    for block, parts, logp, values in rate_blocks(features, book.bias.detach(), rates.theta, rates.zero, members):
+    for block, parts, logp, values in rate_blocks(features, book.biases().detach(), rates.theta, rates.zero, members):
         distances = torch.empty_like(logp)
         for plane, part, here in parts:
             torch.addmm(-lengths[plane], v[part], vectors[plane].T, alpha=2, out=distances[here])

@@ -41,8 +41,8 @@ PHOTO = Config(
     prior=PriorConfig(blocks=2),
 )
 
-# A tenth of the multiplications of `photo`: all residual blocks are at strides 16 and 64, and a renderer of pointwise
-# layers works on the pixels.
+# A sixth of the multiplications of `photo`: all residual blocks are at strides 16 and 64, a renderer of pointwise
+# layers works on the pixels, and probabilities come from stored tables.
 PHOTO_FAST = Config(
     name="photo-fast",
     stages=(
@@ -53,9 +53,9 @@ PHOTO_FAST = Config(
             encoder_blocks=8,
             decoder_blocks=3,
             slices=(
-                SliceConfig(planes=56, dim=1, codes=256, layer=1),
-                SliceConfig(planes=28, dim=2, codes=512, layer=2, scales=2, outposts="near"),
-                SliceConfig(planes=88, dim=2, codes=256, layer=3, scales=2, outposts="near"),
+                SliceConfig(planes=56, dim=1, codes=256, layer=1, rows=128),
+                SliceConfig(planes=28, dim=2, codes=512, layer=2, outposts="near", rows=128),
+                SliceConfig(planes=88, dim=2, codes=256, layer=3, outposts="near", rows=128),
             ),
             lapped=True,
             renderer=64,
@@ -67,12 +67,12 @@ PHOTO_FAST = Config(
             encoder_blocks=1,
             decoder_blocks=1,
             slices=(
-                SliceConfig(planes=3, dim=1, codes=2048, layer=0),
-                SliceConfig(planes=45, dim=1, codes=512, layer=0),
+                SliceConfig(planes=3, dim=1, codes=2048, layer=0, rows=128),
+                SliceConfig(planes=45, dim=1, codes=512, layer=0, rows=128),
             ),
         ),
     ),
-    prior=PriorConfig(channels=64, embedding=32),
+    prior=PriorConfig(channels=56, embedding=32),
 )
 
 # The classic systems have one quality. Their codes are chosen for the distortion alone, and the prior learns after the

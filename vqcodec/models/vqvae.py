@@ -102,11 +102,12 @@ class ResidualBlock(nn.Module):
     deviation: Tensor
     energy: Tensor
 
-    def __init__(self, channels: int, hidden: int) -> None:
+    def __init__(self, config: StageConfig) -> None:
         super().__init__()
+        channels, hidden = config.channels, config.hidden
         self.register_buffer("deviation", torch.ones(channels))
         self.reduce = nn.Conv2d(channels, hidden, 1)
-        self.spatial = nn.Conv2d(hidden, hidden, 3, padding=1)
+        self.spatial = nn.Conv2d(hidden, hidden, 3, padding=1, groups=config.groups)
         self.expand = nn.Conv2d(hidden, channels, 1)
         self.quality = nn.Linear(6, 2 * hidden)
         for weight in (self.expand.weight, self.expand.bias, self.quality.weight, self.quality.bias):
@@ -143,7 +144,9 @@ class ResidualBlock(nn.Module):
         def added(start: int, stop: int) -> Tensor:
             above = min(start, 1)
             y = functional.conv2d(x[:, :, start - above : stop + 1], reduce, self.reduce.bias)
-            y = functional.conv2d(functional.leaky_relu_(y, 0.1), spatial, spatial_bias, padding=1)
+            y = functional.conv2d(
+                functional.leaky_relu_(y, 0.1), spatial, spatial_bias, padding=1, groups=self.spatial.groups
+            )
             y = functional.leaky_relu_(y[:, :, above : above + stop - start], 0.1)
             return functional.conv2d(y, expand, expand_bias)
 
@@ -211,12 +214,8 @@ class Stage(nn.Module):
         inputs = channels * self.ratio**2
         self.lap = self._new_lap(config, finer)
         self.analysis = Linear1x1(inputs, config.channels)
-        self.encoder = nn.ModuleList(
-            [ResidualBlock(config.channels, config.hidden) for _ in range(config.encoder_blocks)]
-        )
-        self.decoder = nn.ModuleList(
-            [ResidualBlock(config.channels, config.hidden) for _ in range(config.decoder_blocks)]
-        )
+        self.encoder = nn.ModuleList([ResidualBlock(config) for _ in range(config.encoder_blocks)])
+        self.decoder = nn.ModuleList([ResidualBlock(config) for _ in range(config.decoder_blocks)])
         self.synthesis = Linear1x1(config.channels, inputs)
         self.unlap = self._new_lap(config, finer)
         self.renderer = Renderer(config.channels, config.renderer, config.stride) if config.renderer else None
@@ -260,9 +259,9 @@ class SliceQuantizer(nn.Module):
         self.planes, self.dim = piece.planes, piece.dim
         # The estimate of the very first slice is zero: there is nothing to refine.
         first = stage is config.levels[0] and index == 0
-        self.refine = None if first else ResidualBlock(stage.channels, stage.hidden)
+        self.refine = None if first else ResidualBlock(stage)
         more = 0 if first else stage.refine_blocks - 1
-        self.further = nn.ModuleList([ResidualBlock(stage.channels, stage.hidden) for _ in range(more)])
+        self.further = nn.ModuleList([ResidualBlock(stage) for _ in range(more)])
         self.codebook = Codebook(piece, config.codebook)
         steps = START_STEP * usual_step(config, torch.arange(KNOTS) / (KNOTS - 1))
         self.log_steps = nn.Parameter(steps.log()[:, None].repeat(1, piece.planes))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, distributed
 
 from vqcodec.models.quantizer import Codebook, start_of
+from vqcodec.models.vqvae import VQVAE
 
 # Of the exponential moving averages, a step (van den Oord et al. 2017, appendix A.1: gamma).
 DECAY = 0.99
@@ -98,6 +99,21 @@ def revive(book: Codebook, v: Tensor) -> int:
         for tensor in (book.vectors.data, book.usage, book.sums):
             distributed.broadcast(tensor, 0)
     return moved
+
+
+def books_of(vqvae: VQVAE) -> list[Codebook]:
+    """All codebooks, in the order of the network's modules."""
+    return [part for part in vqvae.modules() if isinstance(part, Codebook)]
+
+
+def perplexity(vqvae: VQVAE) -> float:
+    """How many codes of a plane are in effective use: 2 to the entropy of their usage, averaged over all planes."""
+    values = []
+    for level in range(len(vqvae.config.levels)):
+        for piece in vqvae.level_slices(level):
+            share = piece.codebook.usage / piece.codebook.usage.sum(1, keepdim=True).clamp(min=1e-9)
+            values.append(torch.exp(-(share * share.clamp(min=1e-12).log()).sum(1)))
+    return float(torch.cat(values).mean())
 
 
 def _sum_over_processes(x: Tensor) -> None:

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from vqcodec.models.config import Config
 from vqcodec.models.model import Context, Estimate, Follower, Slice, levels_of, walk
-from vqcodec.models.prior import Prior, rates
+from vqcodec.models.prior import Prior
 from vqcodec.models.quantizer import Codebook, Rates, grid, rows
 from vqcodec.models.vqvae import VQVAE
 from vqcodec.train.codebooks import update_averages
@@ -200,7 +200,7 @@ class RateDistortion(nn.Module):
                 shape = sought.shape[:2]
                 model = Rates(sought.new_zeros(*shape, config.parameters - 1), sought.new_zeros(shape))
             else:
-                model = rates(one.parameters, config.dim)
+                model = piece.rates(one.parameters)
             count = here.shape[2] * here.shape[3]
             share = (run.balance * run.rate_weight / (batch * run.area)).repeat_interleave(count)
             row_costs = step_cost.repeat_interleave(count, 0)

@@ -44,14 +44,14 @@ def quantise(
     """
     with torch.autocast(v.device.type, enabled=False):
         loss, indices, bits = _Quantise.apply(  # type: ignore[no-untyped-call]
-            v.float(), rates.theta.float(), rates.zero.float(), book.bias, book, weight, bias, share
+            v.float(), rates.theta.float(), rates.zero.float(), book.biases(), book, weight, bias, share
         )
     return loss, indices, bits
 
 
 @dataclass
 class _Task:
-    """What `quantise` is asked for, and what needs a gradient: with `pulled` the vectors, with `learns` the rate model."""
+    """What `quantise` is asked for, and what needs a gradient: the vectors if `pulled`, the rate model if it `learns`."""
 
     v: Tensor
     rates: Rates
@@ -109,7 +109,7 @@ class _Quantise(torch.autograd.Function):
 
 def _quantise_open(book: Codebook, task: _Task) -> _Answer:
     """Only for symbols for which another code than 0 could win, in blocks that fit the cache."""
-    v, theta, zero, bias = task.v, task.rates.theta, task.rates.zero, book.bias.detach()
+    v, theta, zero, bias = task.v, task.rates.theta, task.rates.zero, book.biases().detach()
     features, vectors = book.features(), book.vectors.detach()
     bits = (softplus2(zero) - zero).clamp_(max=MOST_BITS)
     indices = torch.zeros(zero.shape, dtype=torch.int64, device=v.device)
@@ -161,7 +161,7 @@ def _quantise_open(book: Codebook, task: _Task) -> _Answer:
 
 def _quantise_all(book: Codebook, task: _Task) -> _Answer:
     """For all symbols and codes alike: for devices where looking which symbols are open would take longer."""
-    v, theta, zero, bias = task.v, task.rates.theta, task.rates.zero, book.bias.detach()
+    v, theta, zero, bias = task.v, task.rates.theta, task.rates.zero, book.biases().detach()
     features, vectors = book.features(), book.vectors.detach()
     indices, spent = torch.empty_like(zero, dtype=torch.int64), torch.empty_like(zero)
     grad_v = torch.empty_like(v) if task.pulled else None

@@ -106,7 +106,8 @@ def principal_components(x: Tensor, count: int, limit: int = MOST_INPUTS) -> Ten
     """Leading principal directions, about the origin, of the channels of a map.
 
     With more than `limit` channels only the first ones are looked at. The inputs are an unshuffled map whose channels
-    come in decreasing energy, so the later ones of every group hold next to nothing of what the leading directions span.
+    come in decreasing energy, so the later ones of every group hold next to nothing of what the leading directions
+    span.
 
     Args:
         x: float (B, C, h, w). count: of the directions. limit: see above.

@@ -1,0 +1,153 @@
+"""Checkpoints: everything that resuming a run needs, as safetensors, beside its output.
+
+    model.*, average.*              state of both
+    adam.N.*, muon.N.*              state of optimisers, of parameter N
+    average.rounding.*              what stood in for the prior, kept when its turn is over
+    before.N                        validation crop N before training
+
+The metadata have the configuration, the weights of which a look is trained, and `Facts`.
+"""
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vqcodec.errors import TrainingError
+from vqcodec.models.config import Config
+from vqcodec.train.schedule import Phase
+from vqcodec.train.state import Run
+from vqcodec.train.validation import shorten_log
+
+ROUNDING = "average.rounding."
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a checkpoint holds besides tensors: attributes of `Run` and `Job`.
+
+    Attributes:
+        phase: the number of a `Phase`. recent: bits per pixel, and PSNR in dB.
+    """
+
+    step: int
+    spent: float
+    rate_start: float
+    phase: int
+    averaged: int
+    onward: bool
+    recent: list[float]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that has been read."""
+
+    facts: Facts
+    tensors: dict[str, Tensor]
+
+
+def path_of(output: Path) -> Path:
+    """Where the checkpoint of a run lies."""
+    return output.with_suffix(".ckpt")
+
+
+def save(run: Run) -> None:
+    """Replace the checkpoint of a run, atomically."""
+    tensors = {f"model.{k}": v for k, v in run.model.state_dict().items()}
+    tensors |= {f"average.{k}": v for k, v in run.average.state_dict().items()}
+    for name, optimiser in run.optimisers.items():
+        for index, state in optimiser.state_dict()["state"].items():
+            tensors |= {f"{name}.{index}.{k}": v for k, v in state.items()}
+    tensors |= {f"before.{index}": torch.from_numpy(pixels) for index, pixels in enumerate(run.before)}
+    tensors |= run.rounding_learned
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    job = run.job
+    facts = Facts(
+        step=run.step,
+        spent=run.spent,
+        rate_start=run.rate_start,
+        phase=int(run.phase),
+        averaged=run.averaged,
+        onward=job.onward,
+        recent=run.recent.tolist(),
+    )
+    metadata = {"config": job.config.to_json(), "facts": json.dumps(dataclasses.asdict(facts)), "look_of": job.look_of}
+    path = path_of(job.output)
+    temporary = path.with_suffix(".ckpt.tmp")
+    save_file(tensors, temporary, metadata)
+    os.replace(temporary, path)
+
+
+def read(output: Path, config: Config, look_of: str) -> Saved:
+    """Read the checkpoint of a run.
+
+    Args:
+        output: of the run. config, look_of: as of `Job`.
+
+    Raises:
+        TrainingError: there is none, or it is of another configuration or another look. The commitment may differ.
+    """
+    path = path_of(output)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(f"cannot resume from {path}: {error}") from None
+    try:
+        facts = Facts(**json.loads(metadata.get("facts", "{}")))
+    except (TypeError, ValueError):
+        message = f"cannot resume from {path}: not a checkpoint of a training run of this version"
+        raise TrainingError(message) from None
+    if dataclasses.replace(Config.from_json(metadata["config"]), commitment=config.commitment) != config:
+        raise TrainingError(f"{path} is of another configuration")
+    of = metadata.get("look_of", "")
+    if of != look_of:
+        raise TrainingError(f"{path} is of {f'a look of weights {of}' if of else 'a model of its own'}")
+    return Saved(facts, tensors)
+
+
+def restore(run: Run, saved: Saved) -> None:
+    """Go on where a checkpoint was saved."""
+    facts, tensors = saved.facts, dict(saved.tensors)
+    if facts.phase != Phase.ROUNDING:
+        run.model.rounding = run.average.rounding = None
+        run.rounding_learned = {k: tensors.pop(k) for k in list(tensors) if k.startswith(ROUNDING)}
+    for prefix, module in (("model.", run.model), ("average.", run.average)):
+        module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    for name, optimiser in run.optimisers.items():
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            if key.startswith(f"{name}."):
+                _, index, field = key.split(".")
+                state.setdefault(int(index), {})[field] = tensor
+        optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
+    before = sorted((k for k in tensors if k.startswith("before.")), key=lambda k: int(k.removeprefix("before.")))
+    run.before = [tensors[k].numpy() for k in before]
+    run.step, run.spent, run.averaged = facts.step, facts.spent, facts.averaged
+    run.rate_start, run.phase = facts.rate_start, Phase(facts.phase)
+    run.recent = torch.tensor(facts.recent, device=run.job.device)
+    if run.job.rank == 0:
+        shorten_log(run)
+
+
+def rounding_tensors(rounding: nn.Module) -> dict[str, Tensor]:
+    """What stood in for the prior, by its names in a checkpoint."""
+    return {f"{ROUNDING}{name}": tensor for name, tensor in rounding.state_dict().items()}
+
+
+def rounding_of(output: Path) -> dict[str, Tensor]:
+    """What stood in for the prior in the run that made some weights, by its own names; nothing without a checkpoint."""
+    try:
+        with safe_open(path_of(output), framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(ROUNDING)]  # noqa: SIM118 (not a dict)
+            return {name.removeprefix(ROUNDING): file.get_tensor(name) for name in names}
+    except (OSError, SafetensorError):
+        return {}

@@ -1,0 +1,91 @@
+"""What a run is asked to do: decided before it begins, and the same to its end."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vqcodec.errors import TrainingError
+from vqcodec.models.config import Config
+from vqcodec.models.model import Model
+from vqcodec.models.recipes import load_config
+from vqcodec.train.progress import Progress
+from vqcodec.train.schedule import LOOK, SCHEDULES, Schedule
+
+# Crops a step of a GPU: with fewer, most of it would be idle.
+GPU_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run is asked to do.
+
+    Attributes:
+        config, schedule: what learns, and how.
+        output: the weights file. seconds: budget of the whole run, earlier parts included. seed: of crops and qualities.
+        device: of this process. rank: its number; the first one, 0, validates and writes. world: how many there are.
+        onward: whether the run began with weights that were good already, and has the schedule for these.
+        look_of: id, in hexadecimal, of the weights of which another look is trained; "" if none is.
+        on_progress, on_warning: as of `train`; None in all processes but the first.
+    """
+
+    config: Config
+    schedule: Schedule
+    output: Path
+    seconds: float
+    seed: int
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+    onward: bool = False
+    look_of: str = ""
+    on_progress: Callable[[Progress], None] | None = None
+    on_warning: Callable[[str], None] | None = None
+
+
+def configuration(asked: str | Path | Config | None, given: Model | None, source: Path | None, look: bool) -> Config:
+    """What is trained.
+
+    Args:
+        asked: a configuration, the name of one, a JSON file, or None. given: weights to begin with, and source: their
+            file. look: whether another look of them is trained.
+
+    Raises:
+        TrainingError: the weights differ from what was asked for in more than the commitment, or a look has none.
+        WeightsError: unknown configuration.
+    """
+    config = asked if isinstance(asked, Config) else load_config(str(asked or "photo"))
+    if look:
+        if given is None:
+            raise TrainingError("a look needs the weights that it is for")
+        return given.config if given.looks else given.config.look()
+    if given is None:
+        return config
+    if asked is None:
+        return given.config
+    if fields := _differences(config, given.config):
+        raise TrainingError(f"{source} has another configuration than {config.name!r}, differing in {fields}")
+    return config
+
+
+def _differences(asked: Config, given: Config) -> str:
+    """The fields in which two configurations differ, apart from the commitment."""
+    names = (field.name for field in dataclasses.fields(Config) if field.name != "commitment")
+    return ", ".join(name for name in names if getattr(asked, name) != getattr(given, name))
+
+
+def usual_schedule(config: Config, device: torch.device, world: int, look: bool) -> Schedule:
+    """The schedule of a configuration, or of another look, on so many processes with such devices."""
+    schedule = LOOK if look else SCHEDULES.get(config.name, Schedule())
+    return schedule.with_batch(GPU_BATCH * world) if device.type == "cuda" else schedule
+
+
+def fitting(schedule: Schedule, config: Config) -> Schedule:
+    """A schedule without the phases that a configuration has no use for."""
+    if config.rate == "after":  # the prior has its own part of the time already
+        return dataclasses.replace(schedule.without_rounding(), joint_rate=1.0, polish_from=1.0)
+    if not config.structured:
+        return dataclasses.replace(schedule.without_rounding(), joint_rate=1.0)
+    return schedule
