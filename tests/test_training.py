@@ -20,6 +20,7 @@ import models
 import numpy as np
 import pytest
 import torch
+from commandline import ROOT
 from models import TINY
 from safetensors.torch import load_file, save_file
 from trainer import BOOKKEEPING, SMALL, Run, checkpoint_of, log_of, make_pictures, run, sheet_of, small_runs
@@ -269,8 +270,7 @@ def test_an_interrupted_save_leaves_the_last_checkpoint(
 SCRIPT = """
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from vqcodec.train import begin, export
+from vqcodec.models.config import Config
 from vqcodec.train import run as training
 from vqcodec.train.schedule import Schedule
 
@@ -281,7 +281,7 @@ if __name__ == "__main__":
     training.train(
         [Path(sys.argv[1])],
         Path(sys.argv[2]),
-        config={config!r},
+        config=Config.from_json({config!r}),
         minutes=float(sys.argv[3]),
         device="cpu",
         schedule={schedule!r},
@@ -291,14 +291,9 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
-    path, configuration = tmp_path / "run.py", tmp_path / "tiny.json"
-    configuration.write_text(TINY.to_json(), encoding="utf-8")
-    path.write_text(
-        SCRIPT.format(
-            settings={**BOOKKEEPING, "run.CHECKPOINT_SECONDS": 0.1}, schedule=SMALL, config=str(configuration)
-        ),
-        encoding="utf-8",
-    )
+    path = tmp_path / "run.py"
+    settings = {**BOOKKEEPING, "run.CHECKPOINT_SECONDS": 0.1}
+    path.write_text(SCRIPT.format(settings=settings, schedule=SMALL, config=TINY.to_json()), encoding="utf-8")
     return path
 
 
@@ -306,7 +301,8 @@ def script(tmp_path: Path) -> Path:
 def test_kill(pictures: Path, tmp_path: Path, script: Path, small: None) -> None:
     output = tmp_path / "mine.safetensors"
     checkpoint = output.with_suffix(".ckpt")
-    with subprocess.Popen([sys.executable, str(script), str(pictures), str(output), "5"]) as process:
+    command = [sys.executable, str(script), str(pictures), str(output), "5"]
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
         deadline = time.monotonic() + 60
         while not checkpoint.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -324,7 +320,7 @@ def test_two_processes(pictures: Path, tmp_path: Path, script: Path) -> None:
     output = tmp_path / "mine.safetensors"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(script), str(pictures), str(output), str(6 / 60)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=200, env=environment)
     assert done.returncode == 0, done.stderr
     rows = log_of(output)
@@ -474,30 +470,13 @@ def test_start_from_weights(trained: Run, pictures: Path, tmp_path: Path, untune
 def test_the_configuration_comes_with_the_weights(
     trained: Run, pictures: Path, tmp_path: Path, unmeasured: None
 ) -> None:
-    """All of it, unless asked otherwise; the commitment is all that can be asked."""
+    """All of it, unless another commitment is asked for."""
     first, second, third = trained.output, tmp_path / "second.safetensors", tmp_path / "third.safetensors"
     expected = dataclasses.replace(TINY, commitment=0.1)
     run(pictures, second, 0.1, start_from=first, config=expected)
     assert weights.load(second).config == expected
     run(pictures, third, 0.1, start_from=second, config=None)
     assert weights.load(third).config == expected
-
-
-@pytest.mark.parametrize(
-    ("config", "fields"),
-    [
-        ("photo", "name, stages, prior"),
-        (dataclasses.replace(TINY, name="mine", commitment=0.3), "name"),
-        (dataclasses.replace(TINY, prior=PriorConfig(channels=24, embedding=16)), "prior"),
-    ],
-)
-def test_weights_of_another_configuration(pictures: Path, tmp_path: Path, config: str | Config, fields: str) -> None:
-    name = config if isinstance(config, str) else config.name
-    with pytest.raises(
-        TrainingError, match=rf"tiny\.safetensors has another configuration than '{name}', differing in {fields}$"
-    ):
-        run(pictures, tmp_path / "mine.safetensors", 1, start_from=models.tiny_weights(), config=config)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_stood_in_for_the_prior_goes_on(
@@ -542,6 +521,23 @@ def test_weights_go_on_by_their_own_schedule(
 
 
 # Errors
+
+
+@pytest.mark.parametrize(
+    ("config", "fields"),
+    [
+        ("photo", "name, stages, prior"),
+        (dataclasses.replace(TINY, name="mine", commitment=0.3), "name"),
+        (dataclasses.replace(TINY, prior=PriorConfig(channels=24, embedding=16)), "prior"),
+    ],
+)
+def test_weights_of_another_configuration(pictures: Path, tmp_path: Path, config: str | Config, fields: str) -> None:
+    name = config if isinstance(config, str) else config.name
+    with pytest.raises(
+        TrainingError, match=rf"tiny\.safetensors has another configuration than '{name}', differing in {fields}$"
+    ):
+        run(pictures, tmp_path / "mine.safetensors", 1, start_from=models.tiny_weights(), config=config)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_to_train_on(tmp_path: Path, small: None) -> None:

@@ -37,8 +37,7 @@ SMALL = Schedule(
     rate_rise=0.2,
     polish_rate=0.15,
 )
-# By module of vqcodec.train.
-BOOKKEEPING: dict[str, float] = {"run.REPORT_SECONDS": 0.0, "run.CHECKPOINT_SECONDS": 0.5, "run.VALIDATIONS": 3}
+BOOKKEEPING = {"run.REPORT_SECONDS": 0.0, "run.CHECKPOINT_SECONDS": 0.5, "run.VALIDATIONS": 3}
 BOOKKEEPING |= {"begin.START_CROPS": 32, "export.TUNING_CROPS": 1}
 STEPS_A_SECOND = 20
 
