@@ -1,6 +1,7 @@
 """Rate-distortion curves of vqcodec and the classic codecs.
 
-Every picture is encoded at every quality, the file written and its bytes counted, read back, decoded and compared with the
+Every picture is encoded at every quality, the file written and its bytes counted, read back, decoded and compared with
+the
 original. Results: one JSON file per codec, one plot per measure, BD-rates, and a report in one HTML file.
 
     python -m bench.rate_distortion [FOLDER_OR_PICTURES...] [-o out/rd]
@@ -48,11 +49,13 @@ COMPARED_CODECS = ("vqcodec", "vqcodec-psnr", "vqcodec-natural", "avif", "jxl", 
 COMPARED_SIDE = 1024  # bigger pictures are cut to their middle, to keep the report small
 BD_RATE_TEXT = (
     "How many bits a codec (row) needs more or less than another (column) at equal quality, averaged over the range of "
-    "quality given below each number, which is the range both curves reach. Negative is better. Bits per pixel and quality "
+    "quality given below each number, which is the range both curves reach. Negative is better. Bits per pixel and "
+    "quality "
     "are first averaged over the pictures."
 )
 COMPARED_TEXT = (
-    "Point at a picture to see the same place of all of them pixel for pixel. The first codec takes its quality nearest to "
+    "Point at a picture to see the same place of all of them pixel for pixel. The first codec takes its quality "
+    "nearest to "
     "the stated rate, the others theirs nearest to its bytes."
 )
 BROWSER_TYPES = {".jpg": "image/jpeg", ".webp": "image/webp", ".avif": "image/avif", ".png": "image/png"}
@@ -415,7 +418,8 @@ def aim_lines(reached: Aim | None) -> list[str]:
     for level in reached.levels:
         jpeg = "outside its PSNR range" if level.jpeg_bpp is None else f"{level.jpeg_bpp:.3f} bpp"
         lines.append(
-            f"  quality {level.quality:g}: {level.bpp:.3f} bpp, {level.psnr:.2f} dB; JPEG at that PSNR: {jpeg}: {_verdict(level.holds)}"
+            f"  quality {level.quality:g}: {level.bpp:.3f} bpp, {level.psnr:.2f} dB;"
+            f" JPEG at that PSNR: {jpeg}: {_verdict(level.holds)}"
         )
     lines.append(f"No worse than JPEG at every quality level: {_verdict(reached.levels_hold)}")
     return lines

@@ -51,7 +51,7 @@ def rounded(x: float | None) -> float | None:
 
 
 def compact(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What is kept of a results file of bench.rate_distortion: all but the seconds, each picture's values in columns."""
+    """What is kept of a results file of rate_distortion.py: all but the seconds, each picture's values in columns."""
     columns = ["bytes", *(m.column for m in MEASURES.values() if m.column in content["results"])]
     pictures: dict[str, dict[str, Any]] = {}
     for row in content["pictures"]:
@@ -141,9 +141,9 @@ def saving(record: Record) -> str:
         for key, measure in (("vqcodec", "ssimulacra2"), ("vqcodec-psnr", "psnr"))
     )
     return (
-        f"At equal looks (SSIMULACRA2, BD-rates on Kodak) files are {looks[0]} smaller than JPEG, {looks[1]} smaller than\n"
-        f"JPEG XL and {looks[2]} smaller than AVIF. At equal PSNR, with `--tune psnr`, they are {squares[0]}, {squares[1]}"
-        f" and {squares[2]}\nsmaller."
+        f"At equal looks (SSIMULACRA2, BD-rates on Kodak) files are {looks[0]} smaller than JPEG, {looks[1]} smaller"
+        f" than\nJPEG XL and {looks[2]} smaller than AVIF. At equal PSNR, with `--tune psnr`, they are {squares[0]},"
+        f" {squares[1]} and {squares[2]}\nsmaller."
     )
 
 

@@ -51,7 +51,7 @@ def quantise(
 
 @dataclass
 class _Task:
-    """What `quantise` is asked for, and what needs a gradient: the vectors if `pulled`, the rate model if it `learns`."""
+    """What `quantise` is asked for; the vectors need a gradient if `pulled`, the rate model if it `learns`."""
 
     v: Tensor
     rates: Rates
