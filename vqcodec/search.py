@@ -72,7 +72,7 @@ class _Symbols:
         piece: the slice, with its steps and codebook.
         indices: int64 (N, P), the present codes.
         rate_model: the rate model of the symbols.
-        step_cost: float (P,), distortion cost of one squared step behind an orthonormal decoder, in bits.
+        weight: float (P,), distortion cost of one squared step behind an orthonormal decoder, in bits.
         factors: float (N,), what the distortion cost of each position is multiplied by.
         inputs: float (1, P * 2 D, h, w), what the prior sees of the codes. A leaf of the graph.
         vectors: float (1, P D, h, w), what the decoder gets of them, in steps. A leaf of the graph.
@@ -81,7 +81,7 @@ class _Symbols:
     piece: Slice
     indices: Tensor
     rate_model: Rates
-    step_cost: Tensor
+    weight: Tensor
     factors: Tensor
     inputs: Tensor
     vectors: Tensor
@@ -198,7 +198,7 @@ def _improve(
     present = best = codes
     least = point.total
     slopes = _slopes(point)
-    curvatures = [_Curvature(s.step_cost) for s in point.symbols]
+    curvatures = [_Curvature(s.weight) for s in point.symbols]
     for step in range(rounds):
         progress = step / max(1, rounds - 1)
         changed = iter(_change(point, slopes, [damping * c.estimate for c in curvatures], fraction, generator))
