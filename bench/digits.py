@@ -2,7 +2,8 @@
 
     python -m bench.digits train-images-idx3-ubyte.gz digits/train
 
-The format (LeCun, Cortes & Burges): four numbers of four bytes, big endian, magic 2051, count, rows and columns, then bytes.
+The format (LeCun, Cortes & Burges): four numbers of four bytes, big endian, magic 2051, count, rows and columns, then
+bytes.
 """
 
 import argparse

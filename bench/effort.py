@@ -2,8 +2,10 @@
 
     python -m bench.effort PICTURES... [--efforts 1,3,9] [--qualities 20,50,80] [--jobs 1] [-o out/effort.json]
 
-For each effort: BD-rate against effort 1 (PSNR, means over the pictures), seconds a picture, and bits per pixel and PSNR at each
-quality. What is in the output file already is not measured again. It tells weights by their id and pictures by their bytes, but
+For each effort: BD-rate against effort 1 (PSNR, means over the pictures), seconds a picture, and bits per pixel and
+PSNR at each
+quality. What is in the output file already is not measured again. It tells weights by their id and pictures by their
+bytes, but
 does not notice new code: remove it after a change of vqcodec/search.py.
 """
 
@@ -62,7 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     wanted = {name(p, e, q): (p, e, q) for e in efforts for q in qualities for p in paths}
     missing = {key: args for key, args in wanted.items() if key not in known}
-    # Not forked: a copy of a process whose torch has threads may wait for them for ever. More threads than cores are far slower.
+    # Not forked: a copy of a process whose torch has threads may wait for them for ever. More threads than cores are
+    # far slower.
     threads = max(1, torch.get_num_threads() // given.jobs)
     with ProcessPoolExecutor(given.jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
         for key, found in zip(missing, pool.map(_measure, missing.values()), strict=True):

@@ -1,12 +1,16 @@
 """Whether .vqz files decode to the same codes whatever computes them: threads, instruction sets, fast maths, CUDA.
 
-Every variant is a process of its own, because libraries choose their kernels once. Besides the files, each variant convolves
-integers at their bounds (1035 inputs of 127, as many as float32 sums exactly) and must come to the result of 64-bit integers.
+Every variant is a process of its own, because libraries choose their kernels once. Besides the files, each variant
+convolves
+integers at their bounds (1035 inputs of 127, as many as float32 sums exactly) and must come to the result of 64-bit
+integers.
 
     python -m bench.exactness [--weights FILE] [FILES.vqz ...]
 
-Without files: the golden files of the tests, whose codes are kept beside them, and a made picture coded with the packaged weights.
-Prints SHA-256 prefixes of the codes; the exit code is 1 if any differ. The lines of another machine or another version of torch
+Without files: the golden files of the tests, whose codes are kept beside them, and a made picture coded with the
+packaged weights.
+Prints SHA-256 prefixes of the codes; the exit code is 1 if any differ. The lines of another machine or another version
+of torch
 can be compared by eye or with diff.
 """
 
@@ -152,7 +156,7 @@ def _child(task: dict[str, object]) -> tuple[str, dict[str, str]]:
 
 
 def _bounds() -> tuple[IntegerConv, torch.Tensor]:
-    """A frozen convolution of 1035 inputs and what it is to convolve: integers in -127..127, many of them at the ends."""
+    """A frozen convolution of 1035 inputs and what it convolves: integers in -127..127, many of them at the ends."""
     generator = torch.Generator().manual_seed(0)
     conv = IntegerConv(115, 48, 3).requires_grad_(False)
     conv.freeze()

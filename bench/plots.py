@@ -12,6 +12,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bench.bd_rate import Curve
+from bench.curves import Result
+from bench.measures import Measure
 
 COLOURS = {
     "vqcodec": "#c2410c",
@@ -82,3 +84,13 @@ def rate_distortion(lines: Sequence[Line], axis: str) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=160)
     return buffer.getvalue()
+
+
+def draw(curves: Sequence[Result], chosen: Sequence[Measure]) -> dict[str, bytes]:
+    """A plot for each measure, as PNG bytes."""
+    images = {}
+    for measure in chosen:
+        lines = [Line(result.key, result.title, c) for result in curves if (c := result.curve(measure))]
+        if lines:
+            images[measure.key] = rate_distortion(lines, measure.axis)
+    return images

@@ -1,6 +1,7 @@
 """Rate-distortion curves of vqcodec and the classic codecs.
 
-Every picture is encoded at every quality, the file written and its bytes counted, read back, decoded and compared with the
+Every picture is encoded at every quality, the file written and its bytes counted, read back, decoded and compared with
+the
 original. Results: one JSON file per codec, one plot per measure, BD-rates, and a report in one HTML file.
 
     python -m bench.rate_distortion [FOLDER_OR_PICTURES...] [-o out/rd]
@@ -29,8 +30,8 @@ from PIL import Image
 
 from bench import codecs, measures, plots, report
 from bench.bd_rate import BdRate, bd_rate
+from bench.curves import AIM_RATES, Aim, Comparison, Result, Row, aim, comparisons, published
 from bench.measures import MEASURES, Measure
-from bench.results import AIM_RATES, Aim, Comparison, Result, Row, aim, comparisons, published
 from vqcodec import files
 from vqcodec.errors import VqcodecError
 from vqcodec.metrics import psnr
@@ -48,11 +49,13 @@ COMPARED_CODECS = ("vqcodec", "vqcodec-psnr", "vqcodec-natural", "avif", "jxl", 
 COMPARED_SIDE = 1024  # bigger pictures are cut to their middle, to keep the report small
 BD_RATE_TEXT = (
     "How many bits a codec (row) needs more or less than another (column) at equal quality, averaged over the range of "
-    "quality given below each number, which is the range both curves reach. Negative is better. Bits per pixel and quality "
+    "quality given below each number, which is the range both curves reach. Negative is better. Bits per pixel and "
+    "quality "
     "are first averaged over the pictures."
 )
 COMPARED_TEXT = (
-    "Point at a picture to see the same place of all of them pixel for pixel. The first codec takes its quality nearest to "
+    "Point at a picture to see the same place of all of them pixel for pixel. The first codec takes its quality "
+    "nearest to "
     "the stated rate, the others theirs nearest to its bytes."
 )
 BROWSER_TYPES = {".jpg": "image/jpeg", ".webp": "image/webp", ".avif": "image/avif", ".png": "image/png"}
@@ -105,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     meta = {"dataset": ", ".join(sorted({p.parent.name for p in pictures})), "pictures": len(pictures), **versions()}
     for result in results:
         _write_json(options.output / f"{result.key}.json", result.to_json(meta))
-    images = draw(curves, chosen_measures)
+    images = plots.draw(curves, chosen_measures)
     for key, data in images.items():
         (options.output / f"{key}.png").write_bytes(data)
     compared = comparisons(curves, chosen_measures)
@@ -311,16 +314,6 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "machine": platform.platform(), **installed}
 
 
-def draw(curves: Sequence[Result], chosen: Sequence[Measure]) -> dict[str, bytes]:
-    """A plot for each measure, as PNG bytes."""
-    images = {}
-    for measure in chosen:
-        lines = [plots.Line(result.key, result.title, c) for result in curves if (c := result.curve(measure))]
-        if lines:
-            images[measure.key] = plots.rate_distortion(lines, measure.axis)
-    return images
-
-
 def compare_pictures(pictures: Sequence[Path], chosen: Sequence[codecs.Codec]) -> list[tuple[str, list[report.Shot]]]:
     """Rows of pictures of nearly equal size: the original and each of COMPARED_CODECS.
 
@@ -425,7 +418,8 @@ def aim_lines(reached: Aim | None) -> list[str]:
     for level in reached.levels:
         jpeg = "outside its PSNR range" if level.jpeg_bpp is None else f"{level.jpeg_bpp:.3f} bpp"
         lines.append(
-            f"  quality {level.quality:g}: {level.bpp:.3f} bpp, {level.psnr:.2f} dB; JPEG at that PSNR: {jpeg}: {_verdict(level.holds)}"
+            f"  quality {level.quality:g}: {level.bpp:.3f} bpp, {level.psnr:.2f} dB;"
+            f" JPEG at that PSNR: {jpeg}: {_verdict(level.holds)}"
         )
     lines.append(f"No worse than JPEG at every quality level: {_verdict(reached.levels_hold)}")
     return lines

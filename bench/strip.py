@@ -1,15 +1,16 @@
 """A piece of a picture as several codecs restore it at equal bytes, in a row: the original, then the others in order.
 
-    python -m bench.strip [PICTURE] [--rate 0.15] [--codecs vqcodec,vqcodec-natural,avif,jxl] [--piece LEFT,TOP,SIDE]
-        -o docs/looks.jpg
+    python -m bench.strip [PICTURE] [--rates 0.15,0.3,0.8] [--codecs vqcodec,avif,jxl] [--piece LEFT,TOP,SIDE]
+        [--enlarge N] -o docs/looks.jpg
 
-The whole picture is coded: the first codec takes its quality nearest to the rate, the others theirs nearest to its
-bytes. Each piece has the codec and the bytes of the whole file below it. A piece of less than 384 pixels is enlarged by
-a whole factor, without smoothing. Without a picture it is matplotlib's sample photo.
+There is a row for each rate. The whole picture is coded: the first codec takes its quality nearest to the rate, the
+others theirs nearest to its bytes. Each piece has the codec and the bytes of the whole file below it. Pieces are
+enlarged by a whole factor, without smoothing. Without a picture it is matplotlib's sample photo.
 """
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,19 +20,19 @@ from PIL import Image, ImageDraw
 from bench import codecs
 from bench.rate_distortion import SAMPLE, load
 
-LEAST_SIDE = 384  # pixels of a piece as shown
+JPEG_QUALITY = 85  # of the strip itself, where it is written as JPEG
 
 
-def draw(pieces: list[NDArray[np.uint8]], captions: list[str]) -> Image.Image:
+def draw(pieces: Sequence[NDArray[np.uint8]], captions: Sequence[str], factor: int) -> Image.Image:
     """A row of pieces, each with its caption below.
 
     Args:
         pieces: uint8 (side, side, 3), all of one size.
         captions: of one or two lines each.
+        factor: by which pieces are enlarged.
     """
-    factor = -(-LEAST_SIDE // len(pieces[0]))
     side = factor * len(pieces[0])
-    font_size = side // 16
+    font_size = max(14, side // 16)
     strip = Image.new("RGB", (len(pieces) * side, side + 3 * font_size), "white")
     pen = ImageDraw.Draw(strip)
     for number, (piece, caption) in enumerate(zip(pieces, captions, strict=True)):
@@ -42,28 +43,41 @@ def draw(pieces: list[NDArray[np.uint8]], captions: list[str]) -> Image.Image:
     return strip
 
 
+def stack(rows: Sequence[Image.Image]) -> Image.Image:
+    """Rows of one size below each other."""
+    width, height = rows[0].size
+    sheet = Image.new("RGB", (width, height * len(rows)))
+    for number, row in enumerate(rows):
+        sheet.paste(row, (0, number * height))
+    return sheet
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("picture", type=Path, nargs="?", default=SAMPLE)
-    parser.add_argument("--rate", type=float, default=0.15, help="bits per pixel")
-    parser.add_argument("--codecs", default="vqcodec,vqcodec-natural,avif,jxl")
-    parser.add_argument("--piece", default="120,60,256", help="LEFT,TOP,SIDE in pixels")
+    parser.add_argument("--rates", default="0.15", help="bits per pixel, a row for each (default: %(default)s)")
+    parser.add_argument("--codecs", default="vqcodec,vqcodec-natural,avif,jxl", help="default: %(default)s")
+    parser.add_argument("--piece", default="120,60,256", help="LEFT,TOP,SIDE in pixels (default: %(default)s)")
+    parser.add_argument("--enlarge", type=int, default=2, metavar="N", help="default: %(default)s")
     parser.add_argument("-o", "--output", type=Path, required=True)
     given = parser.parse_args(arguments)
     pixels = load(given.picture)
     left, top, side = (int(number) for number in given.piece.split(","))
-    size = given.rate * pixels[:, :, 0].size / 8
-    shown, captions = [pixels], ["original"]
-    for number, key in enumerate(given.codecs.split(",")):
-        codec = codecs.get(key)
-        quality, data = codecs.nearest_quality(codec, pixels, size)
-        print(f"{codec.title}: quality {quality:g}, {len(data):,} bytes")
-        size = size if number else len(data)
-        shown.append(codec.decode(data))
-        captions.append(f"{codec.title}\n{len(data):,} bytes")
-    pieces = [restored[top : top + side, left : left + side] for restored in shown]
-    draw(pieces, captions).save(given.output, quality=92)
+    rows = []
+    for rate in map(float, given.rates.split(",")):
+        size = rate * pixels[:, :, 0].size / 8
+        shown, captions = [pixels], [f"original\n{rate:g} bits per pixel:"]
+        for number, key in enumerate(given.codecs.split(",")):
+            codec = codecs.get(key)
+            quality, data = codecs.nearest_quality(codec, pixels, size)
+            print(f"{codec.title}: quality {quality:g}, {len(data):,} bytes")
+            size = size if number else len(data)
+            shown.append(codec.decode(data))
+            captions.append(f"{codec.title}\n{len(data):,} bytes")
+        pieces = [restored[top : top + side, left : left + side] for restored in shown]
+        rows.append(draw(pieces, captions, given.enlarge))
+    stack(rows).save(given.output, quality=JPEG_QUALITY)
     return 0
 
 

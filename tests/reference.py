@@ -1,4 +1,5 @@
-"""A second reader of .vqz files: segments -> indices -> pixels, written from FORMAT.md alone, with nothing of the package.
+"""A second reader of .vqz files: segments -> indices -> pixels, written from FORMAT.md alone, with nothing of the
+package.
 
 Indices come from Python integers and numpy's int64 only: slow, and unable to round. Pixels come from float64.
 """

@@ -26,7 +26,7 @@ pytest.importorskip("imagecodecs", reason="needs the extra 'bench': pip install 
 
 from models import TINY
 
-from bench import codecs, effort, measures, plots, rate_distortion, report, results, sensitivity, speed, strip, targets
+from bench import codecs, curves, effort, measures, plots, rate_distortion, report, sensitivity, speed, strip, targets
 from bench.bd_rate import Curve, bd_rate, pchip
 from vqcodec import tuning
 from vqcodec import weights as weights_files
@@ -278,30 +278,30 @@ def test_nearest_quality_is_the_best_of_all() -> None:
 # The aim
 
 
-def result(key: str, qualities: list[float], bpp: list[float], psnr: list[float]) -> results.Result:
-    return results.Result(key, key, "", {"quality": qualities, "bpp": bpp, "psnr-rgb": psnr})
+def result(key: str, qualities: list[float], bpp: list[float], psnr: list[float]) -> curves.Result:
+    return curves.Result(key, key, "", {"quality": qualities, "bpp": bpp, "psnr-rgb": psnr})
 
 
 def test_aim_against_jpeg() -> None:
     psnr = [26.0, 30.0, 34.0, 38.0]
     jpeg = result("jpeg", [1, 2, 3, 4], [0.2, 0.5, 1.2, 2.4], psnr)
-    saved = results.aim([jpeg, result("vqcodec", [1, 2, 3, 4], [0.15, 0.375, 0.9, 1.8], psnr)], PSNR)
+    saved = curves.aim([jpeg, result("vqcodec", [1, 2, 3, 4], [0.15, 0.375, 0.9, 1.8], psnr)], PSNR)
     assert saved is not None and saved.value is not None
     assert saved.value.percent == pytest.approx(-25, abs=1e-6)
     assert saved.average_holds and saved.levels_hold
     assert [level.jpeg_bpp for level in saved.levels] == pytest.approx([0.2, 0.5, 1.2, 2.4])
 
-    worse_once = results.aim([jpeg, result("vqcodec", [1, 2, 3], [0.15, 0.25, 1.3], [26.0, 30.0, 34.0])], PSNR)
+    worse_once = curves.aim([jpeg, result("vqcodec", [1, 2, 3], [0.15, 0.25, 1.3], [26.0, 30.0, 34.0])], PSNR)
     assert worse_once is not None
     assert [level.holds for level in worse_once.levels] == [True, True, False]
     assert any("FAILS" in text for text in rate_distortion.aim_lines(worse_once))
 
-    beyond = results.aim([jpeg, result("vqcodec", [1, 2, 3, 4], [0.1, 0.2, 2.0, 2.5], [24.0, 24.1, 39.0, 40.0])], PSNR)
+    beyond = curves.aim([jpeg, result("vqcodec", [1, 2, 3, 4], [0.1, 0.2, 2.0, 2.5], [24.0, 24.1, 39.0, 40.0])], PSNR)
     assert beyond is not None
     assert [level.holds for level in beyond.levels] == [None, False, True, None]
     assert not beyond.levels_hold
 
-    assert results.aim([jpeg], PSNR) is None
+    assert curves.aim([jpeg], PSNR) is None
     assert "not checked" in rate_distortion.aim_lines(None)[0]
 
 
@@ -309,7 +309,7 @@ def test_tunings_are_compared_with_vqcodec() -> None:
     psnr = [26.0, 30.0, 34.0, 38.0]
     own = result("vqcodec", [1, 2, 3, 4], [0.2, 0.4, 0.8, 1.6], psnr)
     tuned = result("vqcodec-psnr", [1, 2, 3, 4], [0.18, 0.36, 0.72, 1.44], psnr)
-    (found,) = results.comparisons([own, tuned], [PSNR])
+    (found,) = curves.comparisons([own, tuned], [PSNR])
     assert (found.test, found.anchor) == ("vqcodec-psnr", "vqcodec")
     assert found.value is not None and found.value.percent == pytest.approx(-10)
 
@@ -325,11 +325,11 @@ def test_published_curves(tmp_path: Path) -> None:
         "points": [[0.1, 29], [0.4, 34]],
     }
     (tmp_path / "extra-published.json").write_text(json.dumps({"entries": [entry, {"name": "other"}]}))
-    found = results.published(tmp_path)
+    found = curves.published(tmp_path)
     assert [r.title for r in found] == ["JPEG, published", "HPCM-Large, published"]
     curve = found[1].curve(PSNR)
     assert curve is not None and curve.rate.tolist() == [0.1, 0.4]
-    compared = results.comparisons(found, [PSNR])
+    compared = curves.comparisons(found, [PSNR])
     assert [(c.test, c.anchor) for c in compared] == [("HPCM-Large, published", "JPEG, published")]
 
 
@@ -577,24 +577,29 @@ def test_sensitivity_of_given_weights(folder: Path, tmp_path: Path, capsys: pyte
 
 
 def test_a_strip_shows_the_same_piece_of_every_codec(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a row for each rate, with captions, enlarged without smoothing."""
     source, output = tmp_path / "picture.png", tmp_path / "strip.png"
     pixels = models.picture(60, 90)
     Image.fromarray(pixels).save(source)
-    asked = [str(source), "--rate", "3", "--codecs", "jpeg,webp", "--piece", "5,9,32", "-o", str(output)]
-    assert strip.main(asked) == 0
+    asked = [str(source), "--rates", "1.2,2.4", "--codecs", "jpeg,webp", "--piece", "5,9,32", "--enlarge", "4"]
+    assert strip.main([*asked, "-o", str(output)]) == 0
     with Image.open(output) as shown:
-        columns = np.split(np.asarray(shown), 3, axis=1)
-    original, *restored = (column[: strip.LEAST_SIDE : 12, ::12] for column in columns)  # enlarged 12 times
-    assert np.array_equal(original, pixels[9:41, 5:37])
-    assert np.array_equal(original.repeat(12, axis=0).repeat(12, axis=1), columns[0][: strip.LEAST_SIDE])
-    assert all(measured_psnr(original, piece) > 20 for piece in restored)
-    captions = [column[strip.LEAST_SIDE :] for column in columns]
-    assert all((caption == 255).any() and (caption < 64).any() for caption in captions)
-    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["JPEG", "WebP"]
+        rows = np.split(np.asarray(shown), 2)
+    errors = []
+    for row in rows:
+        columns = np.split(row, 3, axis=1)
+        original, *restored = (column[:128:4, ::4] for column in columns)
+        assert np.array_equal(original, pixels[9:41, 5:37])
+        assert np.array_equal(original.repeat(4, axis=0).repeat(4, axis=1), columns[0][:128])
+        captions = [column[128:] for column in columns]
+        assert all((caption == 255).any() and (caption < 64).any() for caption in captions)
+        errors.append([measured_psnr(original, piece) for piece in restored])
+    assert all(18 < low < high for low, high in zip(*errors, strict=True))
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["JPEG", "WebP"] * 2
 
 
-def test_a_strip_does_not_enlarge_large_pieces() -> None:
+def test_pieces_of_a_strip_can_stay_as_they_are() -> None:
     piece = models.picture(400, 400)
-    shown = np.asarray(strip.draw([piece], ["original"]))
+    shown = np.asarray(strip.draw([piece], ["original"], 1))
     assert shown.shape == (475, 400, 3)
     assert np.array_equal(shown[:400], piece)

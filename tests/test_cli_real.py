@@ -50,7 +50,8 @@ def test_there_and_back(photo: NDArray[np.uint8]) -> None:
     ran = run("decompress", "photo.vqz", "-o", "again.png", *WEIGHTS)
     assert ran.exit_code == 0
     assert re.fullmatch(
-        rf"photo\.vqz -> again\.png: {len(data):,} -> [\d,]+ bytes, 75 x 50, {8 * len(data) / 3750:.4f} bpp, \d+\.\d\d s\n",
+        rf"photo\.vqz -> again\.png: {len(data):,} -> [\d,]+ bytes, 75 x 50, {8 * len(data) / 3750:.4f} bpp,"
+        r" \d+\.\d\d s\n",
         ran.stderr,
     )
     restored = pixels_of("again.png")

@@ -94,11 +94,16 @@ def test_values(piece: SliceConfig, spread: float, kind: str) -> None:
     assert (found >= 0).all() and (found == np.rint(found)).all()
     assert (found.sum(1, dtype=np.float64) == TOTAL - (piece.codes - 1)).all()
     expected = [
-        reference.value_counts(parameters[n, plane].tolist(), piece.dim, *(t[plane].long().numpy() for t in (tables.values, tables.bias)))
+        reference.value_counts(
+            parameters[n, plane].tolist(),
+            piece.dim,
+            tables.values[plane].long().numpy(),
+            tables.bias[plane].long().numpy(),
+        )
         for plane in range(piece.planes)
         for n in range(len(parameters))
         if other[n, plane]
-    ]  # fmt: skip
+    ]
     assert found.tolist() == expected
 
 

@@ -146,7 +146,7 @@ def test_files_are_small() -> None:
 
 
 def test_renewing_makes_every_file(tmp_path: Path) -> None:
-    """On another machine the choices of the encoder may differ, but what is written decodes to what stands beside it."""
+    """On another machine the encoder may choose otherwise, but what it writes decodes to what stands beside it."""
     runpy.run_path(str(GOLDEN / "renew.py"))["renew"](tmp_path)
 
     assert golden_files(tmp_path) == golden_files(GOLDEN)

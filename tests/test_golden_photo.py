@@ -88,7 +88,7 @@ def test_looks_differ_in_pixels_only(name: str, data: bytes, model: Model) -> No
 
 
 def test_damaged(model: Model) -> None:
-    """A file that is cut within a layer, and has a damaged tile: the codes that are left are those of the whole file."""
+    """Of a file cut within a layer and with a damaged tile, the codes that are left are those of the whole file."""
     good = (PHOTO / "visual.vqz").read_bytes()
     bad, left = renew.damaged(good)
     header = bitstream.read_header(good)
@@ -112,7 +112,7 @@ def test_damaged(model: Model) -> None:
 
 
 def test_compressing_now(name: str, data: bytes, model: Model) -> None:
-    """Another machine may round a choice otherwise. That changes a few codes; it must not change the size or the picture."""
+    """Another machine may round a choice otherwise. That changes a few codes, but not the size or the picture."""
     picture, options = renew.PHOTOS[name]
     file = codec.compress(picture, verify=True, **options)
     assert bitstream.read_header(file) == bitstream.read_header(data)

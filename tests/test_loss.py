@@ -152,7 +152,8 @@ def test_every_parameter_learns(config: Config) -> None:
             assert name.endswith("codebook.vectors") and config.codebook == "ema"
     moving = [name for name, p in trained.named_parameters() if p.grad is not None and bool(p.grad.any())]
     idle = {name for name, p in trained.named_parameters() if p.requires_grad} - set(moving)
-    # Knots of the steps between which none of these qualities lies have a gradient of zero in places, but no tensor has.
+    # Knots of the steps between which none of these qualities lies have a gradient of zero in places, but no tensor
+    # has.
     assert not idle
 
 

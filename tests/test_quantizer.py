@@ -1,4 +1,4 @@
-"""Vectors <-> indices: choices against a search in numpy, gradients against autograd, learning against recomputation."""
+"""Vectors <-> indices: choices against a numpy search, gradients against autograd, learning against recomputation."""
 
 import itertools
 import math
@@ -128,7 +128,7 @@ def test_structured_start(codes: int, dim: int, outposts: str) -> None:
 
 @pytest.mark.parametrize("codes", [3, 4, 16, 64, 512, 2048])
 def test_structured_start_in_one_dimension(codes: int) -> None:
-    """Four fifths of the codes are integers, in turn above and below zero; the rest reach on to three times the last."""
+    """Four fifths of the codes are integers, in turn above and below 0; the rest reach on to three times the last."""
     points = structured_start(codes, 1)[:, 0]
     integers = max(1, int(0.8 * codes))
     assert points[:integers].tolist() == [(k + 1) // 2 * (1 if k % 2 else -1) for k in range(integers)]

@@ -1,4 +1,4 @@
-"""FORMAT.md's section on reconstruction, followed in float64 with nothing of the package, comes to the same pixels within 1."""
+"""FORMAT.md's section on reconstruction, followed in float64 without the package, gives the same pixels within 1."""
 
 import dataclasses
 import functools
@@ -48,7 +48,7 @@ HEIGHT, WIDTH = 107, 171
 
 
 def randomise(model: RateDistortion, seed: int) -> None:
-    """Random weights from codes to pixels, of such sizes that latents are of size 1 and nothing is too small to be seen."""
+    """Random weights from codes to pixels, so large that latents are of size 1 and nothing is too small to be seen."""
     generator = torch.Generator().manual_seed(seed)
 
     def fill(tensor: Tensor, size: float, mean: float = 0.0) -> None:

@@ -24,7 +24,7 @@ SLOPE = MEASURES["size"].slope
 
 
 class Curve:
-    """Sizes that grow like those of the codec, and counts who asks; `elastic` is how strongly they follow the emphasis."""
+    """Sizes that grow like the codec's, and a count of who asks; `elastic` is how strongly they follow the emphasis."""
 
     def __init__(self, first: float = 3000, growth: float = 0.034, bend: float = 0.0, elastic: float = 0.2) -> None:
         self.first, self.growth, self.bend, self.elastic = first, growth, bend, elastic

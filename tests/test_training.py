@@ -192,7 +192,8 @@ def test_a_minute_at_full_size(pictures: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(torch, "set_flush_denormal", lambda _: True)
     output = tmp_path / "mine.safetensors"
     run(pictures, output, 55, schedule=None)
-    # A prior that has learned for twenty seconds does not know yet what the distributions know that stand in for it at first.
+    # A prior that has learned for twenty seconds does not know yet what the distributions know that stand in for it at
+    # first.
     turn = Schedule().prior_at * 55 / 60
     rounding, codes = (
         [row["cost"] for row in log_of(output) if (row["minutes"] > turn) == later] for later in (False, True)
@@ -373,7 +374,7 @@ def test_rounding_comes_first(rounded: Run, taken_over: Run, pictures: Path, tmp
 
 
 def test_in_the_end_codes_stand_still(pictures: Path, tmp_path: Path, untuned: None) -> None:
-    """Polishing from the first step on: encoder, estimates and codebooks stay as they start, decoder and prior learn."""
+    """Polishing from the first step on: encoder, estimates and codebooks stay as they are, decoder and prior learn."""
     output = tmp_path / "mine.safetensors"
     plan = dataclasses.replace(SMALL, polish_from=0.0, polish_rate=1.0)
     run(pictures, output, 1, schedule=plan)

@@ -215,7 +215,7 @@ def probe_picture() -> Tensor:
 
 @pytest.mark.parametrize("place", [(160, 160), (161, 190), (175, 168)], ids=str)
 def test_encoder_reach(place: tuple[int, int]) -> None:
-    """A latent changes only with pixels at most `encoder_reach` from its block, and the coarsest comes close to that."""
+    """A latent changes only with pixels at most `encoder_reach` from its block; the coarsest comes close to that."""
     y, x = place
     pixels = probe_picture()
     before = shaken().analyse(pixels, QUALITY)

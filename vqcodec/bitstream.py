@@ -84,12 +84,12 @@ class Header:
 
     @staticmethod
     def of(frame: Frame, weights_id: bytes, layers: int) -> "Header":
-        """The header of a picture with this frame, coded with these weights."""
+        """Make the header of a picture with this frame, coded with weights of this id and number of layers."""
         return Header(frame.width, frame.height, frame.quality, weights_id, layers, frame.tile, frame.grey)
 
     @property
     def frame(self) -> Frame:
-        """What coding has to know of it."""
+        """The part of the header that encoder and decoder work with."""
         return Frame(self.width, self.height, self.quality, self.tile, self.grey)
 
     @property

@@ -1,11 +1,11 @@
-"""Compress and decompress; each reads top to bottom as the list of stages.
+"""The public API: compress and decompress.
 
     compress      picture -> pad -> latents -> per slice: estimate, choose codes, range-code -> container
                   with effort: codes -> search -> range-code -> container
     decompress    container -> per tile: range-decode codes -> per slice: estimate + codes -> pixels -> crop
 
-The entropy coding works tile by tile, on integers, and only with codes (coding.py); the float networks work on the
-assembled grids (synthesis.py), so that tiles leave no seams in the picture.
+Entropy coding works tile by tile, with integers and codes only (coding.py). The float networks work on the grids of the
+whole picture (synthesis.py), so tiles leave no seams.
 """
 
 import functools
@@ -52,25 +52,28 @@ def compress(
     """Compress a picture to the bytes of a .vqz file.
 
     Args:
-        picture: a Pillow image of any mode that `image.from_pil` takes, uint8 (H, W), (H, W, 3) or (H, W, 4), or a
+        picture: a Pillow image of any mode that `image.from_pil` takes; uint8 (H, W), (H, W, 3) or (H, W, 4); or a
             Picture.
-        quality: 1 (smallest) to 100 (best); None for 50, unless `target` or `max_size` say more.
-        target: what the file should come to instead.
-        max_size: most bytes of the file. Quality or target are met as far as it allows; with neither, it is filled.
-        weights: a weights file; None for the packaged photo model.
-        device: "auto", "cpu" or "cuda".
-        tile: side of the independently coded tiles, a multiple of 64 up to 16320; 0 codes the picture as one tile.
+        quality: 1 (smallest) to 100 (best). None for 50; with `max_size`, for as high as it allows.
+        target: file size, bits per pixel, PSNR or SSIMULACRA2 to reach, instead of a quality.
+        max_size: largest size of the file in bytes. It takes precedence over quality and target.
+        weights: a weights file, or the name of packaged weights; None for the packaged photo model.
+        device: "auto" (CUDA if there is one), "cpu" or "cuda".
+        tile: side of the independently coded tiles in pixels: a multiple of 64 (and of the model's coarsest stride) up
+            to 16320. 0 codes the picture as one tile.
         effort: 1 (fast) to 9 (smallest): how long to search for better codes. See `search`.
-        tune: "visual" chooses codes for what the picture looks like, by SSIMULACRA2, "psnr" for squared error. None for "psnr" with a
-            PSNR as target, else for "visual" where the weights have a visual tuning beside them, as packaged ones do.
-        verify: decode the codes again and compare.
-        on_progress: with effort, called now and then with the share of the search that is done, once from 0 to 1 for each
+        tune: "visual" chooses codes for what the eye sees, by SSIMULACRA2; "psnr" for squared error. None for "psnr" if
+            the target is a PSNR, else for "visual" if the weights have a visual tuning (the packaged photo model has).
+        verify: decode the file and compare the codes before returning.
+        on_progress: called during the search with the fraction of it done. The fraction goes from 0 to 1 once for every
             setting that is tried.
 
     Raises:
-        ValueError: quality, max_size, tile or effort not an allowed integer, no such tune, or both quality and target given.
-            TargetError: nothing comes to the target, or stays below max_size. ImageError: unsupported picture. WeightsError: no such
-            weights, or they have no visual tuning.
+        ValueError: quality, max_size, tile, effort or tune is out of range, or quality and target are both given.
+        TargetError: no setting reaches the target or fits into max_size.
+        ImageError: the picture is not supported.
+        WeightsError: the weights are missing or unreadable, or have no visual tuning although `tune` is "visual".
+        FormatError: `verify` found a difference.
     """
     if quality is not None and (not isinstance(quality, int) or not LOWEST <= quality <= HIGHEST):
         raise ValueError(f"quality must be an integer from {LOWEST} to {HIGHEST}, got {quality!r}")
@@ -93,7 +96,7 @@ def compress(
 
     @functools.cache
     def at(setting: Setting) -> tuple[bytes, float, list[Tensor]]:
-        """The file of a setting, its measure, and its codes."""
+        """Compress at a setting: the file, the value that the target measures (else the size), and the codes."""
         frame = Frame(width, height, setting.quality, tile, source.grey)
         if tuned is None:
             importance = tuning.flat(model.config, *setting)
@@ -112,8 +115,8 @@ def compress(
             if target.measure == "bpp":
                 return data, metrics.bits_per_pixel(len(data), width, height), codes
             restored = synthesis.reconstruct(model, frame, codes)
-            like = metrics.psnr if target.measure == "psnr" else ssimulacra2
-            return data, like(source.pixels, restored), codes
+            metric = metrics.psnr if target.measure == "psnr" else ssimulacra2
+            return data, metric(source.pixels, restored), codes
 
     best = Setting(quality or (DEFAULT_QUALITY if max_size is None else HIGHEST))
     if target is not None:
@@ -122,8 +125,8 @@ def compress(
         best = largest_within(lambda setting: len(at(setting)[0]), max_size, best)
     written, _, codes = at(best)
     if verify:
-        found = decode_codes(bitstream.read(written, max_pixels=None), model)
-        if not all(torch.equal(a, b) for a, b in zip(codes, found, strict=True)):
+        decoded = decode_codes(bitstream.read(written, max_pixels=None), model)
+        if not all(torch.equal(a, b) for a, b in zip(codes, decoded, strict=True)):
             raise FormatError("verification failed: the file would not decode to the codes it was made from")
     return written
 
@@ -139,7 +142,7 @@ def decompress(
 ) -> Image.Image:
     """Decode the bytes of a .vqz file to a Pillow image of mode L, LA, RGB or RGBA.
 
-    Args and Raises: as `decode_picture`. What `partial` finds missing or damaged is warned of.
+    Args and Raises: as `decode_picture`. With `partial`, each missing or damaged part gives a warning.
     """
     picture = decode_picture(data, weights=weights, look=look, device=device, partial=partial, max_pixels=max_pixels)
     for problem in picture.notes:
@@ -159,16 +162,22 @@ def decode_picture(
     """Decode the bytes of a .vqz file.
 
     Args:
-        data: the whole file, or its beginning with `partial`.
-        weights: the weights file that it was made with; None for the packaged photo model.
-        look: "faithful", nearest to the original pixel by pixel, or "natural", nearest to what it looks like.
-        device: "auto", "cpu" or "cuda".
-        partial: decode what is there of a cut or damaged file, coarser; the notes of the picture say what is missing.
-        max_pixels: refuse larger pictures before anything is allocated; None for no limit.
+        data: the whole file; with `partial`, its beginning is enough.
+        weights: the weights that the file was made with, as a file or a packaged name; None for the packaged photo
+            model.
+        look: "faithful" minimises the distortion; "natural" is trained for perceptual quality.
+        device: "auto" (CUDA if there is one), "cpu" or "cuda".
+        partial: decode what is left of a cut or damaged file. Missing codes make the picture coarser; its notes say
+            what is missing.
+        max_pixels: largest width x height to accept, checked before any memory is allocated; None for no limit.
+
+    Returns:
+        The picture with its alpha and metadata.
 
     Raises:
-        FormatError: not a .vqz file, damaged, cut, or too large. WeightsError: made with other weights, or they do not have
-            this look. ValueError: no such look.
+        FormatError: the data is not a .vqz file, is damaged or cut, or the picture is too large.
+        WeightsError: the file was made with other weights, or these do not have the look.
+        ValueError: there is no such look.
     """
     container = bitstream.read(data, max_pixels=max_pixels, partial=partial)
     model = _load(weights, device, look)
@@ -197,12 +206,12 @@ def decode_picture(
 def reconstruct(
     picture: Picture, *, quality: int = DEFAULT_QUALITY, weights: str | Path | None = None, device: str = "auto"
 ) -> list[NDArray[np.uint8]]:
-    """What the decoder makes of a picture's codes, level by level: from the coarsest alone to all of them.
+    """Decode a picture's codes progressively: from the coarsest level alone to all levels.
 
-    Args: as of `compress`.
+    Args: as `compress`.
 
     Returns:
-        for each level uint8 (H, W, 3); codes of the levels behind it are 0, which stands for "as estimated".
+        For each level uint8 (H, W, 3). Codes of all finer levels are set to 0, which keeps the decoder's estimate.
     """
     model = _load(weights, device)
     height, width = picture.pixels.shape[:2]
@@ -216,14 +225,15 @@ def reconstruct(
 
 
 def decode_codes(container: Container, model: Model) -> list[Tensor]:
-    """The code indices of a file: the part of decoding that is exact on every machine.
+    """Decode the codes of a file: the part of decoding that is exact on every machine.
 
     Returns:
-        per level, coarse first, int16 (h, w, P) of the padded picture; code 0 where a segment is missing.
+        As `coding.decode`.
 
     Raises:
-        WeightsError: the file was made with other weights. HeaderError: its layers or tiles are not theirs. ChecksumError: a
-            segment is not what an encoder wrote.
+        WeightsError: the file was made with other weights.
+        HeaderError: the layers or tiles of the file do not fit the weights.
+        ChecksumError: a segment is not what an encoder wrote.
     """
     header = container.header
     if header.weights_id != model.id:
@@ -256,7 +266,7 @@ def _load(path: str | Path | None, device: str, look: str = packaged.LOOKS[0]) -
 
 
 def _tuning(path: str | Path | None, model: Model, tune: str | None, target: Target | None) -> Tuning | None:
-    """What codes are chosen for: see `compress`; None for squared error."""
+    """The visual tuning to choose codes with, None for squared error. Args: as `compress`."""
     if tune == "psnr" or (tune is None and target is not None and target.measure == "psnr"):
         return None
     beside = tuning.path_of(packaged.find(path))

@@ -1,4 +1,4 @@
-"""Codes <-> segments: the entropy coding of one tile after the other, on integers and only with codes."""
+"""Entropy coding: codes <-> segments, tile by tile. It uses integers and codes only, no latents or pixels."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -19,22 +19,22 @@ from vqcodec.spans import span, timed
 
 @contextlib.contextmanager
 def exact(model: Model) -> Iterator[None]:
-    """No gradients, and no autocast of the caller's: in bf16 the prior's integers would not be integers."""
+    """Disable gradients and any autocast of the caller: bfloat16 cannot hold the prior's integers."""
     with torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
         yield
 
 
 class Tile(Context):
-    """What the prior knows of one tile, and where the tile lies.
+    """The prior's context in one tile, and the place of the tile.
 
     Attributes:
-        window: rows and columns of the tile on the grid of the level.
+        window: rows and columns of the tile on the present level's grid.
     """
 
     window: tuple[slice, slice]
 
     def __init__(self, quality: Tensor, box: Box) -> None:
-        """box: in pixels, multiples of `Config.multiple`."""
+        """quality: (1,), 1..100. box: of the tile in pixels, multiples of `Config.multiple`."""
         self.top, self.left, height, width = box
         super().__init__(quality, height, width)
 
@@ -45,7 +45,7 @@ class Tile(Context):
         self.window = slice(top, top + height), slice(left, left + width)
 
     def passes(self, given: Tensor | None = None) -> Iterator[Pass]:
-        """As of `Context`, timed."""
+        """See `Context.passes`; counts the time as the prior's."""
         passes = super().passes(given)
         while True:
             with span("prior"):
@@ -56,13 +56,13 @@ class Tile(Context):
 
 
 def tiles_of(model: Model, frame: Frame) -> list[Tile]:
-    """The tiles of a picture in the order of the file."""
+    """The tiles of a picture in file order."""
     quality = torch.tensor([frame.quality], device=model.device)
     return [Tile(quality, box) for box in frame.padded_tiles(model.config.multiple)]
 
 
 def no_codes(config: Config, frame: Frame) -> list[Tensor]:
-    """Code 0 everywhere: int16 (h, w, P) for each level, over the padded picture."""
+    """Codes that are all 0: for each level, coarse first, int16 (h, w, P) over the padded picture."""
     height, width = frame.padded(config.multiple)
     return [
         torch.zeros(
@@ -74,7 +74,10 @@ def no_codes(config: Config, frame: Frame) -> list[Tensor]:
 
 @timed("range coder")
 def put(coder: Encoder, piece: Slice, one: Pass) -> None:
-    """Encode the codes of one pass; those of a prior in raster order position by position, as decoding needs them."""
+    """Range-code the codes of one pass.
+
+    A prior in raster order has one pass, but the decoder needs its codes position by position.
+    """
     assert piece.prior is not None and piece.tables is not None and one.codes is not None
     count = 1 if piece.prior.at_once else len(one.codes)
     for start in range(0, len(one.codes), count):
@@ -83,7 +86,7 @@ def put(coder: Encoder, piece: Slice, one: Pass) -> None:
 
 
 def _put(coder: Encoder, tables: CodeTables | RowTables, parameters: Tensor, k: Tensor) -> None:
-    """Encode symbols k, int64 (N, P): row by row of their table; or all flags, then the values plane by plane."""
+    """Range-code symbols k, int64 (N, P): in order of their table rows, or all flags, then values plane by plane."""
     if isinstance(tables, RowTables):
         rows, order = _by_row(tables, parameters)
         coder.put_rows(k.flatten().cpu().numpy()[order], rows[order], tables.table)
@@ -95,7 +98,7 @@ def _put(coder: Encoder, tables: CodeTables | RowTables, parameters: Tensor, k: 
 
 @timed("range coder")
 def get(coder: Source, piece: Slice, one: Pass) -> Tensor:
-    """The codes of one pass, int64 (N, P): the inverse of `put`."""
+    """Decode the codes of one pass, int64 (N, P). The inverse of `put`."""
     assert piece.tables is not None
     if isinstance(piece.tables, RowTables):
         rows, order = _by_row(piece.tables, one.parameters)
@@ -111,14 +114,17 @@ def get(coder: Source, piece: Slice, one: Pass) -> Tensor:
 
 
 def _by_row(tables: RowTables, parameters: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The row of every symbol of a pass, position by position and within a position plane by plane, (n,); and the order in which they
-    are coded: by row, else as they are."""
+    """The table rows of the N P symbols of a pass, and the order in which symbols are coded.
+
+    Both are (N P,). Symbols are numbered position by position, and within a position plane by plane. They are coded in
+    ascending order of their rows, and in the order of their numbers within a row.
+    """
     rows = row_of(parameters, tables.piece.rows).flatten().cpu().numpy()
     return rows, np.argsort(rows, kind="stable")
 
 
 def encode(model: Model, frame: Frame, codes: list[Tensor]) -> list[bytes]:
-    """Codes, as `decode` returns them -> segments in file order: its inverse."""
+    """Range-code codes, in the form that `decode` returns, to segments in file order. The inverse of `decode`."""
     tiles = tiles_of(model, frame)
     coders = [[Encoder() for _ in range(model.config.layers)] for _ in tiles]
     for tile, own in zip(tiles, coders, strict=True):
@@ -131,16 +137,22 @@ def encode(model: Model, frame: Frame, codes: list[Tensor]) -> list[bytes]:
 
 
 def in_file_order(coders: list[list[Encoder]]) -> list[bytes]:
-    """What the coders of every tile's layers wrote: layer by layer, the tiles in order."""
+    """The bytes that the coders `coders[tile][layer]` wrote: layer by layer, the tiles of a layer in order."""
     return [own[layer].finish() for layer in range(len(coders[0])) for own in coders]
 
 
 def decode(model: Model, frame: Frame, segments: Sequence[bytes | None]) -> list[Tensor]:
-    """Segments in file order -> codes.
+    """Decode segments in file order to codes.
+
+    Args:
+        model: the weights. frame: the picture's frame. segments: None where one is missing.
 
     Returns:
-        per level, coarse first, int16 (h, w, P) of the padded picture; code 0 where a segment is missing, and in what of its tile
-        comes after it.
+        For each level, coarse first, int16 (h, w, P) over the padded picture. Where a segment is missing, all codes of
+        its tile from that layer on are 0.
+
+    Raises:
+        ChecksumError: a segment is not what an encoder wrote.
     """
     codes = no_codes(model.config, frame)
     tiles = tiles_of(model, frame)

@@ -1,4 +1,4 @@
-"""Pixels -> codes and segments: the encoder, which chooses every code by its own bits and error."""
+"""The encoder: pixels -> codes and segments. It chooses each code greedily, by its own bits and error."""
 
 import numpy as np
 import torch
@@ -20,10 +20,11 @@ def encode(
     """Choose codes and range-code them.
 
     Args:
-        pixels: uint8 (H, W, 3). importance: what errors count; None for their squares.
+        model: the weights. frame: the picture's frame. pixels: uint8 (H, W, 3).
+        importance: weights of the errors; None for plain squared error.
 
     Returns:
-        segments in file order, and the codes as `coding.decode` returns them.
+        The segments in file order, and the codes in the form that `coding.decode` returns.
     """
     importance = (importance or tuning.flat(model.config, frame.quality)).to(model.device)
     quality = torch.tensor([frame.quality], device=model.device)
@@ -33,14 +34,14 @@ def encode(
     tiles = coding.tiles_of(model, frame)
     coders = [[Encoder() for _ in range(model.config.layers)] for _ in tiles]
     for piece in walk(model.levels, estimate, *tiles):
-        weight = piece.error_weight(importance.weight, quality) * importance.of_planes(piece.level, piece.planes)
+        step_cost = piece.error_weight(importance.weight, quality) * importance.of_planes(piece.level, piece.planes)
         for tile, own in zip(tiles, coders, strict=True):
             window = (slice(None), piece.channels, *tile.window)
-            v = (latents[piece.level][window] - estimate.values[window]) / estimate.scale
-            places = importance.of_places(piece.level == len(latents) - 1, tile.window)
+            v = (latents[piece.level][window] - estimate.values[window]) / estimate.step
+            factors = importance.of_places(piece.level == len(latents) - 1, tile.window)
             for one in tile.passes(_nearest(piece, v)):
                 if one.codes is None:
-                    one.codes = _choose(piece, one, v, weight, places, model.config.choice_bias)
+                    one.codes = _choose(piece, one, v, step_cost, factors, model.config.rate_factor)
                 coding.put(own[piece.config.layer], piece, one)
             estimate.add_at(tile.window, piece.vectors(tile.codes))
             codes[piece.level][(*tile.window, piece.planes)] = tile.codes[0].to("cpu", torch.int16)
@@ -48,7 +49,10 @@ def encode(
 
 
 def _nearest(piece: Slice, v: Tensor) -> Tensor | None:
-    """The codes next to v, int64 (1, h, w, P), where a prior in raster order needs to have them first; None elsewhere."""
+    """The codes nearest to v, int64 (1, h, w, P), for a prior in raster order; None for any other.
+
+    A raster prior takes a single pass if all codes are known before it.
+    """
     assert piece.prior is not None
     if not piece.prior.at_once:
         return None
@@ -56,15 +60,23 @@ def _nearest(piece: Slice, v: Tensor) -> Tensor | None:
 
 
 @timed("choice")
-def _choose(piece: Slice, one: Pass, v: Tensor, weight: Tensor, places: Tensor | None, bias: float) -> Tensor:
-    """The codes of one pass by bits and weighted error: int64 (N, P).
+def _choose(
+    piece: Slice, one: Pass, v: Tensor, step_cost: Tensor, factors: Tensor | None, rate_factor: float
+) -> Tensor:
+    """Choose the codes of one pass by bits and weighted error.
 
     Args:
-        v: what is left to code of the tile, in steps, (1, P D, h, w). weight: (1, P), bits per squared step. places: factors on it,
-            (h, w), or None. bias: how much of the bits counts.
+        piece: the slice. one: the pass.
+        v: float (1, P D, h, w), the residual of the tile in steps.
+        step_cost: float (1, P), bits per squared step.
+        factors: float (h, w), what the error of each position is multiplied by; None for 1.
+        rate_factor: see `Codebook.choose`.
+
+    Returns:
+        int64 (N, P).
     """
     target = rows(v[(slice(None), slice(None), *one.places)], piece.config.planes)
-    weights = weight.expand(len(target), -1)
-    if places is not None:
-        weights = weights * places[one.places].reshape(-1, 1)
-    return piece.codebook.choose(target, piece.rates(one.parameters), weights, bias)
+    costs = step_cost.expand(len(target), -1)
+    if factors is not None:
+        costs = costs * factors[one.places].reshape(-1, 1)
+    return piece.codebook.choose(target, piece.rates(one.parameters), costs, rate_factor)

@@ -1,6 +1,6 @@
-"""The frame of a picture: its size, how fine it is coded, and the tiles that are coded independently.
+"""The frame of a picture: its size, its quality, and the tiles that are coded independently.
 
-A file's header holds a frame; what encodes, decodes, samples or measures without a file makes one of its own.
+The header of a file contains a frame. Code that works without a file, such as sampling, makes its own.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Frame:
-    """What coding has to know of a picture besides its codes.
+    """Everything that decoding needs besides weights and codes.
 
     Attributes:
         width, height: in pixels.
@@ -31,7 +31,7 @@ class Frame:
         return _round_up(self.height, unit), _round_up(self.width, unit)
 
     def tiles(self) -> list[Box]:
-        """Where the tiles are in the picture, in raster order; those at the right and bottom may be smaller."""
+        """The tiles in raster order, in pixels. Those at the right and bottom edges may be smaller."""
         side = self.tile or max(self.width, self.height)
         return [
             (top, left, min(side, self.height - top), min(side, self.width - left))

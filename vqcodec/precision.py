@@ -1,4 +1,4 @@
-"""The type that training and search compute in: bfloat16 where it is fast, float32 elsewhere."""
+"""Chooses the data type that training and search compute in: bfloat16 where it is fast, else float32."""
 
 import functools
 import time
@@ -6,22 +6,22 @@ import time
 import torch
 from torch.nn import functional
 
-# How much faster bfloat16 has to be. Where a CPU has instructions for it, it is at least twice as fast; where it has
-# none, bfloat16 is emulated, and about 50 times slower.
+# Speed-up from which bfloat16 is used. CPUs with bfloat16 instructions are at least twice as fast with it; others
+# emulate it about 50 times slower.
 WORTHWHILE = 1.25
 TRIALS = 5
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """A context in which networks compute in bfloat16 if that is fast on this device, and in float32 if not."""
+    """A context in which networks compute in bfloat16 if that is fast on this device, else in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16_pays(device))
 
 
 @functools.cache
 def bfloat16_pays(device: torch.device) -> bool:
-    """Whether convolutions are faster in bfloat16 than in float32.
+    """Whether convolutions are worthwhile in bfloat16 on this device.
 
-    On a CPU both are timed, once: neither its name nor its flags say what the libraries were told to use.
+    A CPU is timed, once per process: its flags do not say which instructions the libraries use.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
@@ -29,14 +29,14 @@ def bfloat16_pays(device: torch.device) -> bool:
 
 
 def _seconds(kind: torch.dtype) -> float:
-    """Of a small convolution, the least of a few trials."""
+    """The time of a small convolution on the CPU: the minimum of a few trials."""
     layout = torch.channels_last
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):
         x = torch.ones(1, 64, 32, 32, dtype=kind).contiguous(memory_format=layout)
         kernel = torch.ones(64, 64, 3, 3, dtype=kind).contiguous(memory_format=layout)
-        found = []
-        for _ in range(1 + TRIALS):  # the first one chooses an implementation
+        times = []
+        for _ in range(1 + TRIALS):  # the library chooses its algorithm in the first one
             start = time.perf_counter()
             functional.conv2d(x, kernel, padding=1)
-            found.append(time.perf_counter() - start)
-    return min(found[1:])
+            times.append(time.perf_counter() - start)
+    return min(times[1:])

@@ -1,7 +1,8 @@
-"""Drawing codes from the prior: pictures that were never taken, and other endings of one that was.
+"""Samples pictures from the prior, or other endings of a given picture.
 
-The prior says how probable every symbol is; decoding looks up in a file which it was, sampling throws dice. What comes
-out shows what the prior has learned of pictures. (Razavi et al. 2019, section 3.3; van den Oord et al. 2016.)
+Sampling is ancestral: it decodes as usual, but draws every symbol at random from the prior's distribution instead of
+reading it from a file (van den Oord et al. 2016; Razavi et al. 2019, section 3.3). The samples show what the prior has
+learned.
 """
 
 import math
@@ -21,22 +22,23 @@ from vqcodec.frame import Frame
 from vqcodec.image import Picture
 from vqcodec.models.model import Model, walk
 
-MAX_SIDE = 2048
+MAX_SIDE = 2048  # of a sample, in pixels
 
 
 class Dice:
-    """A decoder of nothing: draws symbols by their counts, sharpened by a temperature.
+    """A symbol source that draws at random from the distributions it gets.
 
     Args:
-        temperature: 1 draws by the prior's own probabilities p, others in proportion to p^(1 / temperature), 0 takes the
-            most probable. rng: source of chance.
+        temperature: draws are in proportion to p^(1 / temperature). 1 uses the prior's probabilities p as they are; 0
+            takes the most probable symbol.
+        rng: the random generator.
     """
 
     def __init__(self, temperature: float, rng: np.random.Generator) -> None:
         self.temperature, self.rng = temperature, rng
 
     def get(self, counts: Counts) -> Symbols:
-        """One symbol for every row of counts, (n, m) -> int32 (n,)."""
+        """Draw one symbol for each row of counts: float32 (n, m) -> int32 (n,)."""
         if not self.temperature:
             return counts.argmax(1).astype(np.int32)
         # The range coder adds one to every count.
@@ -63,20 +65,27 @@ def sample(
     rows: int | None = None,
     device: str = "auto",
 ) -> Iterator[NDArray[np.uint8]]:
-    """Draw pictures.
+    """Sample pictures.
 
     Args:
-        count: how many. weights_file: None for the packaged photo model. height, width: of each, up to 2048 pixels.
-        quality: 1 to 100: how much detail the codes carry. temperature: see `Dice`. seed: the same gives the same codes.
-        picture: complete this one, instead of `height` and `width`. rows: of its codes on the finest grid, from
-            the top, that are kept, None for half of them; coarser codes are kept where they cover nothing else.
-        device: "auto", "cpu" or "cuda".
+        count: number of pictures.
+        weights_file: a path or the name of packaged weights; None for the packaged photo model.
+        height, width: of each picture, 1 to 2048 pixels. Ignored if `picture` is given.
+        quality: 1 to 100: how much detail the codes carry.
+        temperature: 0 or more; see `Dice`.
+        seed: of the random generator. Equal seeds give equal codes.
+        picture: complete this picture: keep the codes at its top and sample the rest.
+        rows: number of rows of codes to keep on the finest grid; None for half of them. A coarser code is kept if all
+            finer positions under it are.
+        device: "auto" (CUDA if there is one), "cpu" or "cuda".
 
     Yields:
-        uint8 (H, W, 3).
+        uint8 (height, width, 3).
 
     Raises:
-        ValueError: a number is out of range. ImageError: the picture is too large. WeightsError: no such weights.
+        ValueError: a number is out of range.
+        ImageError: the picture is too large.
+        WeightsError: the weights are missing or unreadable.
     """
     if picture is not None:
         height, width = picture.pixels.shape[:2]
@@ -96,13 +105,15 @@ def sample(
 
 
 def draw(model: Model, frame: Frame, dice: Dice, given: list[Tensor] | None = None, rows: int = 0) -> list[Tensor]:
-    """Draw all codes of a picture that is one tile.
+    """Sample the codes of a picture that is one tile.
 
     Args:
-        given, rows: codes as `coding.decode` returns them, of which the first rows of the finest grid are kept.
+        model: the weights. frame: with `tile` 0. dice: the symbol source.
+        given: codes in the form that `coding.decode` returns; None to sample all.
+        rows: number of rows of the finest grid that keep the given codes.
 
     Returns:
-        As `coding.decode`.
+        Codes in the form that `coding.decode` returns.
     """
     finest = model.config.levels[-1].stride
     codes = coding.no_codes(model.config, frame)

@@ -1,18 +1,25 @@
-"""Encoder search: other codes for the same picture, with a lower cost in fact. Files stay ordinary files.
+"""Encoder-side search for cheaper codes of one picture. Decoders need not know: the files are ordinary.
 
-The encoder chooses every code once, by its own bits and the error of its latent. What the code does to the bits of later
-codes, and what the decoder makes of it, it does not see. Here both are asked of the networks: one pass forward and backward gives,
-for all symbols at once, the slopes of the picture's cost by what the prior sees of a code and by what the decoder gets of it. Every
-symbol is chosen again, among codes nearby, by
+The encoder chooses each code once, greedily, by its own bits and the error of its own latent. It ignores what a code
+does to the bits of later codes and what the decoder makes of it. An encoder trained once for all pictures leaves this
+amortisation gap to each one (Yang, Bamler & Mandt 2020, "Improving inference for neural image compression").
 
-    bits_k + prior's slope . (inputs_k - inputs) + decoder's slope . (e_k - e) + caution * weight * |e_k - e|^2
+Every step evaluates the true cost of the picture, bits + lambda * distortion. One forward and backward pass yields its
+gradients with respect to two things: what the prior sees of each code (`inputs`) and what the decoder gets of it
+(`e`, the code vector). Each symbol then takes the nearby code k that minimises a local model of the cost:
 
-where the weight is what a squared step costs: at first behind an orthonormal decoder, then, plane by plane, as slopes have changed
-where symbols had (Barzilai & Borwein 1988, "Two-point step size gradient methods"). Of the symbols that would gain, a random part
-changes, because neighbours that move together undo what each was promised. Caution falls with every step that gains and rises with
-every other (Marquardt 1963, "An algorithm for least-squares estimation of nonlinear parameters").
-A step may make the picture a little worse, ever less so (Dueck & Scheuer 1990, "Threshold accepting"); the best codes of all are kept. That an encoder which is trained once leaves so much to each picture: Yang, Bamler & Mandt 2020, "Improving
-inference for neural image compression".
+    bits_k + prior gradient . (inputs_k - inputs) + decoder gradient . (e_k - e) + damping * curvature * |e_k - e|^2
+
+Curvature: bits per squared quantiser step. It starts at the value behind an orthonormal decoder. Every accepted step
+then updates it for each code plane, from the change of the gradients over the change of the vectors (Barzilai & Borwein
+1988, "Two-point step size gradient methods").
+
+Damping: falls after a step that improves the best cost and rises after any other (Marquardt 1963, "An algorithm for
+least-squares estimation of nonlinear parameters").
+
+Of the symbols with a predicted gain only a random fraction changes: neighbours that change together invalidate each
+other's prediction. A step may raise the cost a little, and less towards the end (Dueck & Scheuer 1990, "Threshold
+accepting"); the best codes seen are returned.
 """
 
 import math
@@ -34,53 +41,55 @@ from vqcodec.ssimulacra2 import SMALLEST
 from vqcodec.tuning import Importance
 from vqcodec.visual import visual_distance
 
-# Steps of each effort from 1.
+# Search steps of effort 1, 2, ..., 9.
 ROUNDS = (0, 1, 2, 4, 6, 9, 16, 28, 48)
-# Sides of the parts of a picture that are searched on their own, in pixels, and what is seen around them.
+# Large pictures are searched window by window: side of a window, and of the context around it, in pixels.
 WINDOW, MARGIN = 768, 64
-LEAST_GAIN = 0.25  # in bits, below which no symbol changes
-NEARBY = 1.5  # how far a symbol moves in one step, in quantiser steps
-NEAR_INPUT = 32
-# Of the first step, at quality 0 and 100; and the most.
-CAUTION, MOST_CAUTION = (2.0, 1.0), 4.0
-# With the visual distance in the cost: what a step costs there depends on its neighbours far more.
-VISUAL_CAUTION, MOST_VISUAL_CAUTION = (8.0, 4.0), 32.0
-# What it is multiplied by after a step that gained, one that was taken all the same, and one that was not.
-GAINED, TAKEN, REFUSED = 0.93, 1.07, 1.3
-IDLE = 0.7  # the same where no symbol moved: too much caution to learn anything
-# Of what is known of a plane's curvature, how much counts again at the next step; and what it is held for before anything is known,
-# as a share of an orthonormal decoder's, and with the evidence of how many squared steps.
-REMEMBERED = 0.7
-USUAL, EVIDENCE = 0.8, 5.0
-LEAST_CURVATURE = 0.1  # of an orthonormal decoder's
-# Of the symbols that would gain, the share that changes in one step; the same with the visual distance.
-SHARE, VISUAL_SHARE = 0.5, 0.2
-TOLERANCE = 0.003  # of the cost, by which the first step may raise it
+LEAST_GAIN = 0.25  # predicted gain below which a symbol stays, in bits
+NEARBY = 1.5  # largest move of a symbol in one step, in quantiser steps
+NEAR_INPUT = 32  # largest change of the prior's inputs in such a move, about
+# Initial damping at quality 0 and at quality 100, linear between them; and the upper bound.
+DAMPING, MOST_DAMPING = (2.0, 1.0), 4.0
+# The same with the visual distance in the cost, whose gradients depend far more on neighbouring symbols.
+VISUAL_DAMPING, MOST_VISUAL_DAMPING = (8.0, 4.0), 32.0
+# Factors on the damping after a step that improved the best cost, was accepted without that, or was rejected.
+ON_GAIN, ON_ACCEPT, ON_REJECT = 0.93, 1.07, 1.3
+ON_IDLE = 0.7  # the factor if no symbol changed: the damping is too high to learn from
+CURVATURE_DECAY = 0.7  # decay of the curvature statistics per step
+# Prior belief about the curvature: a fraction of an orthonormal decoder's, worth as much as this many squared steps.
+USUAL, USUAL_STEPS = 0.8, 5.0
+LEAST_CURVATURE = 0.1  # lower bound of the estimate, as a fraction of an orthonormal decoder's
+# Fraction of the symbols with a predicted gain that change in one step, without and with the visual distance.
+FRACTION, VISUAL_FRACTION = 0.5, 0.2
+TOLERANCE = 0.003  # relative rise of the cost that the first step may cause
 
 
 @dataclass
 class _Symbols:
-    """One slice's symbols at one point of the search: N positions, P planes.
+    """The symbols of one slice at one point of the search: N positions, P planes.
 
     Attributes:
-        piece: steps and codebook. indices: int64 (N, P). model: their rate model. weight: float (P,), bits per squared step
-            behind an orthonormal decoder. places: float (N,), factors on it for each position.
-        inputs: what the prior sees, float (1, P * 2 D, h, w), and vectors: what the decoder gets, (1, P D, h, w), in steps; the
-            leaves of the slopes.
+        piece: the slice, with its steps and codebook.
+        indices: int64 (N, P), the present codes.
+        rate_model: the rate model of the symbols.
+        weight: float (P,), distortion cost of one squared step behind an orthonormal decoder, in bits.
+        factors: float (N,), what the distortion cost of each position is multiplied by.
+        inputs: float (1, P * 2 D, h, w), what the prior sees of the codes. A leaf of the graph.
+        vectors: float (1, P D, h, w), what the decoder gets of them, in steps. A leaf of the graph.
     """
 
     piece: Slice
     indices: Tensor
-    model: Rates
+    rate_model: Rates
     weight: Tensor
-    places: Tensor
+    factors: Tensor
     inputs: Tensor
     vectors: Tensor
 
 
 @dataclass
 class _Point:
-    """Codes, evaluated: their cost, a scalar with a graph, and all slices in coding order."""
+    """Evaluated codes: their cost in bits, a scalar with its graph, and the symbols of all slices in coding order."""
 
     cost: Tensor
     symbols: list[_Symbols]
@@ -92,26 +101,32 @@ class _Point:
 
 @dataclass
 class _Slopes:
-    """Of one slice at one point: derivatives of the cost by `inputs` and `vectors`, (N, P, 2 D) and (N, P, D)."""
+    """Gradients of the cost for one slice: with respect to `inputs`, (N, P, 2 D), and to `vectors`, (N, P, D)."""
 
     by_prior: Tensor
     by_decoder: Tensor
 
 
 class _Curvature:
-    """What a squared step costs in each plane of a slice: float (P,), bits."""
+    """Running estimate of the cost of a squared step in each plane of a slice: float (P,), bits."""
 
-    def __init__(self, weight: Tensor) -> None:
-        """weight: that of an orthonormal decoder, float (P,)."""
-        self.weight = self.estimate = weight
-        self.bent, self.moved = torch.zeros_like(weight), torch.zeros_like(weight)
+    def __init__(self, orthonormal: Tensor) -> None:
+        """orthonormal: the cost behind an orthonormal decoder, float (P,)."""
+        self.orthonormal = self.estimate = orthonormal
+        self.bent, self.moved = torch.zeros_like(orthonormal), torch.zeros_like(orthonormal)
 
-    def learn(self, change: Tensor, bend: Tensor, places: Tensor) -> None:
-        """Symbols have moved by `change`, in steps, and slopes have changed by `bend` at that; both float (N, P, D). places: as of `_Symbols`."""
-        self.bent = REMEMBERED * self.bent + (change * bend).sum((0, 2)) / 2
-        self.moved = REMEMBERED * self.moved + places @ change.square().sum(2)
-        measured = (self.bent + EVIDENCE * USUAL * self.weight) / (self.moved + EVIDENCE)
-        self.estimate = torch.maximum(measured, LEAST_CURVATURE * self.weight)
+    def learn(self, change: Tensor, bend: Tensor, factors: Tensor) -> None:
+        """Update the estimate after an accepted step.
+
+        Args:
+            change: float (N, P, D), how far the vectors moved, in steps.
+            bend: float (N, P, D), how much the decoder gradients changed.
+            factors: float (N,), see `_Symbols`.
+        """
+        self.bent = CURVATURE_DECAY * self.bent + (change * bend).sum((0, 2)) / 2
+        self.moved = CURVATURE_DECAY * self.moved + factors @ change.square().sum(2)
+        measured = (self.bent + USUAL_STEPS * USUAL * self.orthonormal) / (self.moved + USUAL_STEPS)
+        self.estimate = torch.maximum(measured, LEAST_CURVATURE * self.orthonormal)
 
 
 @timed("search")
@@ -124,14 +139,19 @@ def improve(
     importance: Importance | None = None,
     on_round: Callable[[float], None] | None = None,
 ) -> list[Tensor]:
-    """Search for better codes.
+    """Search for codes of a picture with a lower rate-distortion cost.
 
     Args:
-        pixels: uint8 (H, W, 3). codes: those of the encoder, as `coding.decode` returns them. rounds: steps of each window.
-        importance: what errors count; None for their squares. on_round: called after every step with the share of the work that is done.
+        model: the weights.
+        frame: the picture's frame.
+        pixels: uint8 (H, W, 3).
+        codes: the encoder's choice, in the form that `coding.decode` returns.
+        rounds: search steps in each window.
+        importance: weights of the errors; None for plain squared error.
+        on_round: called after every step with the fraction of the work done, 0..1.
 
     Returns:
-        as `codes`; equal input gives equal output on one machine.
+        New codes in the form of `codes`. On one machine, equal arguments give equal codes.
     """
     importance = (importance or tuning.flat(model.config, frame.quality)).to(model.device)
     codes = [c.clone() for c in codes]
@@ -151,11 +171,11 @@ def improve(
         seen = synthesis.cut(model, pixels, outer)
         finest = synthesis.finer(outer, unit // model.config.levels[-1].stride)[2:]
         local = replace(importance, places=importance.of_places(True, finest))
-        found = _improve(model, seen, given, frame.quality, local, rounds, done)
+        improved = _improve(model, seen, given, frame.quality, local, rounds, done)
         for level, stage in enumerate(model.config.levels):
             ratio = unit // stage.stride
             here, there = synthesis.finer(inner, ratio)[2:], synthesis.finer(part, ratio)[2:]
-            codes[level][here] = found[level][there].to("cpu", torch.int16)
+            codes[level][here] = improved[level][there].to("cpu", torch.int16)
     return codes
 
 
@@ -168,50 +188,50 @@ def _improve(
     rounds: int,
     on_round: Callable[[int], None],
 ) -> list[Tensor]:
-    """The search in one window: float (1, 3, H, W) and int64 (h, w, P) a level."""
-    chance = torch.Generator().manual_seed(0)
-    first, most, moving = CAUTION, MOST_CAUTION, SHARE
+    """Search in one window: pixels float (1, 3, H, W), codes int64 (h, w, P) for each level."""
+    generator = torch.Generator().manual_seed(0)
+    initial, most, fraction = DAMPING, MOST_DAMPING, FRACTION
     if importance.visual:
-        first, most, moving = VISUAL_CAUTION, MOST_VISUAL_CAUTION, VISUAL_SHARE
-    caution = first[0] + (first[1] - first[0]) * quality / 100
+        initial, most, fraction = VISUAL_DAMPING, MOST_VISUAL_DAMPING, VISUAL_FRACTION
+    damping = initial[0] + (initial[1] - initial[0]) * quality / 100
     point = _evaluate(model, pixels, codes, quality, importance)
-    here = best = codes
+    present = best = codes
     least = point.total
     slopes = _slopes(point)
     curvatures = [_Curvature(s.weight) for s in point.symbols]
     for step in range(rounds):
-        share = step / max(1, rounds - 1)
-        changed = iter(_change(point, slopes, [caution * c.estimate for c in curvatures], moving, chance))
-        other = [torch.cat([next(changed) for _ in stage.slices], 2) for stage in model.config.levels]
-        if all(torch.equal(a, b) for a, b in zip(here, other, strict=True)):
-            caution *= IDLE
+        progress = step / max(1, rounds - 1)
+        changed = iter(_change(point, slopes, [damping * c.estimate for c in curvatures], fraction, generator))
+        candidate = [torch.cat([next(changed) for _ in stage.slices], 2) for stage in model.config.levels]
+        if all(torch.equal(a, b) for a, b in zip(present, candidate, strict=True)):
+            damping *= ON_IDLE
             on_round(step + 1)
             continue
-        found = _evaluate(model, pixels, other, quality, importance)
-        change = REFUSED
-        if found.total < least * (1 + TOLERANCE * (1 - share)):
-            change = TAKEN
+        trial = _evaluate(model, pixels, candidate, quality, importance)
+        factor = ON_REJECT
+        if trial.total < least * (1 + TOLERANCE * (1 - progress)):
+            factor = ON_ACCEPT
             if step + 1 < rounds:
-                before, slopes = slopes, _slopes(found)
+                before, slopes = slopes, _slopes(trial)
                 for index, curvature in enumerate(curvatures):
-                    moved = found.symbols[index].vectors.detach() - point.symbols[index].vectors.detach()
+                    moved = trial.symbols[index].vectors.detach() - point.symbols[index].vectors.detach()
                     bend = slopes[index].by_decoder - before[index].by_decoder
-                    curvature.learn(rows(moved, bend.shape[1]), bend, found.symbols[index].places)
-            point, here = found, other
-        if found.total < least:
-            change, best, least = GAINED, other, found.total
-        caution = min(most, caution * change)
+                    curvature.learn(rows(moved, bend.shape[1]), bend, trial.symbols[index].factors)
+            point, present = trial, candidate
+        if trial.total < least:
+            factor, best, least = ON_GAIN, candidate, trial.total
+        damping = min(most, damping * factor)
         on_round(step + 1)
     return best
 
 
 @torch.enable_grad()
 def _evaluate(model: Model, pixels: Tensor, codes: list[Tensor], quality: int, importance: Importance) -> _Point:
-    """Bits + weight * distortion of the codes."""
+    """The cost of codes: bits + lambda * distortion."""
     at = torch.tensor([quality], device=pixels.device)
     height, width = pixels.shape[2:]
     bits = torch.zeros((), device=pixels.device)
-    found: list[_Symbols] = []
+    symbols: list[_Symbols] = []
     estimate, context = Estimate(model.vqvae, at, height, width), Context(at, height, width)
     with precision.autocast(pixels.device):
         for piece in walk(model.levels, estimate, context):
@@ -227,21 +247,24 @@ def _evaluate(model: Model, pixels: Tensor, codes: list[Tensor], quality: int, i
             bits = bits + spent
             estimate.add(vectors)
             context.absorb(inputs)
-            weight = piece.error_weight(importance.weight, at)[0] * importance.of_planes(piece.level, piece.planes)
-            places = importance.places if piece.level == len(codes) - 1 else None
-            factors = torch.ones(h * w, device=pixels.device) if places is None else places.flatten()
-            found.append(_Symbols(piece, indices, rate_model, weight, factors, inputs, vectors))
+            step_cost = piece.error_weight(importance.weight, at)[0] * importance.of_planes(piece.level, piece.planes)
+            local = importance.places if piece.level == len(codes) - 1 else None
+            factors = torch.ones(h * w, device=pixels.device) if local is None else local.flatten()
+            symbols.append(_Symbols(piece, indices, rate_model, step_cost, factors, inputs, vectors))
         restored = estimate.pixels()
     error = (restored - pixels).square().sum() / 3
     distortion = error
     if importance.visual and min(height, width) >= SMALLEST:
         distance = height * width * visual_distance(restored, pixels).sum()
         distortion = importance.squared * error + importance.visual * distance
-    return _Point(bits + importance.weight * distortion, found)
+    return _Point(bits + importance.weight * distortion, symbols)
 
 
 def _rate_model(piece: Slice, context: Tensor, inputs: Tensor) -> Rates:
-    """The rate model of all symbols of a slice, rows in raster order, from the codes as the prior sees them."""
+    """The rate model of all symbols of a slice, in raster order, by teacher forcing.
+
+    context: from `Context.prepare`. inputs: what the prior sees of all the slice's codes, (1, P * 2 D, h, w).
+    """
     prior = piece.prior
     assert prior is not None
     height, width = inputs.shape[2:]
@@ -259,43 +282,50 @@ def _rate_model(piece: Slice, context: Tensor, inputs: Tensor) -> Rates:
 
 
 def _slopes(point: _Point) -> list[_Slopes]:
-    """Of all slices; the point's graph is gone afterwards."""
+    """The gradients for every slice. Frees the graph of the point."""
     leaves = [leaf for s in point.symbols for leaf in (s.inputs, s.vectors)]
-    found = torch.autograd.grad(point.cost, leaves, allow_unused=True)  # nothing sees the last codes
+    # Nothing sees the codes of a last slice with a single pass: their gradient is None.
+    gradients = torch.autograd.grad(point.cost, leaves, allow_unused=True)
     pairs = iter(
-        [torch.zeros_like(leaf) if slope is None else slope for leaf, slope in zip(leaves, found, strict=True)]
+        [torch.zeros_like(leaf) if slope is None else slope for leaf, slope in zip(leaves, gradients, strict=True)]
     )
     return [_Slopes(*(rows(next(pairs), s.indices.shape[1]) for _ in range(2))) for s in point.symbols]
 
 
 @torch.no_grad()
 def _change(
-    point: _Point, slopes: list[_Slopes], dampings: list[Tensor], share: float, chance: torch.Generator
+    point: _Point, slopes: list[_Slopes], penalties: list[Tensor], fraction: float, generator: torch.Generator
 ) -> list[Tensor]:
-    """New codes of all slices, (h, w, P), where a random share of the symbols that would gain has changed."""
+    """New codes of all slices, (h, w, P): a random fraction of the symbols with a predicted gain has changed."""
     changed = []
-    for s, slope, damping in zip(point.symbols, slopes, dampings, strict=True):
-        best, gains = _best(s, slope, damping)
-        moves = (gains > LEAST_GAIN) & (torch.rand(gains.shape, generator=chance).to(gains.device) < share)
+    for s, slope, penalty in zip(point.symbols, slopes, penalties, strict=True):
+        best, gains = _best(s, slope, penalty)
+        moves = (gains > LEAST_GAIN) & (torch.rand(gains.shape, generator=generator).to(gains.device) < fraction)
         changed.append(torch.where(moves, best, s.indices).reshape(*s.inputs.shape[2:], -1))
     return changed
 
 
-def _best(s: _Symbols, slopes: _Slopes, damping: Tensor) -> tuple[Tensor, Tensor]:
-    """The best code of every symbol by the equation of the module, int64 (N, P), and what it gains on the present one, in bits.
+def _best(s: _Symbols, slopes: _Slopes, penalty: Tensor) -> tuple[Tensor, Tensor]:
+    """The best code of every symbol by the module's equation.
 
-    damping: what a squared step is held to cost in each plane, float (P,), where `_Symbols.places` is 1.
+    Args:
+        s: the symbols. slopes: their gradients.
+        penalty: float (P,), damping * curvature: bits per squared step in each plane where `_Symbols.factors` is 1.
+
+    Returns:
+        The codes, int64 (N, P), and their predicted gain over the present codes in bits, float (N, P).
     """
-    curved = s.places[:, None] * damping
+    curved = s.factors[:, None] * penalty
     book: Codebook = s.piece.codebook
     vectors, inputs, features = book.vectors.detach(), book.inputs(), book.features()
     lengths = vectors.square().sum(-1)
-    # Code 0 stays where leaving it costs more than the slopes promise at most (near codes have inputs of about NEAR_INPUT).
+    # Symbols with code 0 are skipped if leaving it costs more bits than the gradients can promise at best.
     hope = slopes.by_decoder.square().sum(2) / (4 * curved) + NEAR_INPUT * slopes.by_prior.abs().sum(2)
-    free = ((s.indices > 0) | (s.model.zero < hope)).T
-    given = (s.indices, s.model.theta.float(), s.model.zero.float(), slopes.by_prior, slopes.by_decoder, curved)
+    rate_model = s.rate_model
+    free = ((s.indices > 0) | (rate_model.zero < hope)).T
+    given = (s.indices, rate_model.theta.float(), rate_model.zero.float(), slopes.by_prior, slopes.by_decoder, curved)
     k, theta, zero, by_prior, by_decoder, curved = (x.transpose(0, 1)[free] for x in given)
-    found, gained = torch.empty_like(k), torch.empty_like(zero)
+    chosen, gained = torch.empty_like(k), torch.empty_like(zero)
     for block, parts, logp, _ in rate_blocks(features, book.biases(), theta, zero, free.sum(1).tolist()):
         distances, costs = torch.empty_like(logp), torch.empty_like(logp)
         for plane, part, here in parts:
@@ -306,15 +336,18 @@ def _best(s: _Symbols, slopes: _Slopes, damping: Tensor) -> tuple[Tensor, Tensor
             costs[here].addcmul_(distances[here], curved[part, None])
         costs -= logp.clamp_(min=-MOST_BITS)
         costs.masked_fill_(distances > NEARBY**2, math.inf)
-        least, found[block] = costs.min(1)
+        least, chosen[block] = costs.min(1)
         gained[block] = costs.gather(1, k[block, None])[:, 0] - least
     best, gains = s.indices.clone(), torch.zeros(s.indices.shape, device=s.indices.device)
-    best.T[free], gains.T[free] = found, gained
+    best.T[free], gains.T[free] = chosen, gained
     return best, gains
 
 
 class _Spent(torch.autograd.Function):
-    """Bits of given codes, summed, with gradients for the rate model: theta (N, P, F), zero (N, P), indices int64 (N, P)."""
+    """Total bits of given codes, with gradients for the rate model.
+
+    theta: (N, P, F). zero: (N, P). indices: int64 (N, P).
+    """
 
     @staticmethod
     def forward(ctx: Any, theta: Tensor, zero: Tensor, book: Codebook, indices: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where the time goes: the codec names its stages with `span`, and `collect` adds up the seconds of each.
+"""Timing of the codec's stages: the code names them with `span`, and `collect` adds up the seconds of each.
 
 >>> with collect() as seconds:
 ...     with span("prior"), span("range coder"):
@@ -23,7 +23,7 @@ _NOTHING: AbstractContextManager[None] = contextlib.nullcontext()
 
 
 class _Collector:
-    """Adds up seconds by name. `inner` is the time that spans inside the one that is open have taken."""
+    """Adds up seconds by name. `inner` is the time spent in spans nested within the open one."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock = clock
@@ -53,17 +53,16 @@ _collector: ContextVar[_Collector | None] = ContextVar("vqcodec.spans", default=
 
 
 def span(name: str) -> AbstractContextManager[None]:
-    """Count the time of the body under a name, if the caller of the codec collects; else do nothing.
+    """Count the time of the body under a name if a `collect` is open; else do nothing.
 
-    A span inside another one interrupts it: each moment counts for the innermost span only, so that the seconds of all
-    names add up to the time spent in spans.
+    Time counts for the innermost open span only, so the seconds of all names add up to the time spent in spans.
     """
     collector = _collector.get()
     return _NOTHING if collector is None else _Span(collector, name)
 
 
 def timed(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """A decorator: every call of the function is a `span`."""
+    """A decorator that makes every call of the function a `span`."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
@@ -78,16 +77,16 @@ def timed(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 @contextlib.contextmanager
 def collect(clock: Callable[[], float] = time.perf_counter) -> Iterator[dict[str, float]]:
-    """Collect the spans that the body runs through in this thread.
+    """Collect the seconds of the spans that this thread enters in the body.
 
-    A `collect` inside another one has the spans of its body to itself.
+    Spans within a nested `collect` count there only.
 
     Args:
-        clock: gives the time in seconds. A GPU works on while Python goes on: to time it, pass a function that waits
-            for the GPU before it reads the clock.
+        clock: returns the time in seconds. GPU work is asynchronous: to time it, pass a function that synchronises with
+            the GPU before it reads the clock.
 
     Yields:
-        Seconds by name, in the order in which spans of these names first ended; filled while the body runs.
+        Seconds by name, updated while the body runs, in the order in which spans of these names first ended.
     """
     collector = _Collector(clock)
     token = _collector.set(collector)

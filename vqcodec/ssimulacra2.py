@@ -1,12 +1,14 @@
 """SSIMULACRA2 of two 8-bit pictures, in numpy.
 
-The metric of Jon Sneyers (Cloudinary), version 2.1 of April 2023: SSIM, ringing and smoothing maps in the XYB colour space at
-six scales, each pooled by its mean and its 4-norm, and a weighted sum of these 108 numbers. Definition, weights and constants:
-https://github.com/cloudinary/ssimulacra2 (BSD 3-Clause). A score of 100 is a perfect copy; about 90 cannot be told apart from
-the original, 70 is high, 50 medium and 30 low quality; bad pictures fall below 0.
+The metric of Jon Sneyers (Cloudinary), version 2.1 of April 2023. In the XYB colour space, at six scales, it computes
+maps of SSIM, ringing and smoothing errors, pools each by its mean and its 4-norm, and takes a weighted sum of these 108
+numbers. Definition, weights and constants: https://github.com/cloudinary/ssimulacra2 (BSD 3-Clause).
 
-It follows the reference program, borders included (zeros outside the picture). On JPEGs of quality 20 to 90 whose scores by the
-reference are published it agrees to 0.2; what is left is the single-precision rounding of the reference.
+A score of 100 is a perfect copy. About 90 is visually lossless, 70 is high, 50 medium and 30 low quality; very bad
+pictures score below 0.
+
+The code follows the reference program, including its borders (zeros outside the picture). It agrees to within 0.2 with
+the published reference scores of JPEGs of quality 20 to 90; the reference rounds to single precision.
 """
 
 import numpy as np
@@ -16,11 +18,11 @@ Pixels = NDArray[np.uint8]
 Planes = NDArray[np.float32]  # (3, H, W)
 
 SCALES = 6
-SMALLEST = 8  # pixels a side, below which no scale follows
-SCALE = 0.9562382616834844  # of the weighted sum
-SSIM_C2 = 0.0009  # keeps the structure term finite in flat areas
+SMALLEST = 8  # pixels; no scale has a shorter side
+SCALE = 0.9562382616834844  # factor on the weighted sum
+SSIM_C2 = 0.0009  # stabilises the structure term in flat areas
 
-# linear sRGB -> mixed cone responses; every row sums to 1
+# Linear sRGB -> mixed cone responses; every row sums to 1.
 OPSIN = np.array(
     [
         [0.30, 1 - 0.30 - 0.078, 0.078],
@@ -31,26 +33,26 @@ OPSIN = np.array(
 )
 OPSIN_BIAS = np.float32(0.0037930732552754493)
 
-# The response of libjxl's recursive Gaussian filter (Charalampidis 2016) with sigma 1.5: it is finite, offsets -4 to 4.
+# The impulse response of libjxl's recursive Gaussian (Charalampidis 2016), sigma 1.5: offsets 0 to 4, symmetric.
 BLUR = (0.2646211054881985, 0.2129285920104222, 0.1093353727774603, 0.0360111146583644, 0.00941436780965374)
 
-# Columns: SSIM, ringing and smoothing by mean, then the same three by 4-norm.
+# Columns: SSIM, ringing and smoothing pooled by mean, then the same three by 4-norm. Rows: one for each scale.
 WEIGHTS = (
-    # X, red minus green: a row a scale
+    # X, red minus green
     (0, 0.0007376606707406586, 0, 0, 0.0007793481682867309, 0),
     (0, 0.0004371155730107379, 0, 1.1041726426657346, 0.00066284834129271, 0.00015231632783718752),
     (0, 0.0016406437456599754, 0, 1.8422455520539298, 11.441172603757666, 0),
     (0.0007989109436015163, 0.000176816438078653, 0, 1.8787594979546387, 10.94906990605142, 0),
     (0.0007289346991508072, 0.9677937080626833, 0, 0.00014003424285435884, 0.9981766977854967, 0.00031949755934435053),
     (0.0004550992113792063, 0, 0, 0.0013648766163243398, 0, 0),
-    # Y, brightness: a row a scale
+    # Y, brightness
     (0, 0, 0, 7.466890328078848, 0, 17.445833984131262),
     (0.0006235601634041466, 0, 0, 6.683678146179332, 0.00037724407979611296, 1.027889937768264),
     (225.20515300849274, 0, 0, 19.213238186143016, 0.0011401524586618361, 0.001237755635509985),
     (176.39317598450694, 0, 0, 24.43300999870476, 0.28520802612117757, 0.0004485436923833408),
     (0, 0, 0, 34.77906344483772, 44.835625328877896, 0),
     (0, 0, 0, 0, 0, 0),
-    # B, blue minus brightness: a row a scale
+    # B, blue minus brightness
     (0, 0.0008680556573291698, 0, 0, 0, 0),
     (0, 0.0005313191874358747, 0, 0.00016533814161379112, 0, 0),
     (0, 0, 0, 0.0004179171803251336, 0.0017290828234722833, 0),
@@ -75,7 +77,7 @@ def ssimulacra2(original: Pixels, distorted: Pixels) -> float:
         distorted: uint8 (H, W, 3), sRGB.
 
     Returns:
-        The score, at most 100, higher is better; nan when a side is shorter than 8 pixels.
+        The score: at most 100, higher is better; nan if a side is shorter than 8 pixels.
 
     Raises:
         ValueError: the shapes differ or are not (H, W, 3).
@@ -83,20 +85,20 @@ def ssimulacra2(original: Pixels, distorted: Pixels) -> float:
     if original.shape != distorted.shape or original.ndim != 3 or original.shape[2] != 3:
         raise ValueError(f"two pictures of one shape (H, W, 3) expected, found {original.shape} and {distorted.shape}")
     first, second = _linear(original), _linear(distorted)
-    errors: list[NDArray[np.float64]] = []  # a (3, 6) table of every scale
+    errors: list[NDArray[np.float64]] = []  # (3, 6) for each scale
     while len(errors) < SCALES and min(first.shape[1:]) >= SMALLEST:
         if errors:
             first, second = _halve(first), _halve(second)
         errors.append(_scale_errors(_positive_xyb(first), _positive_xyb(second)))
     if not errors:
         return float("nan")
-    # The reference walks through its weights without gaps, so a picture too small for all scales uses the first ones.
+    # The reference takes weights in sequence, so that a picture too small for all scales uses the first ones.
     table = np.stack(errors, axis=1).ravel()  # component, scale, column
     return score(float(np.asarray(WEIGHTS).ravel()[: table.size] @ table) * SCALE)
 
 
 def score(x: float) -> float:
-    """The score of a weighted sum; nan of nan."""
+    """Map a weighted sum to the score, at most 100; nan to nan."""
     x = 2.326765642916932 * x - 0.020884521182843837 * x**2 + 6.248496625763138e-05 * x**3
     return 100.0 if x <= 0 else float(100 - 10 * x**0.6276336467831387)
 
@@ -108,14 +110,14 @@ def _linear(pixels: Pixels) -> Planes:
 
 
 def _halve(planes: Planes) -> Planes:
-    """Means of 2 x 2 blocks; an odd last row or column counts twice."""
+    """Average 2 x 2 blocks; an odd last row or column counts twice."""
     _, height, width = planes.shape
     padded = np.pad(planes, ((0, 0), (0, height % 2), (0, width % 2)), mode="edge")
     return (padded[:, ::2, ::2] + padded[:, ::2, 1::2] + padded[:, 1::2, ::2] + padded[:, 1::2, 1::2]) / np.float32(4)
 
 
 def _positive_xyb(linear: Planes) -> Planes:
-    """XYB moved and scaled into about 0..1, with B as blue minus brightness."""
+    """Linear sRGB -> XYB, shifted and scaled to about 0..1, with B as blue minus brightness."""
     mixed = np.cbrt(np.tensordot(OPSIN, linear, 1) + OPSIN_BIAS) - np.cbrt(OPSIN_BIAS)
     x, y = (mixed[0] - mixed[1]) / 2, (mixed[0] + mixed[1]) / 2
     return np.stack([x * np.float32(14) + np.float32(0.42), y + np.float32(0.01), mixed[2] - y + np.float32(0.55)])
@@ -133,11 +135,11 @@ def _blur(planes: Planes) -> Planes:
 
 
 def _scale_errors(a: Planes, b: Planes) -> NDArray[np.float64]:
-    """The six columns of WEIGHTS for each component, (3, 6)."""
+    """The error terms of the six columns of WEIGHTS, for each component: (3, 6)."""
     mean_a, mean_b = _blur(a), _blur(b)
     covariance = _blur(a * b) - mean_a * mean_b
     variances = (_blur(a * a) - mean_a**2) + (_blur(b * b) - mean_b**2)
-    luminance = 1 - (mean_a - mean_b) ** 2  # without SSIM's denominator: XYB is perceptual already
+    luminance = 1 - (mean_a - mean_b) ** 2  # no denominator as in SSIM: XYB is already perceptually uniform
     ssim = np.maximum(1 - luminance * (2 * covariance + SSIM_C2) / (variances + SSIM_C2), 0)
     edges = (1 + np.abs(b - mean_b)) / (1 + np.abs(a - mean_a)) - 1
     maps = (ssim, np.maximum(edges, 0), np.maximum(-edges, 0))

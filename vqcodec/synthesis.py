@@ -1,6 +1,7 @@
-"""Latents, codes and pixels: the float networks over whole pictures, in windows that bound memory.
+"""Runs the float networks over whole pictures: pixels -> latents, codes -> pixels.
 
-Windows overlap by more than the networks reach, so they leave no seams in the picture.
+The networks run in windows, which bounds memory. Windows overlap by at least the receptive field of the networks and
+so leave no seams in the picture.
 """
 
 from collections.abc import Iterator
@@ -15,12 +16,11 @@ from vqcodec.frame import Frame
 from vqcodec.models.model import Estimate, Level, Model, Slice, walk
 from vqcodec.spans import timed
 
-# Side of the windows.
-WINDOW = 2048
+WINDOW = 2048  # side of the windows in pixels
 
 
 def reconstruct(model: Model, frame: Frame, codes: list[Tensor]) -> NDArray[np.uint8]:
-    """Codes as from `coding.decode` -> pixels uint8 (H, W, 3)."""
+    """Decode codes, as `coding.decode` returns them, to pixels uint8 (H, W, 3)."""
     estimate = GridEstimate(model, frame)
     for piece in walk(model.levels, estimate):
         height, width = codes[piece.level].shape[:2]
@@ -31,7 +31,7 @@ def reconstruct(model: Model, frame: Frame, codes: list[Tensor]) -> NDArray[np.u
 
 
 class GridEstimate(Estimate):
-    """The estimate over the grids of a whole picture: networks run in windows, and codes are added in place, part by part."""
+    """The estimate over the grids of a whole picture. Networks run in windows; codes are added in place."""
 
     def __init__(self, model: Model, frame: Frame) -> None:
         quality = torch.tensor([frame.quality], device=model.device)
@@ -40,7 +40,7 @@ class GridEstimate(Estimate):
 
     @timed("refinement")
     def begin(self, level: Level) -> None:
-        """As of `Estimate`, window by window."""
+        """See `Estimate.begin`; runs window by window."""
         layout = torch.channels_last
         values = torch.zeros(self._shape(level), device=self.model.device).contiguous(memory_format=layout)
         if level.number:
@@ -56,15 +56,15 @@ class GridEstimate(Estimate):
 
     @timed("refinement")
     def enter(self, piece: Slice) -> None:
-        """As of `Estimate`; strip by strip, in place, if the grid is large."""
+        """See `Estimate.enter`; a large grid is refined in place, strip by strip."""
         height, width = self.values.shape[2:]
         strips = _strips(height, width, WINDOW // piece.stage.stride)
         if len(strips) == 1:
             super().enter(piece)
             return
-        self.piece, self.scale = piece, piece.scale(self.quality)
-        reach = max(1, len(piece.quantizer.blocks()))  # a block sees one position around each
-        above = self.values[:, :, :0]  # the rows above a strip, as they were
+        self.piece, self.step = piece, piece.step(self.quality)
+        reach = max(1, len(piece.quantizer.blocks()))  # every block has one 3x3 convolution
+        above = self.values[:, :, :0]  # the rows above the strip, not refined yet
         for strip in strips:
             cut = torch.cat([above, self.values[:, :, strip.start : strip.stop + reach]], 2)
             first = above.shape[2]
@@ -74,13 +74,16 @@ class GridEstimate(Estimate):
 
     @timed("refinement")
     def add_at(self, window: "Box", vectors: Tensor) -> None:
-        """Correct the slice's channels in a window of the grid, in place, by vectors in steps, (1, P D, h, w)."""
+        """Add vectors, float (1, P D, h, w) in steps, to the slice's channels in a window of the grid, in place."""
         assert self.piece is not None
-        self.values[(slice(None), self.piece.channels, *window)] += vectors * self.scale
+        self.values[(slice(None), self.piece.channels, *window)] += vectors * self.step
 
     @timed("decoder")
     def picture(self) -> NDArray[np.uint8]:
-        """After the walk: the pixels, uint8 (H, W, 3), cropped to the picture and rounded."""
+        """Decode the finished estimate to pixels, uint8 (H, W, 3), cropped to the picture and rounded.
+
+        Call it after the walk.
+        """
         pixels = np.empty((self.frame.height, self.frame.width, 3), np.uint8)
         level = len(self.model.config.levels) - 1
         stride = self.model.config.levels[level].stride
@@ -99,41 +102,51 @@ class GridEstimate(Estimate):
 
 
 def finer(box: "Box", ratio: int) -> tuple[slice, slice, slice, slice]:
-    """A box of grid positions on a grid that is finer by a factor, as an index of maps (1, C, h, w)."""
+    """Scale a box of grid positions up to a grid that is `ratio` times finer: an index into maps (B, C, h, w)."""
     rows, columns = (slice(s.start * ratio, s.stop * ratio) for s in box)
     return slice(None), slice(None), rows, columns
 
 
 def _strips(height: int, width: int, side: int) -> list[slice]:
-    """Rows of a grid in strips of about side x side positions."""
+    """Split the rows of a grid into strips of about side x side positions."""
     rows = max(1, side * side // width)
     return [slice(start, min(start + rows, height)) for start in range(0, height, rows)]
 
 
 @timed("encoder")
 def analyse(model: Model, pixels: NDArray[np.uint8], quality: Tensor) -> list[Tensor]:
-    """Pixels (H, W, 3) -> latents of each level over the padded picture."""
+    """Encode pixels, uint8 (H, W, 3), to latents.
+
+    Args:
+        model: the weights. pixels: the picture. quality: (1,), 1..100.
+
+    Returns:
+        For each level, coarse first, float (1, C, h, w) over the padded picture.
+    """
     unit = model.config.multiple
     height, width = pixels.shape[:2]
     down, right = -height % unit, -width % unit
     coarse = (height + down) // unit, (width + right) // unit
     latents: list[Tensor] = []
     for inner, outer, part in windows(*coarse, max(1, WINDOW // unit), -(-model.vqvae.encoder_reach() // unit)):
-        found = model.vqvae.analyse(cut(model, pixels, outer), quality)
+        local = model.vqvae.analyse(cut(model, pixels, outer), quality)
         if not latents:
             if outer == (slice(0, coarse[0]), slice(0, coarse[1])):
-                return found
+                return local
             latents = [
-                _empty(z, unit // stage.stride, coarse) for z, stage in zip(found, model.config.levels, strict=True)
+                _empty(z, unit // stage.stride, coarse) for z, stage in zip(local, model.config.levels, strict=True)
             ]
-        for whole, z, stage in zip(latents, found, model.config.levels, strict=True):
+        for whole, z, stage in zip(latents, local, model.config.levels, strict=True):
             ratio = unit // stage.stride
             whole[finer(inner, ratio)] = z[finer(part, ratio)]
     return latents
 
 
 def cut(model: Model, pixels: NDArray[np.uint8], box: "Box") -> Tensor:
-    """The pixels of a box of coarsest positions, float (1, 3, h, w); the last ones are repeated beyond the picture."""
+    """Cut out the pixels under a box of positions of the coarsest grid: float (1, 3, h, w), 0..255.
+
+    Beyond the picture its last row and column are repeated.
+    """
     unit = model.config.multiple
     ys, xs = (slice(s.start * unit, s.stop * unit) for s in box)
     part = torch.from_numpy(np.array(pixels[ys, xs])).to(model.device).permute(2, 0, 1)[None].float()
@@ -150,9 +163,14 @@ Box = tuple[slice, slice]
 
 
 def windows(height: int, width: int, size: int, reach: int) -> Iterator[tuple[Box, Box, Box]]:
-    """Cover a grid: (inner, outer, part) with outer = inner widened by `reach` inside the grid, part = inner in outer.
+    """Cover a grid with windows.
 
-    The grid is one window if it is not much larger than one.
+    Args:
+        height, width: of the grid, in positions. size: side of a window. A grid with no more than size * size positions
+            is one window. reach: by how many positions windows are widened on each side.
+
+    Yields:
+        (inner, outer, part): the window, the window widened within the grid, and the place of `inner` in `outer`.
     """
     if height * width <= size * size:
         size = max(height, width)

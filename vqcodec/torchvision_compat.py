@@ -1,8 +1,9 @@
 """Import torchvision where its compiled operators do not fit the installed torch.
 
-A torchvision wheel built for CUDA refuses to be imported beside a CPU build of torch ("operator torchvision::nms does not
-exist"): its library is not loaded, yet it registers a second implementation for two operators. Declaring their signatures first
-is enough for everything that needs no compiled operator, such as the network definitions that LPIPS uses.
+A torchvision wheel built for CUDA cannot be imported beside a CPU build of torch ("operator torchvision::nms does not
+exist"): its library is not loaded, yet it registers a second implementation for two operators. Declaring their
+signatures first is enough for everything that needs no compiled operator, such as the network definitions that LPIPS
+uses.
 """
 
 import importlib

@@ -1,12 +1,12 @@
-"""What an error counts when codes are chosen: its square in pixels, or how much it changes what a picture looks like.
+"""The distortion weights that the encoder chooses codes with: plain squared error, or tuned for the eye.
 
-Squared error treats all errors alike. To the eye, by SSIMULACRA2, one in a coarse code plane counts several times as
-much as its square says and one in a fine plane half as much, and texture hides what flat areas show. `sensitivity.py`
-measures both for given weights; here the measurements become factors on the distortion weight, for every code plane and
-for every position. With a share s of the visual distance in the distortion (distortion.py) and a sensitivity r,
-relative to squared error, a factor is 1 - s + s r.
+Squared error treats all errors alike. By SSIMULACRA2, an error in a coarse code plane matters several times as much as
+its square and one in a fine plane half as much, and texture masks errors that flat areas show. train/sensitivity.py
+measures both effects for given weights. This module turns the measurements into factors on the distortion weight, for
+each code plane and for each position: with a share s of the visual distance in the distortion (train/distortion.py) and
+a sensitivity r relative to squared error, the factor is 1 - s + s r.
 
-Decoders need not know of it: it changes which codes are chosen, not what they mean.
+Only the choice of codes changes. Decoders need not know of the tuning.
 """
 
 import json
@@ -26,26 +26,25 @@ from vqcodec.models.config import Config
 
 SUFFIX = ".visual.json"
 FORMAT = "vqcodec visual tuning 1"
-# Share of the visual distance in the distortion, as in training.
-SHARE = 0.5
+SHARE = 0.5  # of the visual distance in the distortion, as in training
 LUMA = (0.299, 0.587, 0.114)
-BLOCK = 8  # pixels a side, of the blocks whose variance says how much texture there is
-# Added to variances, in squared levels: below, differences between flat areas do not matter. And the variance of usual
-# texture.
+BLOCK = 8  # side of the blocks in which texture is measured, in pixels
+# Variances in squared 8-bit levels. The first is added to every variance, so that noise does not tell flat areas apart;
+# at the second, the factor is 1.
 LEAST_VARIANCE, USUAL_VARIANCE = 8.0, 200.0
-STRIP = 512  # rows of a picture whose activity is measured at a time
+STRIP = 512  # pixel rows whose activity is measured at a time, which bounds memory
 
 
 @dataclass(frozen=True)
 class Importance:
-    """What an error counts in the choice of the codes of one picture.
+    """Distortion weights for the choice of the codes of one picture.
 
     Attributes:
-        weight: bits per pixel per unit of squared error on the 0..255 scale.
-        planes: for each level float (P,), factors on it for its code planes; empty for 1.
+        weight: lambda, in bits per pixel per unit of mean squared error on the 0..255 scale.
+        planes: for each level float (P,), factors on `weight` for its code planes; empty for 1.
         places: float (h, w), factors for the positions of the finest level; None for 1.
-        visual: how much a unit of the visual distance counts, in units of squared error. squared: how much squared
-            error counts itself.
+        visual, squared: the distortion of a whole picture is squared * mse + visual * visual distance. The search uses
+            it; `planes` and `places` approximate it symbol by symbol.
     """
 
     weight: float
@@ -55,30 +54,29 @@ class Importance:
     squared: float = 1.0
 
     def to(self, device: torch.device) -> "Importance":
-        """The same with its tensors on a device."""
+        """A copy with its tensors on a device."""
         places = None if self.places is None else self.places.to(device)
         return replace(self, planes=tuple(p.to(device) for p in self.planes), places=places)
 
     def of_planes(self, level: int, span: slice) -> Tensor | float:
-        """Factors for some planes of a level, float (P,) or 1."""
+        """The factors of some planes of a level: float (P,), or 1."""
         return self.planes[level][span] if self.planes else 1.0
 
     def of_places(self, finest: bool, window: tuple[slice, slice]) -> Tensor | None:
-        """Factors for a window of a level's positions, float (h, w), or None."""
+        """The factors in a window of a level's grid: float (h, w), or None for 1."""
         return self.places[window] if finest and self.places is not None else None
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """How sensitive the eye is to errors of the codes of certain weights, at a few qualities.
+    """The eye's sensitivity to coding errors of some weights, measured at K qualities.
 
     Attributes:
-        qualities: K of them, rising.
-        unit: float (K,), squared error that counts as much as a unit of visual distance.
-        masking: float (K,), power of the local variance with which the sensitivity goes; negative.
-        balance: float (K,), by which the distortion weight is multiplied so that files become as large as without
-            tuning.
-        planes: for each level float (K, P), sensitivity to errors of each plane, in relation to their square.
+        qualities: the K qualities, ascending, 1..100.
+        unit: float (K,), the mean squared error that matters as much as a visual distance of 1.
+        masking: float (K,), exponent m: sensitivity goes with (local variance)^m. Negative.
+        balance: float (K,), factor on the distortion weight that keeps file sizes as they are without tuning.
+        planes: for each level float (K, P), sensitivity to errors in each plane relative to their squared error.
     """
 
     qualities: tuple[int, ...]
@@ -88,10 +86,11 @@ class Tuning:
     planes: tuple[Tensor, ...]
 
     def importance(self, config: Config, pixels: NDArray[np.uint8], quality: int, emphasis: float = 1.0) -> Importance:
-        """What errors count in a picture.
+        """The distortion weights for a picture.
 
         Args:
-            config: of the weights. pixels: uint8 (H, W, 3). quality: 1..100. emphasis: a factor on the weight.
+            config: of the weights. pixels: uint8 (H, W, 3). quality: 1..100.
+            emphasis: factor on the distortion weight, for rates between two qualities.
         """
 
         def factor(sensitivity: Tensor) -> Tensor:
@@ -100,7 +99,7 @@ class Tuning:
         masking = float(self._at(quality, self.masking))
         texture = (activity(pixels, config) + LEAST_VARIANCE) / (USUAL_VARIANCE + LEAST_VARIANCE)
         return Importance(
-            weight=emphasis * float(self._at(quality, self.balance.log()).exp()) * _weight(config, quality),
+            weight=emphasis * float(self._at(quality, self.balance.log()).exp()) * _lagrangian(config, quality),
             planes=tuple(factor(self._at(quality, p.log()).exp()) for p in self.planes),
             places=factor(texture**masking),
             visual=SHARE * float(self._at(quality, self.unit.log()).exp()),
@@ -108,13 +107,13 @@ class Tuning:
         )
 
     def _at(self, quality: int, values: Tensor) -> Tensor:
-        """Rows of values (K, ...) interpolated linearly; beyond the ends as at them."""
+        """Interpolate values (K, ...) linearly between the measured qualities; clamp outside."""
         high = min(max(sum(q < quality for q in self.qualities), 1), len(self.qualities) - 1)
         first, last = self.qualities[high - 1], self.qualities[high]
         return torch.lerp(values[high - 1], values[high], min(max((quality - first) / (last - first), 0.0), 1.0))
 
     def save(self, path: Path, weights_id: bytes) -> None:
-        """Write it beside weights, atomically; see `path_of`."""
+        """Write the tuning to a file, atomically; see `path_of` for its place."""
         fields: dict[str, Any] = {"format": FORMAT, "weights": weights_id.hex(), "qualities": self.qualities}
         fields |= {name: _digits(getattr(self, name)) for name in ("unit", "masking", "balance")}
         fields["planes"] = [_digits(level) for level in self.planes]
@@ -122,26 +121,29 @@ class Tuning:
 
 
 def flat(config: Config, quality: int, emphasis: float = 1.0) -> Importance:
-    """Squared error alone."""
-    return Importance(emphasis * _weight(config, quality))
+    """The distortion weights of plain squared error. Args: as `Tuning.importance`."""
+    return Importance(emphasis * _lagrangian(config, quality))
 
 
 def path_of(weights: Path) -> Path:
-    """Where the tuning of weights is: beside them."""
+    """The path of the tuning of a weights file: beside it."""
     return weights.with_suffix(SUFFIX)
 
 
 def load(path: Path, config: Config, weights_id: bytes) -> Tuning | None:
-    """Read what `Tuning.save` wrote for these weights; None if there is no file.
+    """Read the tuning of weights from a file that `Tuning.save` wrote; None if there is no file.
+
+    Args:
+        path: see `path_of`. config: of the weights. weights_id: 4 bytes.
 
     Raises:
-        WeightsError: unreadable, or of other weights.
+        WeightsError: the file is unreadable, belongs to other weights, or does not fit their configuration.
     """
     try:
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if fields["format"] != FORMAT:
             raise ValueError(f"format {fields['format']!r}")
-        of = fields["weights"]
+        owner = fields["weights"]
         qualities = tuple(map(int, fields["qualities"]))
         unit, masking, balance = (torch.tensor(fields[k], dtype=torch.float32) for k in ("unit", "masking", "balance"))
         planes = tuple(torch.tensor(level, dtype=torch.float32) for level in fields["planes"])
@@ -150,8 +152,8 @@ def load(path: Path, config: Config, weights_id: bytes) -> Tuning | None:
         return None
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise WeightsError(f"{path} is not a visual tuning: {error}") from None
-    if of != weights_id.hex():
-        raise WeightsError(f"{path} is of weights {of!r}, not of {weights_id.hex()!r}")
+    if owner != weights_id.hex():
+        raise WeightsError(f"{path} is of weights {owner!r}, not of {weights_id.hex()!r}")
     count = len(qualities)
     shapes = [(count, sum(piece.planes for piece in stage.slices)) for stage in config.levels]
     positive = (tuning.unit, tuning.balance, *tuning.planes)
@@ -168,33 +170,33 @@ def load(path: Path, config: Config, weights_id: bytes) -> Tuning | None:
 
 
 def activity(pixels: NDArray[np.uint8], config: Config) -> Tensor:
-    """How much texture there is: the mean variance of luma in the small blocks of each position of the finest level.
+    """Measure texture: the variance of luma within small blocks, averaged over each position of the finest level.
 
     Args:
-        pixels: uint8 (H, W, 3).
+        pixels: uint8 (H, W, 3). config: of the weights.
 
     Returns:
-        float (h, w), squared levels, over the padded picture.
+        float32 (h, w) over the padded picture, in squared 8-bit levels.
     """
     stride, unit = config.levels[-1].stride, config.multiple
     height, width = pixels.shape[:2]
     block = min(BLOCK, stride)
-    found = []
+    strips = []
     for top in range(0, height, STRIP):
         luma = torch.from_numpy(pixels[top : top + STRIP] @ np.array(LUMA, np.float32))[None, None]
         down = -height % unit if top + STRIP >= height else 0
         luma = functional.pad(luma, (0, -width % unit, 0, down), mode="replicate")
         means, squares = functional.avg_pool2d(luma, block), functional.avg_pool2d(luma.square(), block)
-        found.append(functional.avg_pool2d((squares - means.square()).clamp(min=0), stride // block)[0, 0])
-    return torch.cat(found)
+        strips.append(functional.avg_pool2d((squares - means.square()).clamp(min=0), stride // block)[0, 0])
+    return torch.cat(strips)
 
 
-def _weight(config: Config, quality: int) -> float:
+def _lagrangian(config: Config, quality: int) -> float:
     return config.lambda_of((quality - 1) / 99)
 
 
 def _digits(values: Tensor) -> Any:
-    """As nested lists, to four significant digits."""
+    """Convert to nested lists of numbers with four significant digits."""
     if values.ndim:
         return [_digits(row) for row in values]
     return float(f"{float(values):.4g}")

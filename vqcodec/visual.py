@@ -1,8 +1,8 @@
-"""How different two pictures look, with gradients: the weighted sum of SSIMULACRA2 in torch.
+"""The visual distance: the weighted sum of SSIMULACRA2 in torch, differentiable.
 
-`ssimulacra2.py` has the metric itself, its source and its constants. The score is 100 less a power of this sum, below
-1, whose slope is infinite where pictures are equal; the sum is what can be optimised. Everything is float32 whatever
-autocast says.
+ssimulacra2.py has the metric itself, its source and its constants. Its score is 100 minus a power of this sum. The
+exponent is below 1, so that the score's gradient is infinite where the pictures are equal: optimise the sum instead.
+Everything is computed in float32, whatever autocast says.
 """
 
 import functools
@@ -13,17 +13,16 @@ from torch.nn import functional
 
 from vqcodec.ssimulacra2 import BLUR, OPSIN, OPSIN_BIAS, SCALE, SCALES, SMALLEST, SSIM_C2, WEIGHTS
 
-# Added below fourth roots, which have no slope at zero: a 4-norm of a millionth.
+# Added under the fourth root, whose gradient is infinite at zero: the fourth power of 1e-6.
 FLOOR = 1e-24
 
 
 def visual_distance(distorted: Tensor, original: Tensor) -> Tensor:
-    """The SSIMULACRA2 sum of pictures, zero where they are equal; about 2.7 at a score of 70, 1 at 83 and 8 at 40.
+    """The SSIMULACRA2 sum of pictures: 0 if they are equal, about 1 at a score of 83, 2.7 at 70 and 8 at 40.
 
     Args:
-        distorted: float (B, 3, H, W), sRGB in 0..255; what lies outside counts as the nearest bound. Gradients reach
-            it.
-        original: the same; no gradients reach it.
+        distorted: float (B, 3, H, W), sRGB in 0..255, clamped to that range. Gets gradients.
+        original: the same; gets no gradients.
 
     Returns:
         float32 (B,).
@@ -48,13 +47,13 @@ def visual_distance(distorted: Tensor, original: Tensor) -> Tensor:
 
 def _linear(pixels: Tensor) -> Tensor:
     x = pixels.contiguous().clamp(0, 255) / 255
-    # Of both branches only the one that is taken may see a value at which its slope is infinite.
+    # `where` differentiates both branches: clamp the power's input where the other branch is taken.
     curved = ((x.clamp(min=0.04045) + 0.055) / 1.055) ** 2.4
     return torch.where(x <= 0.04045, x / 12.92, curved)
 
 
 def _halve(planes: Tensor) -> Tensor:
-    """Means of 2 x 2 blocks; an odd last row or column counts twice."""
+    """Average 2 x 2 blocks; an odd last row or column counts twice."""
     height, width = planes.shape[2:]
     return functional.avg_pool2d(functional.pad(planes, (0, width % 2, 0, height % 2), mode="replicate"), 2)
 
@@ -66,8 +65,8 @@ def _positive_xyb(linear: Tensor) -> Tensor:
     return torch.stack([x * 14 + 0.42, y + 0.01, mixed[:, 2] - y + 0.55], 1)
 
 
-# Constants are kept on their device: a step that is recorded (recording.py) may not copy them there. They are not made
-# in inference mode, whose tensors no gradient may pass.
+# Constants are cached on their device because a recorded step (train/recording.py) must not copy from the host. They
+# are made outside inference mode because autograd refuses inference tensors.
 
 
 @functools.cache
@@ -85,20 +84,20 @@ def _opsin(device: torch.device) -> Tensor:
 @functools.lru_cache(maxsize=32)
 @torch.inference_mode(False)
 def _blur_matrix(size: int, device: torch.device) -> Tensor:
-    """The filter along a line of `size` pixels, zeros outside: (size, size), symmetric."""
+    """The blur of a line of `size` pixels with zeros outside, as a symmetric matrix (size, size)."""
     offsets = (torch.arange(size)[:, None] - torch.arange(size)).abs()
     taps = torch.tensor([*BLUR, 0.0], dtype=torch.float32)
     return taps[offsets.clamp(max=len(BLUR))].to(device)
 
 
 def _blur(planes: Tensor) -> Tensor:
-    """As matrix products, which are faster than short convolutions of single planes, on CPUs as well."""
+    """Blur by matrix products: faster than short single-channel convolutions, on CPUs too."""
     height, width = planes.shape[2:]
     return _blur_matrix(height, planes.device) @ (planes @ _blur_matrix(width, planes.device))
 
 
 def _scale_errors(a: Tensor, b: Tensor) -> Tensor:
-    """The six columns of WEIGHTS for each picture and component, (B, 3, 6)."""
+    """The error terms of the six columns of WEIGHTS, for each picture and component: (B, 3, 6)."""
     mean_a, mean_b = _blur(a), _blur(b)
     covariance = _blur(a * b) - mean_a * mean_b
     variances = (_blur(a * a) - mean_a**2) + (_blur(b * b) - mean_b**2)

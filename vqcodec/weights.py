@@ -1,11 +1,12 @@
-"""Verify, load and save a weights file.
+"""Loads, checks and saves weights files.
 
-A weights file is a safetensors file: encoder and decoder in half precision (codebooks and steps in single), the prior
-and its tables as the integers they compute with, and, in the metadata, the configuration as JSON and training notes.
-Its id is the first four bytes of the SHA-256 of the whole file; every .vqz file names the weights it needs by this id.
+A weights file is a safetensors file. It holds encoder and decoder in half precision (codebooks and steps in single),
+and the prior and its tables as the integers that they compute with. Its metadata hold the configuration as JSON and
+notes on the training. The first four bytes of the SHA-256 of the file are its id, by which every .vqz file names its
+weights.
 
-A look is a second safetensors file for the same codes: only what makes pixels of them (`VQVAE.renderer`), in half precision, with
-its configuration and the id of its weights in the metadata.
+A look is a second safetensors file for the same codes. It holds only the part of the decoder behind the codes
+(`VQVAE.renderer`), in half precision; its metadata hold its configuration and the id of its weights.
 """
 
 import functools
@@ -36,15 +37,15 @@ ID_BYTES = 4
 
 
 def load(path: Path, device: str = "cpu", look: Path | None = None) -> Model:
-    """Read a weights file; the last few are kept, so that many pictures in one process load it once.
+    """Load a model from a weights file. The last two models are cached.
 
     Args:
-        path: a safetensors file written by `save_model`.
+        path: a file that `save_model` wrote.
         device: "cpu", "cuda" or "auto" (CUDA if there is one).
-        look: a file written by `save_look` for these weights: the model renders as it says.
+        look: a file that `save_look` wrote for these weights, to decode with; None for the weights' own decoder.
 
     Raises:
-        WeightsError: not a readable weights file, a look of other weights, or the device is not there.
+        WeightsError: the file is unreadable or invalid, the look belongs to other weights, or there is no such device.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -94,7 +95,7 @@ def _load(path: Path, device: str, look: Path | None, versions: tuple[tuple[int,
 
 
 def is_look_of(path: Path, weights_id: bytes) -> bool:
-    """Whether a file is another look of the weights with this id."""
+    """Whether a file is a look of the weights with this id."""
     try:
         return path.is_file() and _metadata(path, LOOK_FORMAT)[1].get("weights") == weights_id.hex()
     except WeightsError:
@@ -119,7 +120,7 @@ def _metadata(path: Path, expected: str = FORMAT) -> tuple[Config, dict[str, str
 
 
 def _not_stored(module: torch.nn.Module) -> set[str]:
-    """Names of the tensors that only training needs."""
+    """Names of the tensors that only training needs, which weights files omit."""
     names = set()
     for prefix, part in module.named_modules():
         if isinstance(part, Codebook):
@@ -130,14 +131,14 @@ def _not_stored(module: torch.nn.Module) -> set[str]:
 
 
 def save_model(path: Path, config: Config, vqvae: VQVAE, prior: Prior, notes: dict[str, Any]) -> bytes:
-    """Freeze the prior (in place) and write a weights file, atomically.
+    """Freeze the prior in place, and write a weights file atomically.
 
     Args:
-        path: target. config: of the model. vqvae, prior: the trained networks.
-        notes: anything JSON about how they were trained, shown by `describe`.
+        path: of the file. config: of the model. vqvae, prior: the trained networks.
+        notes: on the training, JSON-serialisable; `describe` shows them.
 
     Returns:
-        The id of the weights.
+        The id of the weights, 4 bytes.
     """
     prior.freeze()
     tables = Tables(config)
@@ -162,11 +163,11 @@ def save_model(path: Path, config: Config, vqvae: VQVAE, prior: Prior, notes: di
 
 
 def save_look(path: Path, config: Config, vqvae: VQVAE, weights_id: str, notes: dict[str, Any]) -> None:
-    """Write what turns codes of the weights `weights_id`, in hexadecimal, into pixels, atomically.
+    """Write a look of weights atomically.
 
     Args:
-        path: target. config: of the model, which may have other decoder blocks than the weights. vqvae: the trained network.
-        notes: as of `save_model`.
+        path: of the file. config: of the look: that of the weights, but for decoder blocks. vqvae: the trained network.
+        weights_id: id of the weights whose codes the look decodes, in hexadecimal. notes: as `save_model`.
     """
     tensors = {
         f"vqvae.{name}.{key}": tensor.detach().half().cpu().contiguous()
@@ -177,23 +178,25 @@ def save_look(path: Path, config: Config, vqvae: VQVAE, weights_id: str, notes: 
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], notes: dict[str, Any]) -> bytes:
-    """A file that is either there in full or not at all; returns its id."""
+    """Write a safetensors file atomically; return its id."""
     data = _sort_header(save(tensors, {**metadata, "notes": json.dumps(notes, sort_keys=True)}))
     files.write_atomically(path, data)
     return hashlib.sha256(data).digest()[:ID_BYTES]
 
 
 def _sort_header(data: bytes) -> bytes:
-    """The same safetensors file with its header in order: the library writes the metadata in random order, which would
-    give the same model another id each time."""
+    """Sort the header of a safetensors file.
+
+    The library writes metadata in random order, so that equal models would get different ids.
+    """
     size = int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # tensors stay aligned
+    header += b" " * (-len(header) % 8)  # keeps the tensors aligned
     return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
 
 def _narrow_integers(tensor: Tensor) -> Tensor:
-    """Integers held in floats, in the smallest type that holds them all."""
+    """Convert integers held in floats to the smallest integer type that holds them all."""
     largest = int(tensor.abs().max()) if tensor.numel() else 0
     assert bool((tensor == tensor.round()).all())
     for kind in (torch.int8, torch.int16, torch.int32):
@@ -203,10 +206,10 @@ def _narrow_integers(tensor: Tensor) -> Tensor:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """What a weights file says of itself: id, configuration, sizes, operations per pixel, training notes.
+    """Describe a weights file: id, configuration, sizes, multiply-accumulates per pixel and training notes.
 
     Raises:
-        WeightsError: not a readable weights file.
+        WeightsError: the file is not a readable weights file.
     """
     config, metadata, weights_id = _metadata(path)
     vqvae, prior = VQVAE(config), Prior(config)

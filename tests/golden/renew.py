@@ -3,7 +3,8 @@
 Only for a format that has not been released: files of a released version must be readable for ever, and the tests that
 read the golden ones are what shows it. After a change of the format they get company instead, of the new version.
 
-`python tests/golden/renew.py --photo` makes those of the packaged photo weights instead, in the folder photo/. They are for
+`python tests/golden/renew.py --photo` makes those of the packaged photo weights instead, in the folder photo/. They
+are for
 one weights file: whoever replaces weights/photo.safetensors renews them. With the same weights, on the same machine, it
 changes no byte, so `git status` shows whether a change of the program has changed what the encoder chooses.
 """
@@ -62,7 +63,7 @@ PICTURES = {
 
 
 def textured(height: int, width: int, seed: int) -> NDArray[np.uint8]:
-    """`models.picture` with grain on it that changes with the place, so that many codes of the photo weights are in use."""
+    """`models.picture` with grain that changes with the place, so that many codes of the photo weights are in use."""
     noise = np.random.default_rng(seed).normal(0, 1 / 3, (height + 2, width + 2, 1))
     grain = np.sum([noise[y : y + height, x : x + width] for y in range(3) for x in range(3)], axis=0)
     strength = 14 * np.linspace(0, 1, width)[:, None] ** 2
@@ -94,7 +95,7 @@ def renew(folder: Path) -> None:
 
 
 def renew_photos(folder: Path) -> None:
-    """Write files of the packaged photo weights, their pixels in both looks and of a damaged file, and codes' hashes."""
+    """Write files of the packaged photo weights, pixels in both looks and of a damaged file, and codes' hashes."""
     folder.mkdir(parents=True, exist_ok=True)
     model = weights.load(packaged.find())
     expected: dict[str, object] = {"weights": model.id.hex()}
@@ -121,7 +122,7 @@ def hash_of(codes: list[Tensor]) -> str:
 
 
 def damaged(good: bytes) -> tuple[bytes, list[bool]]:
-    """A file with a bit flipped in the second layer of tile 5 and cut within the third layer; which segments are left."""
+    """A file with a bit flipped in layer 1 of tile 5 and cut within layer 2, and which segments are left."""
     header = bitstream.read_header(good)
     tiles = header.segments // header.layers
     bad, cut = tiles + 5, 2 * tiles + tiles // 2

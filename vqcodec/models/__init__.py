@@ -1,14 +1,17 @@
 """The networks of the codec.
 
-One alphabet throughout:
+Letters in shapes and equations:
     B        batch
     H, W     picture height and width, in pixels
     h, w     height and width of a latent grid, in positions
     C        channels of a feature map
-    P        code planes of a slice
+    P        code planes of a slice, or of a level
     D        code length: dimensions of one code vector
     K        codebook size
-    q        quality, 1..100;  t = (q - 1) / 99 the same on [0, 1]
+    S        scales: width parameters in the rate model of a symbol, 1 or D
+    F        features of a code in the rate model: D + 2 S
+    N        rows: positions of a batch of grids in raster order
+    q        quality, 1..100;  t = (q - 1) / 99 maps it to [0, 1]
 
 Levels are spelled `top` (coarse) and `bottom` (fine); with more than two, coarse comes first.
 """

@@ -1,4 +1,4 @@
-"""The one configuration of a model: frozen dataclasses, stored as JSON inside the weights file."""
+"""The configuration of a model: frozen dataclasses, stored as JSON in the metadata of the weights file."""
 
 import dataclasses
 import itertools
@@ -10,13 +10,14 @@ from typing import Any
 from vqcodec.errors import WeightsError
 
 QUALITIES = 100
-# The prior's convolutions have at most this many inputs: see prior.py on exactness.
-MAX_INPUTS = (1 << 24) // (127 * 127)  # 1040
-# Of stored tables: what the prior gives for a symbol has 255 values.
+# Largest fan-in of the prior's convolutions, for exact sums in float32 (integers.py): 1040.
+MAX_INPUTS = (1 << 24) // (127 * 127)
+# Most rows of a stored table of probabilities: about half of the 255 values that the prior can choose a row with.
 MAX_ROWS = 128
-# Codebooks of more dimensions have no structured start: even the first shells of the lattice are larger than most of them.
+# Largest code length of codebooks that start as a lattice. In more dimensions the first shells of the integer lattice
+# hold more points than most codebooks.
 LARGEST_LATTICE = 8
-# Residual blocks that another look has more in every stage below the codes.
+# Additional residual blocks of a look, in every decoder stage finer than the finest codes.
 LOOK_BLOCKS = 2
 
 
@@ -29,20 +30,21 @@ def _check_range(config: object, low: int, *names: str, high: int = 1 << 20) -> 
 
 @dataclass(frozen=True)
 class SliceConfig:
-    """Code planes that are coded together: equal code length and codebook size.
+    """Code planes that are coded together, with equal code length and codebook size.
 
     Attributes:
         planes: number of code planes P.
-        dim: code length D; the slice covers P * D latent channels.
-        codes: codebook size K of every plane.
-        layer: progressive layer of the file that carries the slice (0 is the coarsest).
-        scales: widths that the rate model gives a symbol's distribution: 1 for all dimensions alike, or one for each, D.
-        outposts: of a lattice of two or more dimensions, how codes start that lie beyond it: "far" or "near" (`quantizer.OUTPOSTS`).
-        rows: of the stored table of probabilities that all planes share: the prior only says which row a symbol has (Jia et al. 2026,
-            "PULSE", section 3); 0 if it gives the parameters of a distribution.
+        dim: code length D. The slice covers P * D latent channels.
+        codes: codebook size K of each plane.
+        layer: progressive layer of the file that carries the slice; 0 is the coarsest.
+        scales: number S of width parameters in the rate model of a symbol: 1, shared by all dimensions, or D.
+        outposts: how the outer codes of a lattice of two or more dimensions start: "far" or "near", see
+            `quantizer.OUTPOSTS`.
+        rows: rows R of a stored table of probabilities, shared by all planes, from which the prior chooses a row for
+            each symbol (Jia et al. 2026, "PULSE", section 3). 0 for a prior that gives parameters of a distribution.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: a field is out of range.
     """
 
     planes: int
@@ -56,7 +58,7 @@ class SliceConfig:
     def __post_init__(self) -> None:
         _check_range(self, 1, "planes", "dim")
         _check_range(self, 0, "layer")
-        # The range coder takes no alphabet of one value beside the flag of code 0; codes are kept as int16.
+        # The range coder needs at least two values besides code 0. Codes are stored as int16.
         _check_range(self, 3, "codes", high=1 << 15)
         if self.scales not in (1, self.dim):
             raise ValueError(f"scales must be 1 or dim, {self.dim}, got {self.scales!r}")
@@ -74,28 +76,33 @@ class SliceConfig:
 
     @property
     def parameters(self) -> int:
-        """Numbers that the prior gives for each symbol: its row; or means, two for each scale, and odds of code 0."""
+        """Number of parameters that the prior gives for each symbol: 1, its row, or D + 2 S + 1.
+
+        The latter are D means, S squares, S linears and the odds of code 0.
+        """
         return 1 if self.rows else self.dim + 2 * self.scales + 1
 
     @property
     def structured(self) -> bool:
-        """Whether codebooks start as integers, not from data."""
+        """Whether codebooks start as a lattice, not from data."""
         return self.dim <= LARGEST_LATTICE
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One resolution of the encoder and of the decoder.
+    """One resolution of the encoder and the decoder.
 
     Attributes:
         stride: picture pixels per grid position, in each direction.
         channels: channels of the feature map at this resolution.
-        hidden: channels inside a residual block.
-        encoder_blocks, decoder_blocks: residual blocks on each side. refine_blocks: before each slice.
-        slices: the code planes quantised at this resolution; empty for a stage that is only passed through.
+        hidden: channels within a residual block.
+        encoder_blocks, decoder_blocks: number of residual blocks on each side.
+        slices: the code planes quantised at this resolution; empty for a stage without codes.
         lapped: whether the blocks of the transform from the next finer stage overlap (`vqvae.Lap`).
-        renderer: hidden channels of the network that refines pixels behind the finest stage (`pixels.Renderer`); 0 for none.
-        groups: of the 3x3 convolutions of residual blocks; as many as `hidden` make them depthwise.
+        refine_blocks: residual blocks that refine the estimate before each slice.
+        renderer: hidden channels of the network that refines pixels after the finest stage (`pixels.Renderer`); 0 for
+            none.
+        groups: groups of the 3x3 convolutions of residual blocks; a divisor of `hidden`, which makes them depthwise.
     """
 
     stride: int
@@ -118,20 +125,20 @@ class StageConfig:
 
     @property
     def spans(self) -> tuple[slice, ...]:
-        """Of every slice, the range of its planes among all of the stage's."""
+        """For each slice, the range of its planes among all planes of the stage."""
         ends = itertools.accumulate(piece.planes for piece in self.slices)
         return tuple(slice(end - piece.planes, end) for piece, end in zip(self.slices, ends, strict=True))
 
 
 @dataclass(frozen=True)
 class PriorConfig:
-    """Widths of the integer PixelCNN.
+    """Size of the integer PixelCNN.
 
     Attributes:
-        channels: channels of the context state.
-        embedding: channels that the codes of one slice are reduced to before the within-slice context, in interleaved passes.
+        channels: channels of the state.
+        embedding: with interleaved passes, channels to which a slice's own codes are reduced for its later passes.
         blocks: gated residual blocks before each slice.
-        layers: of the Gated PixelCNN in raster order; 0 for four interleaved passes.
+        layers: layers of the Gated PixelCNN in raster order; 0 for four interleaved passes instead.
     """
 
     channels: int = 96
@@ -149,16 +156,20 @@ class Config:
     """Everything that determines the shape of a model.
 
     Attributes:
-        name: for people, and of the schedule that training takes (schedule.py).
-        stages: fine to coarse; strides grow by whole factors.
-        prior: the entropy model.
-        lambda_range: distortion weights of quality 1 and 100, in bits per pixel per unit of squared error on the
-            0..255 scale; qualities between are spaced evenly in log(lambda).
-        codebook: how codebooks learn, "gradient" (van den Oord et al. 2017, eq. 3) or "ema" (their appendix A.1).
-        commitment: weight beta of the commitment loss.
-        rate: how the prior is learned, "joint" with the rest on rate and distortion, or "after" it, from codes that were
-            chosen for the distortion alone (Razavi et al. 2019); in raster order always after.
-        residual_unit: what 1 at the output of a residual block means, in usual quantiser steps (`vqvae.usual_step`).
+        name: for people; it also selects the training schedule (train/schedule.py).
+        stages: fine to coarse. Each stride is a whole multiple of the one before.
+        prior: size of the entropy model.
+        lambda_range: distortion weights of quality 1 and of quality 100, in bits per pixel per unit of mean squared
+            error on the 0..255 scale. The qualities between are spaced evenly in log(lambda).
+        codebook: how codebooks learn: "gradient" (van den Oord et al. 2017, eq. 3) or "ema", exponential moving
+            averages (their appendix A.1).
+        commitment: weight beta of the commitment loss (van den Oord et al. 2017, eq. 3).
+        rate: how the prior learns: "joint" with the rest, on rate and distortion, or "after" it, on codes that were
+            chosen for the distortion alone (Razavi et al. 2019). A prior in raster order must learn "after".
+        residual_unit: scale of the residual blocks' outputs, in usual quantiser steps (`vqvae.usual_step`).
+
+    Raises:
+        ValueError: a field is out of range, or fields contradict each other.
     """
 
     name: str
@@ -188,7 +199,7 @@ class Config:
         low, high = self.lambda_range
         if not 0 < low < high:
             raise ValueError(f"lambda_range must be two growing positive numbers, got {self.lambda_range}")
-        # Tiles are multiples of 64 pixels, large crops of 128, and a grid of one position has no neighbours.
+        # Tiles are multiples of 64 pixels and large training crops of 128.
         if 128 % self.multiple:
             raise ValueError(f"the coarsest stride must divide 128, got {self.multiple}")
         if not (isinstance(self.commitment, int | float) and 0 <= self.commitment < math.inf):
@@ -209,31 +220,35 @@ class Config:
 
     @property
     def structured(self) -> bool:
-        """Whether all codebooks start as integers, not from data."""
+        """Whether all codebooks start as a lattice, not from data."""
         return all(piece.structured for stage in self.levels for piece in stage.slices)
 
     @property
     def layers(self) -> int:
+        """Number of progressive layers."""
         return max(s.layer for stage in self.stages for s in stage.slices) + 1
 
     @property
-    def choice_bias(self) -> float:
-        """How much of its bits counts in the choice of a code: 1 would ignore that codes are context for later ones."""
+    def rate_factor(self) -> float:
+        """Factor on the bits in the choice of a code, see `quantizer.Codebook.choose`.
+
+        It is below 1 because a code is also context for later codes, which its own bits do not tell.
+        """
         return 0.82 if self.rate == "joint" else 0.0
 
     @property
     def multiple(self) -> int:
-        """Pictures are padded to a multiple of this many pixels."""
+        """Pictures are padded to multiples of this many pixels: the coarsest stride."""
         return self.stages[-1].stride
 
     def look(self) -> "Config":
-        """For another look: more residual blocks in the decoder's stages below the finest codes."""
+        """The configuration of a look: more residual blocks in the decoder stages finer than the finest codes."""
         finest = self.levels[-1].stride
         stages = (replace(s, decoder_blocks=s.decoder_blocks + LOOK_BLOCKS * (s.stride < finest)) for s in self.stages)
         return replace(self, stages=tuple(stages))
 
     def lambda_of(self, t: float) -> float:
-        """Distortion weight at t = (quality - 1) / 99; see `lambda_range`."""
+        """The distortion weight at t = (quality - 1) / 99; see `lambda_range`."""
         low, high = self.lambda_range
         return low * math.exp(t * math.log(high / low))
 

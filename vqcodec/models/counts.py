@@ -1,15 +1,17 @@
-"""Integer parameters -> integer counts: the probabilities that the range coder uses, exact on every machine.
+"""Integer parameters -> integer counts: the range coder's probabilities, exact on every machine.
 
 A symbol k of a plane is coded in two parts, with tables of integers that the weights file holds for each code:
 
-    flag    k = 0 or not: odds 2^(zero / 8)
-    value   k among 1..K-1: weight 2^(logit_k), where in units of 2^-27 of a bit
+    flag    whether k = 0: odds 2^(zero / 8)
+    value   k among 1..K-1: in proportion to 2^(logit_k), where in units of 2^-27 of a bit
             logit_k = mean * root * X_k - 2 * square * Q_k - 2 * linear * A_k + bias_k * 2^19
             root = floor(2^(12 + s/32)), square = floor(2^(12 + s/16)), linear = floor(2^(13 + l/16))
 
-X, Q and A are the code vector, its squared and its absolute length; or with a scale for each dimension, s and l of its own, the
-squares and absolute values of all, whose products are added up. All products and sums are integers below 2^53, held
-in float64; the only division is between such integers. Both sides of the coder call these functions and no others.
+X_k is the code vector; Q_k and A_k are its squared 2-norm and its 1-norm. With a scale for each dimension (S = D), s
+and l are vectors, Q_k and A_k hold the squares and absolute values of all dimensions, and the products are summed.
+
+All products and sums are integers below 2^53, held in float64; the only division is between such integers. Encoder and
+decoder both call these functions.
 """
 
 import functools
@@ -24,14 +26,14 @@ from vqcodec.entropy import Table
 from vqcodec.models.config import Config, SliceConfig
 from vqcodec.models.quantizer import CHUNK, Codebook, log_probabilities, plane_blocks
 
-# The range coder's precision; it gives every symbol one more than its count, so that n counts sum to TOTAL - n.
+# The range coder's precision. It adds 1 to every count, so n counts sum to TOTAL - n.
 TOTAL = 1 << 24
-LOGIT_SHIFT = 21  # from 2^-27 bits to 1/64 of a bit
-WEIGHT_BITS = 20
+LOGIT_SHIFT = 21  # from units of 2^-27 bits to units of 1/64 bit
+WEIGHT_BITS = 20  # of the most probable value's unnormalised probability
 
 
 def power(exponent: int, bits: int) -> int:
-    """floor(2^(exponent / 64) * 2^bits), by integer square roots alone; 0 if that is below 1."""
+    """floor(2^(exponent / 64) * 2^bits), computed with integers alone; 0 if that is below 1."""
     total = exponent + 64 * bits
     if total < 0:
         return 0
@@ -41,15 +43,15 @@ def power(exponent: int, bits: int) -> int:
     return value
 
 
-def _table(scale: int, bits: int) -> Tensor:
-    """floor(2^(bits + o * scale / 64)) for o = -127..127, indexed by o + 127."""
-    return torch.tensor([power(o * scale, bits) for o in range(-127, 128)], dtype=torch.float64)
+def _table(slope: int, bits: int) -> Tensor:
+    """floor(2^(bits + o * slope / 64)) for o = -127..127, indexed by o + 127."""
+    return torch.tensor([power(o * slope, bits) for o in range(-127, 128)], dtype=torch.float64)
 
 
 ROOT = _table(2, 12)
 SQUARE = _table(4, 12)
 LINEAR = _table(4, 13)
-# 2^(WEIGHT_BITS - i / 64): what a logit i units below the largest weighs.
+# 2^(WEIGHT_BITS - i / 64): unnormalised probability of a value whose logit is i / 64 bits below the largest.
 WEIGHTS = torch.tensor([power(-i, WEIGHT_BITS) for i in range(64 * WEIGHT_BITS + 2)], dtype=torch.float64)
 
 
@@ -66,10 +68,12 @@ FLAGS = _flags()
 
 
 class CodeTables(nn.Module):
-    """The integer tables of one slice of code planes.
+    """The integer tables of one slice of code planes. All buffers are integers held in floats.
 
-    Buffers, integers held in floats: inputs (P, K, 2 D), see `Codebook.inputs`; values (P, D + 2 S, K - 1): X * 2^10,
-    -2 Q * 2^10, -2 A * 2^10; bias (P, K - 1), in 1/256 of a bit.
+    Attributes:
+        inputs: float32 (P, K, 2 D), see `Codebook.inputs`.
+        values: float64 (P, D + 2 S, K - 1): X, -2 Q and -2 A in units of 2^-10.
+        bias: float64 (P, K - 1), in units of 1/256 bit.
     """
 
     inputs: Tensor
@@ -85,7 +89,7 @@ class CodeTables(nn.Module):
         self.register_buffer("bias", torch.zeros(piece.planes, piece.codes - 1, dtype=torch.float64))
 
     def fill(self, book: Codebook) -> None:
-        """Round a trained codebook and its rate model to integers."""
+        """Fill the tables with a trained codebook and its rate model, rounded."""
         self.inputs.copy_(book.inputs())
         features = book.features()[:, 1:].transpose(1, 2).double()
         features[:, self.piece.dim :] *= -2
@@ -93,10 +97,10 @@ class CodeTables(nn.Module):
         self.bias.copy_((book.bias.detach()[:, 1:].double() * 256).round())
 
     def check(self) -> None:
-        """Make sure that no logit can leave the integers that float64 holds exactly.
+        """Check that every possible logit is an integer that float64 holds exactly.
 
         Raises:
-            ValueError: one can, or an input of the prior is outside -127..127.
+            ValueError: a logit can be too large, or an input of the prior is outside -127..127.
         """
         x, squares, lengths = (part.abs().sum(1) for part in torch.split(self.values, self._groups(), 1))
         largest = 127 * ROOT.max() * x + SQUARE.max() * squares + LINEAR.max() * lengths
@@ -107,18 +111,19 @@ class CodeTables(nn.Module):
             raise ValueError("an input of the prior is outside -127..127")
 
     def _groups(self) -> list[int]:
-        """How many of `values` belong to means, squares and absolute values."""
+        """Numbers of rows of `values` that belong to means, squares and absolute values."""
         return [self.piece.dim, self.piece.scales, self.piece.scales]
 
     def value_counts(self, parameters: Tensor, other: Tensor) -> NDArray[np.float32]:
-        """Counts of the values 1..K-1 of those symbols of one pass whose flag says that they have one.
+        """Counts of the values 1..K-1, for those symbols of one pass whose flag says that k > 0.
 
         Args:
-            parameters: integers (N, P, D + 2 S + 1) from the prior, any float dtype. other: bool (N, P).
+            parameters: integers (N, P, D + 2 S + 1) from the prior, in any float dtype.
+            other: bool (N, P), the flags: whether k > 0.
 
         Returns:
-            float32, C-contiguous (n, K - 1), plane by plane and within a plane in the order of N: integers that sum
-            to 2^24 - (K - 1) in each row.
+            float32 (n, K - 1), C-contiguous, plane by plane and within a plane in the order of N. Integers; each row
+            sums to 2^24 - (K - 1).
         """
         o = parameters.transpose(0, 1)[other.T].double()
         root, square, linear, weights = (t.to(o.device) for t in (ROOT, SQUARE, LINEAR, WEIGHTS))
@@ -136,32 +141,41 @@ class CodeTables(nn.Module):
 
 
 def _counts(logits: Tensor, weights: Tensor, counts: Tensor) -> None:
-    """Logits in 2^-27 bits, float64 (n, m), overwritten -> counts, float32 (n, m)."""
+    """Turn logits in 2^-27 bits, float64 (n, m), into counts, float32 (n, m). Overwrites the logits."""
     logits.mul_(2.0**-LOGIT_SHIFT).floor_()
     below = torch.sub(logits.amax(1, keepdim=True), logits, out=logits).clamp_(max=len(weights) - 1).int()
-    scaled = torch.index_select(weights, 0, below.flatten()).reshape(below.shape)
-    total = TOTAL - scaled.shape[1]
-    sums = scaled.sum(1, keepdim=True)
-    counts.copy_(scaled.mul_(total).div_(sums).floor_())
-    # What the floors left over goes to the first of the most probable values.
+    unnormalised = torch.index_select(weights, 0, below.flatten()).reshape(below.shape)
+    total = TOTAL - unnormalised.shape[1]
+    sums = unnormalised.sum(1, keepdim=True)
+    counts.copy_(unnormalised.mul_(total).div_(sums).floor_())
+    # The first of the most probable values gets the remainder.
     first = below.argmin(1, keepdim=True)
     counts.scatter_add_(1, first, total - counts.sum(1, keepdim=True, dtype=torch.float64).float())
 
 
 def flag_counts(parameters: Tensor) -> NDArray[np.float32]:
-    """Counts of the flags of one pass: parameters (N, P, F) -> float32 (N P, 2), code 0 first, sum 2^24 - 2."""
+    """Counts of the flags of one pass.
+
+    Args:
+        parameters: integers (N, P, D + 2 S + 1), as in `CodeTables.value_counts`.
+
+    Returns:
+        float32 (N P, 2): k = 0, k > 0. Each row sums to 2^24 - 2.
+    """
     return np.take(FLAGS, parameters[..., -1].flatten().cpu().numpy().astype(np.intp) + 127, axis=0)
 
 
 def tables_of(piece: SliceConfig) -> "CodeTables | RowTables":
-    """New tables of a slice."""
+    """Make the tables of a slice, of the kind that its configuration asks for, filled with zeros."""
     return RowTables(piece) if piece.rows else CodeTables(piece)
 
 
 class RowTables(nn.Module):
-    """The stored table of one slice, for a prior that says which row of it a symbol has.
+    """The stored table of probabilities of one slice, from which the prior chooses a row for each symbol.
 
-    Buffers, integers held in floats: inputs (P, K, 2 D), see `Codebook.inputs`; counts (R, K), each row of which sums to 2^24 - K.
+    Attributes:
+        inputs: float32 (P, K, 2 D), integers; see `Codebook.inputs`.
+        counts: float32 (R, K), integers; each row sums to 2^24 - K.
     """
 
     inputs: Tensor
@@ -175,7 +189,7 @@ class RowTables(nn.Module):
 
     @functools.cached_property
     def table(self) -> Table:
-        """The counts as the range coder takes them; to be asked for only when they are there."""
+        """The counts in the range coder's form. They are cached: fill or load the counts first."""
         return Table(self.counts.cpu().numpy())
 
     @torch.no_grad()
@@ -183,7 +197,7 @@ class RowTables(nn.Module):
         """Tabulate a trained rate model."""
         self.inputs.copy_(book.inputs())
         rows = self.piece.rows
-        # The least integer of each row: what the prior gives is one of 255, and rows are fewer.
+        # The least of the prior's 255 values that choose each row.
         given = -(-torch.arange(rows) * 255 // rows) - 127
         model = book.row_rates(given[:, None].float())
         logp, _ = log_probabilities(book.features()[:1], book.biases()[:1], model.theta, model.zero)
@@ -194,10 +208,11 @@ class RowTables(nn.Module):
         self.counts.copy_(counts.scatter_add_(1, first, total - counts.sum(1, keepdim=True)))
 
     def check(self) -> None:
-        """Make sure that the range coder can use the table.
+        """Check that the range coder can use the table.
 
         Raises:
-            ValueError: counts are no whole numbers from 0, a row does not sum to 2^24 - K, or an input of the prior is outside -127..127.
+            ValueError: a count is negative or no integer, a row does not sum to 2^24 - K, or an input of the prior is
+                outside -127..127.
         """
         counts = self.counts.double()
         total = TOTAL - self.piece.codes
@@ -212,7 +227,7 @@ class RowTables(nn.Module):
 
 
 class Tables(nn.Module):
-    """The tables of all slices: `levels[level][slice]`, coarse level first."""
+    """The tables of all slices: `levels[level][slice]`, coarse first."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()

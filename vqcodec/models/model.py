@@ -1,12 +1,12 @@
-"""A model as everything that codes sees it: levels of slices, coarse first, and the walk over them.
+"""A model, and the walk over its slices in coding order.
 
     for piece in walk(model.levels, estimate, context):
-        estimate.here           the slice's latents as the decoder expects them
-        context.passes()        what the prior says of the slice's codes, pass by pass
-        estimate.add(vectors)   what the chosen codes change
+        estimate.here           the decoder's estimate of the slice's latents
+        context.passes()        the rate model of the slice's codes, pass by pass
+        estimate.add(vectors)   correct the estimate by the chosen codes
 
-Encoder, decoder, sampler, search and training all take this walk; each brings along what it needs. An `Estimate` is
-what the decoder knows of the latents, a `Context` what the prior knows of the codes.
+Encoder, decoder, sampler, search and training all take this walk, with the followers that they need: an `Estimate`
+holds what the decoder knows of the latents, a `Context` what the prior knows of the codes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,14 +25,16 @@ from vqcodec.models.vqvae import PIXEL_SCALE, VQVAE, SliceQuantizer, channels_la
 
 @dataclass(frozen=True)
 class Slice:
-    """One slice of code planes, with all that belongs to it.
+    """One slice of code planes, with the parts of the networks that belong to it.
 
     Attributes:
-        level, index: of the slice; levels count from the coarsest.
-        config: its planes and codes. stage: of its level.
-        planes: which of the level's planes it covers. channels: which of the level's latent channels.
-        quantizer: its refinement, steps and codebook.
-        prior, tables: of its codes; None where only latents are walked, and where a prior is still learning.
+        level: number of its level, from the coarsest.
+        index: its number within the level.
+        config, stage: the configurations of the slice and of its level's stage.
+        planes: the range of the level's planes that it covers.
+        quantizer: its refinement blocks, steps and codebook.
+        prior: its part of the prior; None if only latents are walked.
+        tables: its integer tables; None as well while the prior is learning.
     """
 
     level: int
@@ -46,6 +48,7 @@ class Slice:
 
     @property
     def channels(self) -> slice:
+        """The range of the level's latent channels that it covers."""
         return slice(self.quantizer.start, self.quantizer.stop)
 
     @property
@@ -53,36 +56,48 @@ class Slice:
         return self.quantizer.codebook
 
     def inputs(self) -> Tensor:
-        """What the prior sees of each code: integers, float32 (P, K, 2 D)."""
+        """What the prior sees of each code: integers, float32 (P, K, 2 D). See `Codebook.inputs`."""
         return self.codebook.inputs() if self.tables is None else self.tables.inputs
 
-    def scale(self, quality: Tensor) -> Tensor:
-        """The quantiser step of every channel: (B, P D, 1, 1), in latent units."""
+    def step(self, quality: Tensor) -> Tensor:
+        """The quantiser step of each channel in latent units, (B, P D, 1, 1), for qualities (B,)."""
         return self.quantizer.steps(quality).repeat_interleave(self.config.dim, 1)[:, :, None, None]
 
-    def error_weight(self, weight: float | Tensor, quality: Tensor) -> Tensor:
-        """What a squared step weighs, in bits, behind an orthonormal decoder: (B, P), without gradient.
+    def error_weight(self, lagrangian: float | Tensor, quality: Tensor) -> Tensor:
+        """The cost of a squared step in bits, if the decoder is orthonormal: (B, P), without gradient.
 
-        weight: bits per pixel per unit of squared error on the 0..255 scale; a number or (B, 1).
+        Args:
+            lagrangian: lambda in bits per pixel per unit of mean squared error on the 0..255 scale; a number or (B, 1).
+            quality: (B,), 1..100.
         """
         steps = self.quantizer.steps(quality).detach()
-        return weight * (steps * PIXEL_SCALE) ** 2 / 3
+        return lagrangian * (steps * PIXEL_SCALE) ** 2 / 3
 
     def rates(self, parameters: Tensor) -> Rates:
-        """The rate model, in floats, that the prior's integers (N, P, F) stand for: what the encoder's choice uses."""
+        """Convert the prior's integer parameters to a rate model in floats, for training and the choice of codes.
+
+        parameters: (N, P, D + 2 S + 1), or (N, P, 1) with a stored table.
+        """
         if self.config.rows:
             return self.codebook.row_rates(parameters[..., 0])
         return rates(parameters, self.config.dim)
 
     def vectors(self, indices: Tensor) -> Tensor:
-        """Code vectors on the grid, in steps: int64 (B, h, w, P) -> (B, P D, h, w)."""
+        """Look up code vectors: int64 (B, h, w, P) -> float (B, P D, h, w), in steps."""
         batch, height, width, planes = indices.shape
         return grid(self.codebook.lookup(indices.reshape(-1, planes)), batch, height, width)
 
 
 @dataclass(frozen=True)
 class Level:
-    """One level of codes: its number from the coarsest, its stage, its prior (or None) and its slices."""
+    """One level of codes.
+
+    Attributes:
+        number: from the coarsest.
+        stage: the configuration of its stage.
+        prior: its part of the prior; None if only latents are walked.
+        slices: in coding order.
+    """
 
     number: int
     stage: StageConfig
@@ -91,7 +106,7 @@ class Level:
 
 
 def levels_of(vqvae: VQVAE, prior: Prior | None = None, tables: Tables | None = None) -> tuple[Level, ...]:
-    """The levels of networks that belong together, coarse first."""
+    """Split networks into levels and slices, coarse first."""
     levels = []
     for number, stage in enumerate(vqvae.config.levels):
         own = None if prior is None else prior.level(number)
@@ -113,14 +128,15 @@ def levels_of(vqvae: VQVAE, prior: Prior | None = None, tables: Tables | None = 
 
 
 class Model:
-    """Trained networks, ready to run.
+    """Trained networks on a device, ready to run.
 
     Attributes:
         config: the configuration.
-        vqvae, prior, tables: the networks and integer tables, on `device`, not trainable.
+        vqvae, prior, tables: the networks and integer tables. Their parameters need no gradient.
         levels: the same, slice by slice.
         id: the four bytes that name these weights in a .vqz file.
-        looks: whether pixels are rendered by another look of them.
+        device: where they are.
+        looks: whether the decoder is that of a look.
     """
 
     def __init__(
@@ -141,17 +157,17 @@ class Model:
 
 
 class Follower(Protocol):
-    """What comes along on a walk."""
+    """State that a walk keeps up to date."""
 
     def begin(self, level: Level) -> None:
-        """A level begins."""
+        """Prepare for a level."""
 
     def enter(self, piece: Slice) -> None:
-        """It is the turn of a slice."""
+        """Prepare for a slice of the level."""
 
 
 def walk(levels: Sequence[Level], *followers: Follower) -> Iterator[Slice]:
-    """All slices in coding order: levels coarse first. Followers are told before the caller is."""
+    """Iterate over all slices in coding order, coarse level first. The followers enter a slice before it is yielded."""
     for level in levels:
         for follower in followers:
             follower.begin(level)
@@ -162,18 +178,19 @@ def walk(levels: Sequence[Level], *followers: Follower) -> Iterator[Slice]:
 
 
 class Estimate:
-    """The latents as the decoder knows them: predicted, and corrected slice by slice. Gradients pass through.
+    """The decoder's knowledge of the latents: predicted, then corrected slice by slice. It is differentiable.
 
     Args:
-        quality: (B,), 1..100. height, width: of the picture in pixels, multiples of `Config.multiple`.
+        vqvae: the networks. quality: (B,), 1..100.
+        height, width: of the picture in pixels, multiples of `Config.multiple`.
 
     Attributes:
-        values: the level's latents, float (B, C, h, w).
-        scale: the step of every channel of the slice, (B, P D, 1, 1).
+        values: float (B, C, h, w), the estimate of the level's latents.
+        step: float (B, P D, 1, 1), the quantiser step of each channel of the slice in latent units.
     """
 
     values: Tensor
-    scale: Tensor
+    step: Tensor
 
     def __init__(self, vqvae: VQVAE, quality: Tensor, height: int, width: int) -> None:
         self.vqvae, self.quality, self.size = vqvae, quality, (height, width)
@@ -181,7 +198,7 @@ class Estimate:
         self.piece: Slice | None = None
 
     def begin(self, level: Level) -> None:
-        """Predict the level from the coarser one; the coarsest from nothing."""
+        """Predict the level from the coarser one; the coarsest level starts from zeros."""
         if level.number:
             self.values = self.vqvae.descend(level.number - 1, self.values, self.quality)
         else:
@@ -189,7 +206,7 @@ class Estimate:
 
     def enter(self, piece: Slice) -> None:
         """Refine the estimate from everything decoded so far."""
-        self.piece, self.scale = piece, piece.scale(self.quality)
+        self.piece, self.step = piece, piece.step(self.quality)
         self.values = self.vqvae.refine(piece.level, piece.index, self.values, self.quality).float()
 
     @property
@@ -199,22 +216,22 @@ class Estimate:
         return self.values[:, self.piece.channels]
 
     def residual(self, latents: Tensor) -> Tensor:
-        """What is left to code of the slice's channels, in steps: latents (B, C, h, w) -> (B, P D, h, w)."""
+        """Latents (B, C, h, w) minus the estimate, for the slice's channels, in steps: (B, P D, h, w)."""
         assert self.piece is not None
-        return (latents[:, self.piece.channels] - self.here) / self.scale
+        return (latents[:, self.piece.channels] - self.here) / self.step
 
     def add(self, vectors: Tensor) -> None:
-        """Correct the slice's channels by vectors in steps, (B, P D, h, w)."""
-        self.replace(self.here + vectors * self.scale)
+        """Add vectors, (B, P D, h, w) in steps, to the slice's channels."""
+        self.replace(self.here + vectors * self.step)
 
     def replace(self, latents: Tensor) -> None:
-        """Put latents, (B, P D, h, w), in the place of the slice's channels."""
+        """Replace the slice's channels by latents (B, P D, h, w)."""
         assert self.piece is not None
         start, stop = self.piece.channels.start, self.piece.channels.stop
         self.values = torch.cat([self.values[:, :start], latents, self.values[:, stop:]], 1)
 
     def pixels(self) -> Tensor:
-        """After the walk: the picture that the decoder makes, float (B, 3, H, W), not clipped."""
+        """Decode the finished estimate, after the walk: float32 (B, 3, H, W), about 0..255, not clipped."""
         return self.vqvae.descend(len(self.vqvae.config.levels) - 1, self.values, self.quality).float()
 
     def _shape(self, level: Level) -> tuple[int, int, int, int]:
@@ -225,12 +242,12 @@ class Estimate:
 
 @dataclass
 class Pass:
-    """Positions of a slice whose codes are independent of each other given what the prior knows.
+    """Positions of a slice whose codes are conditionally independent given all that is coded before.
 
     Attributes:
         places: rows and columns of the positions.
-        parameters: of their rate model, (N, P, D + 2 S + 1), N = B h' w' in raster order; see `SlicePrior`.
-        codes: int64 (N, P). The walker has to set them before it asks for the next pass, unless they were given.
+        parameters: of their rate model, see `Slice.rates`. N = B h' w', in raster order.
+        codes: int64 (N, P). Unless they were given, the caller sets them before it asks for the next pass.
     """
 
     places: Places
@@ -239,14 +256,14 @@ class Pass:
 
 
 class Context:
-    """What the prior knows of the codes of a batch of grids: of all slices before, and of a slice's earlier passes.
+    """The prior's knowledge of the codes of a batch: all slices before, and the slice's earlier passes.
 
     Args:
         quality: int64 or float (B,), 1..100. height, width: in pixels, multiples of `Config.multiple`.
 
     Attributes:
-        state: of the prior, (B, C, h, w).
-        codes: of the slice, after its passes: int64 (B, h, w, P).
+        state: the prior's state, (B, C, h, w).
+        codes: int64 (B, h, w, P), the slice's codes, complete after its passes.
     """
 
     codes: Tensor
@@ -257,32 +274,32 @@ class Context:
         self.piece: Slice | None = None
 
     def begin(self, level: Level) -> None:
-        """What is known of the coarser level becomes the state before the first slice."""
+        """Make the state before the level's first slice from the coarser level's final state."""
         assert level.prior is not None
         height, width = (side // level.stage.stride for side in self.size)
         self.state = level.prior.begin(self.state, self.quality, len(self.quality), height, width)
 
     def enter(self, piece: Slice) -> None:
-        """Nothing happens until the slice is looked at: not every one is."""
+        """Note the slice. The prior runs only when its context is asked for."""
         self.piece = piece
 
     def prepare(self) -> Tensor:
-        """Look at what was coded before the slice: the context of its symbols, (B, 2 C, h, w)."""
+        """Compute the context of the slice's symbols from all slices before: (B, 2 C, h, w)."""
         assert self.piece is not None and self.piece.prior is not None and self.state is not None
         self.state, context = self.piece.prior.prepare(self.state, self.quality)
         return context
 
     def absorb(self, inputs: Tensor) -> None:
-        """Take the slice's codes into the state, as the prior sees them, (B, 2 P D, h, w)."""
+        """Add the slice's codes, as the prior sees them, (B, 2 P D, h, w), to the state."""
         assert self.piece is not None and self.piece.prior is not None and self.state is not None
         self.state = self.piece.prior.update(self.state, inputs)
 
     def passes(self, given: Tensor | None = None) -> Iterator[Pass]:
-        """The passes of the slice in coding order.
+        """Iterate over the passes of the slice in coding order.
 
         Args:
-            given: the codes, int64 (B, h, w, P), where they are known before their rate model is. A prior in raster order needs
-                one pass then instead of one for each position.
+            given: int64 (B, h, w, P), the codes, if they are already known (teacher forcing). A prior in raster order
+                then takes one pass instead of one for each position.
         """
         assert self.piece is not None and self.piece.prior is not None
         prior, table = self.piece.prior, self.piece.inputs()
@@ -317,6 +334,6 @@ class Context:
                 one = ready(Pass(places, prior.parameters_at(number, context, inputs)))
                 yield one
                 if torch.is_grad_enabled():
-                    inputs = inputs.clone()  # the backward pass needs it as it was
+                    inputs = inputs.clone()  # autograd needs the old values
                 write(one, inputs)
         self.absorb(inputs)

@@ -1,26 +1,24 @@
-"""What happens on pixels where the finest stage is coarse: a separable lapped filter, and a renderer of details.
+"""Cheap pixel-domain layers for models whose finest stage is coarse: a separable lapped filter and a renderer.
 
-Networks at a stride of 16 cost little for each pixel, but they see only whole patches. The lap takes the borders between patches
-out of the transform for a tenth of the work of a dense one; the renderer refines each cell of 4 x 4 pixels by pointwise layers that a
-patch's features steer (Jia et al. 2026, "PULSE", section 2, "Synthesis transform"; Peebles & Xie 2023, "Scalable diffusion models with
-transformers", adaptive layer norm).
+Networks at stride 16 are cheap, but their transform works on separate patches. The lap removes the borders between
+patches at a tenth of the cost of a dense one. The renderer refines each cell of 4 x 4 pixels with pointwise layers that
+the features of its patch modulate (Jia et al. 2026, "PULSE", section 2, "Synthesis transform"; modulation as in Peebles
+& Xie 2023, "Scalable diffusion models with transformers", adaptive layer norm).
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-# Side of the cells that the renderer works on, in pixels.
-CELL = 4
-# Features that every cell gets from its patch.
-FEATURES = 24
+CELL = 4  # side of the renderer's cells in pixels
+FEATURES = 24  # features that each cell gets from its patch
 
 
 class SeparableLap(nn.Module):
-    """A linear filter of `size` pixels across the borders of patches, along rows and columns alike, for each colour.
+    """A linear filter across patch borders, the same along rows and columns and for every colour channel.
 
-    As `vqvae.Lap`, of which it is the case for pixels: half of the filter lies on each side of a border, and the outermost half patches
-    of the picture stay as they are in that direction.
+    It is `vqvae.Lap` for pixels, restricted to separable filters. Half of the filter's `size` taps lie on each side of
+    a border. The outermost half patch of each line is left as it is.
     """
 
     def __init__(self, size: int) -> None:
@@ -29,14 +27,14 @@ class SeparableLap(nn.Module):
         self.weight = nn.Parameter(torch.eye(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: float (B, 3, H, W), H and W multiples of `size` -> the same shape, float32 whatever autocast says."""
+        """Filter float (B, 3, H, W), H and W multiples of `size`: float32 of the same shape, whatever autocast says."""
         with torch.autocast(x.device.type, enabled=False):
             for _ in range(2):
                 x = self._along_rows(x.float()).transpose(2, 3)
         return x
 
     def macs_per_pixel(self, positions: int) -> float:
-        """Multiply-accumulate operations per picture pixel; `positions` as of `vqvae.Lap`."""
+        """Multiply-accumulate operations per picture pixel. `positions` is unused; see `vqvae.Lap`."""
         return 2 * 3 * self.size
 
     def _along_rows(self, x: Tensor) -> Tensor:
@@ -48,15 +46,15 @@ class SeparableLap(nn.Module):
 
 
 class Renderer(nn.Module):
-    """pixels + a pointwise network on cells of 4 x 4 pixels, shifted and scaled by the features of the cell's patch.
+    """pixels + a pointwise network on cells of 4 x 4 pixels, modulated by the features of the cell's patch.
 
     Args:
-        channels: of the features. hidden: of the network. stride: pixels a side of a patch.
+        channels: of the features. hidden: channels of the network. stride: side of a patch in pixels.
 
     Attributes:
-        deviation: float (channels,), typical size of the features, by which they are divided; see `ResidualBlock`.
-        basis: float (48, 48), orthonormal rows: principal components of the pixels of a cell. detail: float (48,), typical sizes of
-            those.
+        deviation: float (channels,), standard deviations that normalise the features; see `ResidualBlock`.
+        basis: float (48, 48), principal components of the pixels of a cell as orthonormal rows.
+        detail: float (48,), standard deviations of the components.
     """
 
     deviation: Tensor
@@ -83,23 +81,25 @@ class Renderer(nn.Module):
         """Refine pixels.
 
         Args:
-            pixels: float (B, 3, H, W), about unit range. x: the patches' features, (B, C, h, w). unit: (B,), see `Condition`.
+            pixels: float (B, 3, H, W), centred and scaled to about unit range.
+            x: float (B, C, h, w), the features of the patches.
+            unit: float (B,), see `vqvae.Condition`.
 
         Returns:
-            (B, 3, H, W).
+            float (B, 3, H, W).
         """
         x = x * (1 / torch.maximum(self.deviation, unit[:, None]))[:, :, None, None].to(x.dtype)
         cells = _pointwise(functional.pixel_unshuffle(pixels, CELL), self.basis)
-        sized = cells * (1 / torch.maximum(self.detail, unit[:, None]))[:, :, None, None]
+        normalised = cells * (1 / torch.maximum(self.detail, unit[:, None]))[:, :, None, None]
         own = functional.pixel_shuffle(self.features(x), self.ratio)
         gain, shift = self._spread(self.modulation(functional.leaky_relu(x, 0.1))).chunk(2, 1)
-        y = functional.leaky_relu(self.reduce(torch.cat([sized.to(own.dtype), own], 1)), 0.1)
+        y = functional.leaky_relu(self.reduce(torch.cat([normalised.to(own.dtype), own], 1)), 0.1)
         y = functional.leaky_relu(torch.addcmul(shift, self.mix(y), 1 + gain), 0.1)
         y = _pointwise(self.expand(y), self.basis.T) * unit[:, None, None, None]
         return pixels + functional.pixel_shuffle(y, CELL)
 
     def _spread(self, x: Tensor) -> Tensor:
-        """Give every cell what its patch has."""
+        """Copy the values of each patch to its cells: (B, C, h, w) -> (B, C, H / 4, W / 4)."""
         return functional.interpolate(x, scale_factor=float(self.ratio), mode="nearest")
 
     def macs_per_pixel(self) -> float:
@@ -110,6 +110,6 @@ class Renderer(nn.Module):
 
 
 def _pointwise(x: Tensor, matrix: Tensor) -> Tensor:
-    """A matrix on the channels of every position, in float32 whatever autocast says: (B, C, h, w) -> (B, C', h, w)."""
+    """Apply a matrix (C', C) to the channels, in float32 whatever autocast says: (B, C, h, w) -> (B, C', h, w)."""
     with torch.autocast(x.device.type, enabled=False):
         return functional.linear(x.float().permute(0, 2, 3, 1), matrix).permute(0, 3, 1, 2)

@@ -1,16 +1,16 @@
 """The integer prior: a conditional gated PixelCNN, in four interleaved passes or in raster order.
 
-    codes of the coarser level -> state            (the condition)
+    codes of the coarser level -> state
     for each slice of code planes:
         state -> gated residual blocks -> context
-        for each phase of a 2 x 2 pattern:         all positions of a phase at once; or for each position
+        for each phase of a 2 x 2 pattern:         (in raster order: for each position)
             context, codes of this slice at earlier phases -> rate model of the slice's symbols at this phase
         state += embedding of the slice's codes
 
 Gated PixelCNN: van den Oord et al. 2016, "Conditional image generation with PixelCNN decoders"; interleaved passes:
 Reed et al. 2017, "Parallel multiscale autoregressive density estimation".
 
-Everything is integers, so that every machine computes the same (integers.py).
+All arithmetic is on integers, so that every machine computes the same probabilities (integers.py).
 """
 
 from collections.abc import Iterator
@@ -32,23 +32,24 @@ from vqcodec.models.integers import (
 )
 from vqcodec.models.quantizer import Rates
 
-# Order of the interleaved passes: each phase is a (row, column) offset on the 2 x 2 pattern.
+# The interleaved passes in coding order, as (row, column) offsets in the 2 x 2 pattern.
 PHASES = ((0, 0), (1, 1), (0, 1), (1, 0))
-# Positions of a pass: rows and columns of the grid.
+# Rows and columns of the positions of a pass.
 Places = tuple[slice, slice]
 
-# Units of the rate model's parameters, in log2: mean 1/16, log2 of square and linear 1/16, log2 odds of zero 1/8.
-MEAN_UNIT = SCALE_UNIT = 16
+# Fixed-point units of the rate model's parameters: means are multiples of 1/16, log2 of squares and linears of 1/16,
+# and log2 odds of code 0 of 1/8.
+MEAN_UNIT = LOG_UNIT = 16
 ZERO_UNIT = 8
-SQUARE_OFFSET, LINEAR_OFFSET = -4, -3
+SQUARE_OFFSET, LINEAR_OFFSET = -4, -3  # log2 of squares and linears where the parameter is 0
 
 
 class SlicePrior(nn.Module):
-    """The part of the prior that belongs to one slice of code planes, in four interleaved passes.
+    """The prior of one slice of code planes, in four interleaved passes.
 
     Attributes:
-        at_once: whether the one pass covers all positions and sees the codes of each position's predecessors in `inputs`: codes
-            are chosen before their bits are known, and decoding must `walk`.
+        at_once: whether `parameters_at` takes all codes of the slice at once and covers all positions in one pass
+            (teacher forcing). Then the encoder chooses codes before it knows their bits, and the decoder must `walk`.
     """
 
     at_once = False
@@ -62,25 +63,32 @@ class SlicePrior(nn.Module):
         self.context = IntegerConv(width, 2 * width)
         self.quality = QualityBias(2 * width)
         self._see_neighbours(config, inputs)
-        self.head = IntegerConv(width, piece.planes * piece.parameters, scale=0.1)
-        # Nothing is coded after the last slice.
-        self.absorb = None if last else IntegerConv(inputs, width, bits=STATE_BITS, scale=0.5)
+        self.head = IntegerConv(width, piece.planes * piece.parameters, gain=0.1)
+        # No slice is left to use the codes of the last one.
+        self.absorb = None if last else IntegerConv(inputs, width, bits=STATE_BITS, gain=0.5)
 
     def _see_neighbours(self, config: Config, inputs: int) -> None:
-        """Make the layers that see this slice's own codes, of so many inputs a position."""
+        """Make the layers that see this slice's own codes, with `inputs` numbers for each position."""
         width, embedding = config.prior.channels, config.prior.embedding
         self.near = IntegerConv(inputs, embedding)
         self.phases = nn.ModuleList([IntegerConv(embedding, 2 * width, 3) for _ in PHASES[1:]])
 
     def prepare(self, state: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
-        """State (B, C, h, w) -> the state after this slice's blocks, and the context of its symbols (B, 2 C, h, w)."""
+        """Run this slice's blocks.
+
+        Args:
+            state: integers (B, C, h, w). quality: (B,), 1..100.
+
+        Returns:
+            The new state, and the context of the slice's symbols, (B, 2 C, h, w).
+        """
         for block in self.blocks:
             assert isinstance(block, GatedBlock)
             state = block.run(state, quality)
         return state, self.context.run(activate(state)) + self.quality.at(quality)
 
     def passes(self, height: int, width: int) -> Iterator[tuple[int, Places]]:
-        """Number and places of every pass over a grid of this size, in coding order."""
+        """The number and the places of each pass over a grid of this size, in coding order."""
         for phase, (row, column) in enumerate(PHASES):
             if row < height and column < width:
                 yield phase, (slice(row, None, 2), slice(column, None, 2))
@@ -91,10 +99,12 @@ class SlicePrior(nn.Module):
         Args:
             number: of the pass, see `passes`.
             context: from `prepare`.
-            inputs: of this slice's codes (B, 2 P D, h, w), zero at the positions not coded yet if not `at_once`.
+            inputs: this slice's codes as the prior sees them, (B, 2 P D, h, w). Positions that are not coded yet must
+                be zero, unless the prior is `at_once`.
 
         Returns:
-            integers in [-127, 127], float32 (N, P, D + 2 S + 1), N = B h' w' in raster order: mean (D), square (S), linear (S), zero.
+            float32 (N, P, D + 2 S + 1), integers in [-127, 127]: mean (D), square (S), linear (S), zero (1); with a
+            stored table (N, P, 1), see `quantizer.row_of`. The N = B h' w' positions are in raster order.
         """
         row, column = PHASES[number]
         hidden = context[:, :, row::2, column::2]
@@ -108,28 +118,28 @@ class SlicePrior(nn.Module):
         return self.finish(hidden)
 
     def walk(self, context: Tensor, inputs: Tensor) -> Iterator[tuple[Places, Tensor]]:
-        """Places and parameters in coding order, as decoding needs them, without gradient.
+        """Iterate over places and their parameters in the order of decoding, without gradient.
 
-        Args: as of `parameters_at`; the caller writes the codes of these places into `inputs` before asking for the next ones.
+        Args: as `parameters_at`. The caller writes the codes of the yielded places into `inputs` before it goes on.
         """
         for number, places in self.passes(*inputs.shape[2:]):
             yield places, self.parameters_at(number, context, inputs)
 
     def finish(self, hidden: Tensor) -> Tensor:
-        """(B, 2 C, h, w) -> the parameters of its positions (B h w, P, D + 2 S + 1)."""
+        """Hidden activations (B, 2 C, h, w) -> parameters (B h w, P, D + 2 S + 1)."""
         out = clamp8(self.head.run(gate(hidden)))
         return out.permute(0, 2, 3, 1).reshape(-1, self.piece.planes, self.piece.parameters)
 
     def update(self, state: Tensor, inputs: Tensor) -> Tensor:
-        """Absorb the slice's codes, as inputs (B, 2 P D, h, w), into the state."""
+        """Add the slice's codes, as the prior sees them, (B, 2 P D, h, w), to the state (B, C, h, w)."""
         return state if self.absorb is None else state + self.absorb.run(inputs)
 
 
 class StackLayer(nn.Module):
     """One layer of the Gated PixelCNN (van den Oord et al. 2016, figure 2): a vertical and a horizontal stack.
 
-    The vertical stack sees the rows above, the horizontal one what is left of it in its row and, through a link, the
-    vertical stack: together all that comes before, without a blind spot.
+    The vertical stack sees the rows above. The horizontal stack sees the positions to the left and, through a link, the
+    vertical stack. Together they see all earlier positions, without a blind spot.
     """
 
     def __init__(self, width: int) -> None:
@@ -137,36 +147,38 @@ class StackLayer(nn.Module):
         self.vertical = IntegerConv(width, 2 * width, (2, 3))
         self.horizontal = IntegerConv(width, 2 * width, (1, 2))
         self.link = IntegerConv(2 * width, 2 * width)
-        self.merge = IntegerConv(width, width, bits=STATE_BITS, scale=0.5)
+        self.merge = IntegerConv(width, width, bits=STATE_BITS, gain=0.5)
 
     def down(self, above: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """The vertical stack, of which the first row is only seen.
+        """Run the vertical stack.
 
         Args:
-            above: activations (B, C, 1 + h, w). context: the condition (B, 2 C, h, w).
+            above: activations (B, C, 1 + h, w); the first row is context only. context: the condition (B, 2 C, h, w).
 
         Returns:
-            the next layer's activations (B, C, h, w), and what the horizontal stack gets (B, 2 C, h, w).
+            The next layer's activations (B, C, h, w), and the link to the horizontal stack (B, 2 C, h, w).
         """
         rows = self.vertical.run(functional.pad(above, (1, 1, 0, 0)), padding=0) + context
         return gate(rows), self.link.run(clamp8(rows)) + context
 
     def right(self, state: Tensor, active: Tensor, link: Tensor) -> Tensor:
-        """The horizontal stack, of which the first column is only seen.
+        """Run the horizontal stack.
 
         Args:
-            state: (B, C, h, w). active: `activate(state)`, one column earlier as well, (B, C, h, 1 + w). link: from `down`.
+            state: (B, C, h, w).
+            active: (B, C, h, 1 + w), `activate(state)` with one more column on the left, which is context only.
+            link: from `down`.
 
         Returns:
-            the next layer's state.
+            The next layer's state, (B, C, h, w).
         """
         return state + self.merge.run(gate(self.horizontal.run(active, padding=0) + link))
 
 
 class RasterSlice(SlicePrior):
-    """A slice in raster order, position by position: the Gated PixelCNN, conditional on what is coded before the slice.
+    """The prior of a slice in raster order: the Gated PixelCNN, conditional on all slices before.
 
-    Much slower to decode than four passes: meant for small grids.
+    It decodes position by position, much slower than in four passes: use it for small grids only.
     """
 
     at_once = True
@@ -178,19 +190,19 @@ class RasterSlice(SlicePrior):
         self.out = IntegerConv(width, 2 * width)
 
     def stack(self) -> Iterator[StackLayer]:
-        """The layers, first to last."""
+        """The layers in order."""
         for layer in self.layers:
             assert isinstance(layer, StackLayer)
             yield layer
 
     def passes(self, height: int, width: int) -> Iterator[tuple[int, Places]]:
-        """All positions."""
+        """A single pass over all positions."""
         yield 0, (slice(0, height), slice(0, width))
 
     def parameters_at(self, number: int, context: Tensor, inputs: Tensor) -> Tensor:
-        """As of `SlicePrior`; the parameters of a position depend only on the codes before it."""
+        """See `SlicePrior.parameters_at`. The parameters of a position depend only on the codes before it."""
         seen = clamp8(self.near.run(inputs))
-        above = functional.pad(seen, (0, 0, 1, 0))[:, :, :-1]  # a row down: this stack does not know its own row
+        above = functional.pad(seen, (0, 0, 1, 0))[:, :, :-1]  # shifted down: the stack must not see its own row
         state = functional.pad(seen, (1, 0))[:, :, :, :-1] * 2.0**STATE_BITS
         for layer in self.stack():
             above, link = layer.down(functional.pad(above, (0, 0, 1, 0)), context)
@@ -198,7 +210,7 @@ class RasterSlice(SlicePrior):
         return self.finish(context + self.out.run(activate(state)))
 
     def walk(self, context: Tensor, inputs: Tensor) -> Iterator[tuple[Places, Tensor]]:
-        """As of `SlicePrior`; keeps the vertical stack's last row and the horizontal stack's last position of each layer."""
+        """See `SlicePrior.walk`. Caches the last row of each vertical, the last position of each horizontal stack."""
         batch, _, height, width = inputs.shape
         seen = context.new_zeros(batch, self.near.out_channels, 1, width)  # of the row above
         last = [seen] * len(self.layers)
@@ -237,7 +249,7 @@ class LevelPrior(nn.Module):
         self.start = QualityBias(width)
         self.ratio = config.levels[level - 1].stride // stage.stride if level else 0
         if level:
-            # From the coarser level's state: every coarse position becomes ratio x ratio finer ones.
+            # Every position of the coarser level becomes ratio x ratio positions.
             self.expand = IntegerConv(width, width * self.ratio**2, bits=STATE_BITS)
         finest = level == len(config.levels) - 1
         kind = RasterSlice if config.prior.layers else SlicePrior
@@ -251,7 +263,12 @@ class LevelPrior(nn.Module):
         return part
 
     def begin(self, coarser: Tensor | None, quality: Tensor, batch: int, height: int, width: int) -> Tensor:
-        """The state before the first slice, (B, C, h, w); `coarser` is the final state of the coarser level."""
+        """The state before the level's first slice, (B, C, h, w).
+
+        Args:
+            coarser: the final state of the coarser level; None for the coarsest. quality: (B,), 1..100.
+            batch, height, width: B, h and w.
+        """
         bias = self.start.at(quality) * 2.0**STATE_BITS
         if coarser is None:
             return bias.expand(batch, -1, height, width)
@@ -267,10 +284,10 @@ class Prior(nn.Module):
         self.levels = nn.ModuleList([LevelPrior(config, level) for level in range(len(config.levels))])
 
     def check(self) -> None:
-        """Make sure that frozen weights are what exact sums need.
+        """Check that the frozen weights allow exact sums.
 
         Raises:
-            ValueError: a weight is outside -127..127 or an exponent outside bits..MAX_EXPONENT.
+            ValueError: a weight is outside -127..127, or an exponent outside bits..MAX_EXPONENT.
         """
         for part in self.modules():
             if isinstance(part, IntegerConv) and (
@@ -284,13 +301,13 @@ class Prior(nn.Module):
         return level
 
     def freeze(self) -> None:
-        """Turn fake quantisation into integers, in place."""
+        """Replace the fake-quantised weights by integers, in place."""
         for part in self.modules():
             if isinstance(part, IntegerConv | QualityBias):
                 part.freeze()
 
     def thaw(self) -> None:
-        """The inverse of `freeze`, for training on from a weights file."""
+        """Undo `freeze`, in place, to train on from a weights file (warm start)."""
         for part in self.modules():
             if isinstance(part, IntegerConv | QualityBias):
                 part.thaw()
@@ -312,14 +329,14 @@ class Prior(nn.Module):
 
 
 def rates(parameters: Tensor, dim: int) -> Rates:
-    """The rate model, in floats, that integer parameters stand for: what training and the encoder's choice use.
+    """Convert integer parameters to a rate model in floats, for training and the choice of codes.
 
     Args:
         parameters: (N, P, D + 2 S + 1) from `SlicePrior.parameters_at`. dim: D.
     """
     scales = (parameters.shape[-1] - 1 - dim) // 2
     mean, square, linear, zero = torch.split(parameters, [dim, scales, scales, 1], -1)
-    square = square / SCALE_UNIT + SQUARE_OFFSET
+    square = square / LOG_UNIT + SQUARE_OFFSET
     drift = mean * (2 / MEAN_UNIT) * torch.exp2(square / 2)
-    theta = torch.cat([drift, -torch.exp2(square), -torch.exp2(linear / SCALE_UNIT + LINEAR_OFFSET)], -1)
+    theta = torch.cat([drift, -torch.exp2(square), -torch.exp2(linear / LOG_UNIT + LINEAR_OFFSET)], -1)
     return Rates(theta, zero[..., 0] / ZERO_UNIT)

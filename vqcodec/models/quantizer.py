@@ -1,18 +1,19 @@
-"""Vectors <-> indices: codebooks and the entropy-constrained choice.
+"""Codebooks, and the entropy-constrained choice of codes: vectors <-> indices.
 
 A code plane quantises a vector v of D numbers, in units of the plane's step, to the index of one of K code vectors.
 The choice is entropy-constrained (Chou, Lookabaugh & Gray 1989, "Entropy-constrained vector quantization", eq. 7):
 
-    k* = argmin_k  weight * |v - e_k|^2 + bias * bits_k
+    k* = argmin_k  weight * |v - e_k|^2 + rate_factor * bits_k
 
-Index 0 of every plane is the code nearest to zero. The rate model of a symbol (`Rates`) is a significance flag
-(is it code 0?) and, if not, an exponential family over the other codes, in log2 units:
+Index 0 of every plane is the code nearest to zero. The rate model of a symbol (`Rates`) has two parts: a significance
+flag, whether k > 0, and an exponential family over the codes 1..K-1, in log2 units:
 
     logit_k = drift . x_k - square * |x_k|^2 - linear * |x_k|_1 + bias_k        x_k = e_k / spread
 
-or, with a scale for each dimension, with squares and absolute values weighted one by one.
+With a scale for each dimension (S = D), `square` and `linear` weight the square and the absolute value of each
+dimension on its own.
 
-Everything here is float32 whatever autocast says: bf16 breaks the arg-min.
+All computations are in float32, whatever autocast says: bfloat16 is too coarse for the arg-min.
 """
 
 import math
@@ -25,31 +26,31 @@ from torch.nn import functional
 
 from vqcodec.models.config import LARGEST_LATTICE, SliceConfig
 
-# Of the structured start: the share of the codes that are a lattice, how much larger each sphere of outer codes is than
-# the last, and how many there are. Far ones catch what is out of all range, near ones what is often just beyond the
-# lattice.
+# Structured start in two or more dimensions: the least fraction of the codes in the lattice, the ratio of the radii of
+# successive spheres of outer codes, and the number of spheres. "far" covers extreme outliers, "near" the common values
+# just outside the lattice.
 OUTPOSTS = {"far": (0.6, 1.4, 6), "near": (0.75, 1.25, 4)}
-# In one dimension, where the last code lies relative to the last integer.
+# Structured start in one dimension: ratio of the outermost code to the last of the integers.
 OUTER_REACH = 3.0
-# Of the rows of a table before training: scales of the first and the last, in steps, and log2 of `square`, next to nothing.
+# Initial rows of a stored table: scale of the first and of the last row in steps, and log2 of `square` (near 0).
 ROW_SCALES, SQUARE_START = (0.04, 100.0), -12.0
-# No value costs more bits: the range coder gives every one a count of at least 1 in 2^24.
+# Upper bound of the bits of a value: the range coder gives each at least 1 of 2^24 counts.
 MOST_BITS = 24.0
-# Entries of a K-wide tensor that are worked on at once: 2^17 floats, several such tensors fit the second-level cache.
+# Entries of a K-wide tensor processed at a time: several such blocks of 2^17 floats fit the second-level cache.
 CHUNK = 1 << 17
 
 
 def structured_start(codes: int, dim: int, outposts: str = "far") -> Tensor:
-    """The codebook before training, sorted by norm, the zero vector first: a lattice with outposts.
+    """The codebook before training: a lattice with outer codes, the zero vector first.
 
-    For D = 1 integers, 0, 1, -1, 2, -2, ..., the last fifth growing by a constant factor instead. Otherwise most of the
-    codes are the shortest integer vectors and the rest lie around them on spheres whose radii grow by a constant factor
-    (`OUTPOSTS`), because latents have heavy tails: a plane without far codes saturates on high contrast. For D > 8,
-    where even the first shells of the lattice are larger than most codebooks, all codes but zero are random directions
-    of unit norm.
+    D = 1: the integers 0, 1, -1, 2, -2, ...; the last fifth grows geometrically instead.
+    D = 2..8: the shortest integer vectors, then outer codes on spheres whose radii grow geometrically (`OUTPOSTS`).
+    D > 8: zero and random unit vectors, because the first shells of the lattice exceed most codebooks.
+
+    Outer codes are needed because latents have heavy tails: without them a plane saturates at high contrast.
 
     Args:
-        codes: K. dim: D. outposts: as of `SliceConfig`.
+        codes: K. dim: D. outposts: see `SliceConfig`.
 
     Returns:
         float32 (K, D).
@@ -88,12 +89,12 @@ def structured_start(codes: int, dim: int, outposts: str = "far") -> Tensor:
 
 
 def start_of(config: SliceConfig) -> Tensor:
-    """The start of every codebook of a slice, float32 (K, D)."""
+    """The initial codebook of every plane of a slice, float32 (K, D)."""
     return structured_start(config.codes, config.dim, config.outposts)
 
 
 def family_start(rows: int, dim: int) -> Tensor:
-    """The rows of a table before training: Laplace distributions of `ROW_SCALES`, evenly spaced in the logarithm.
+    """The rows of a stored table before training: Laplace distributions with geometrically spaced `ROW_SCALES`.
 
     Returns:
         float32 (rows, 3), see `Codebook.family`.
@@ -106,20 +107,23 @@ def family_start(rows: int, dim: int) -> Tensor:
 
 
 def row_of(given: Tensor, rows: int) -> Tensor:
-    """Integers in -127..127 from the prior, any float dtype -> rows of a table, int64: floor((given + 127) * rows / 255)."""
+    """The table rows that integers from the prior choose: floor((given + 127) * rows / 255).
+
+    given: integers in [-127, 127], any float dtype and shape. Returns int64 of the same shape.
+    """
     return (given.long() + 127) * rows // 255
 
 
 def companding(start: Tensor) -> float:
-    """Units of the prior's inputs for every doubling of a magnitude.
+    """The slope of the logarithmic companding of the prior's inputs: units for every doubling of 1 + magnitude.
 
-    Inputs are fine near zero, and that of the farthest code of the start is at the bound of int8.
+    It maps the farthest code of the start to 127, the largest int8, and is at most 24.
     """
     return min(24.0, 127 / math.log2(1 + start.abs().max().item()))
 
 
 def _shell(norm: int, dim: int) -> Iterator[tuple[int, ...]]:
-    """All integer vectors of squared length `norm`."""
+    """All integer vectors of length `dim` whose squared 2-norm is `norm`."""
     if dim == 1:
         root = math.isqrt(norm)
         if root * root == norm:
@@ -136,8 +140,8 @@ class Rates:
     """The rate model of N rows of P planes; see the module's equation.
 
     Attributes:
-        theta: float (N, P, D + 2 S), log2 units: drift (D), -square (S), -linear (S), for S scales.
-        zero: float (N, P): log2 odds of code 0 against all others.
+        theta: float (N, P, D + 2 S), natural parameters in log2 units: drift (D), -square (S), -linear (S).
+        zero: float (N, P), log2 odds of code 0 against all others.
     """
 
     theta: Tensor
@@ -145,18 +149,22 @@ class Rates:
 
 
 class Codebook(nn.Module):
-    """P planes of K code vectors of length D (van den Oord et al. 2017; several planes: product quantisation).
+    """P planes of K code vectors of length D: product quantisation (van den Oord et al. 2017).
 
     Args:
-        config: of the planes. learn: by the codebook loss ("gradient", eq. 3 of the paper) or by exponential moving
-            averages of the members of each code ("ema", appendix A.1; train/codebooks.py).
+        config: of the planes.
+        learn: how the vectors learn: by the codebook loss ("gradient", eq. 3 of the paper) or as exponential moving
+            averages of their members ("ema", appendix A.1; train/codebooks.py).
 
     Attributes:
-        vectors: float32 (P, K, D), in steps. bias: float32 (P, K), log2 units, part of the rate model; (1, K) with a table.
-        family: float32 (R, 3), of a table's rows: log2 of square and of linear, and zero, as of `Rates`.
-        spread: float32 (P,), of the rate model; see the module.
-        usage, sums, steps: what training counts: moving averages of the members of each code, (P, K), and of their sum,
-            (P, K, D), and the number of averages so far.
+        vectors: float32 (P, K, D), in steps.
+        bias: float32 (P, K), part of the rate model, in log2 units; (1, K) with a stored table.
+        family: float32 (R, 3), only with a stored table: log2 of square, log2 of linear, and zero, for each row; see
+            `Rates`.
+        spread: float32 (P,), what the rate model divides vectors by; see the module.
+        usage, sums: float32 (P, K) and (P, K, D), exponential moving averages of the number of members of each code and
+            of their sum. Training only.
+        steps: float32 scalar, number of updates of these averages. Training only.
         compand: see `companding`.
     """
 
@@ -182,18 +190,19 @@ class Codebook(nn.Module):
         self.compand = companding(start)
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """Code vectors: int64 (N, P) -> float32 (N, P, D)."""
+        """Look up code vectors: int64 (N, P) -> float32 (N, P, D), in steps."""
         return look_up(self.vectors, indices)
 
     def nearest(self, v: Tensor) -> Tensor:
-        """Index of the nearest code: float (N, P, D) -> int64 (N, P)."""
+        """Indices of the nearest codes: float (N, P, D), in steps -> int64 (N, P)."""
         with torch.autocast(v.device.type, enabled=False):
             return negative_distances(v.float(), self.vectors.detach()).argmax(-1).T
 
     def features(self) -> Tensor:
-        """x_k, and its squares and absolute values, or their sums: float32 (P, K, D + 2 S).
+        """Sufficient statistics of the rate model, float32 (P, K, D + 2 S): x_k, its squares and its absolute values.
 
-        Planes that share a table of probabilities share them: those of the codes at the start.
+        With S = 1 squares and absolute values are summed over the dimensions. With a stored table, x_k are the initial
+        code vectors, because all planes share the table.
         """
         if self.config.rows:
             x = self.start.expand(self.config.planes, -1, -1)
@@ -205,19 +214,19 @@ class Codebook(nn.Module):
         return torch.cat([x, *sizes], -1)
 
     def biases(self) -> Tensor:
-        """`bias` of every plane, (P, K)."""
+        """The bias of every plane, float32 (P, K)."""
         return self.bias.expand(self.config.planes, -1)
 
     def rate_parameters(self) -> list[nn.Parameter]:
-        """What the rate model has besides the prior."""
+        """The parameters of the rate model, besides those of the prior."""
         return [self.bias, self.family] if self.config.rows else [self.bias]
 
     def row_rates(self, given: Tensor) -> Rates:
-        """The rate model of rows of the table.
+        """The rate model of the table rows that the prior chose.
 
         Args:
-            given: integers in -127..127, (N, P), any float dtype, from the prior; see `row_of`. The gradient that they get is that of
-                the line through the rows on either side.
+            given: integers in [-127, 127] from the prior, (N, P), any float dtype; see `row_of`. Their gradient is a
+                central difference over the neighbouring rows.
         """
         rows = self.config.rows
         row = row_of(given.detach(), rows)
@@ -231,45 +240,51 @@ class Codebook(nn.Module):
         return Rates(theta, zero)
 
     def inputs(self) -> Tensor:
-        """What the prior sees of each code: integers in [-127, 127], float32 (P, K, 2 D): value and magnitude."""
+        """What the prior sees of each code, companded: float32 (P, K, 2 D), integers in [-127, 127].
+
+        The first D are signed values, the last D magnitudes.
+        """
         e = self.vectors.detach()
         magnitude = (self.compand * torch.log2(1 + e.abs())).round().clamp(max=127)
         return torch.cat([magnitude * e.sign(), magnitude], -1)
 
     @torch.no_grad()
-    def choose(self, v: Tensor, rates: Rates, weight: Tensor, bias: float | Tensor) -> Tensor:
-        """The entropy-constrained choice.
+    def choose(self, v: Tensor, rates: Rates, weight: Tensor, rate_factor: float | Tensor) -> Tensor:
+        """Choose codes by the module's entropy-constrained rule.
 
         Args:
             v: float (N, P, D), in steps.
-            rates: the rate model of every symbol.
-            weight: float (N, P), bits per unit of squared error in steps.
-            bias: how much of the rate counts: 1 is the Lagrangian optimum for one symbol on its own; less leaves room
-                for what this symbol does to the context of later ones.
+            rates: the rate model of the symbols.
+            weight: float (N, P), cost of a squared step in bits.
+            rate_factor: factor on the bits. 1 is the Lagrangian optimum of a symbol on its own; less than 1 allows for
+                its use as context of later symbols.
 
         Returns:
             int64 (N, P).
         """
         with torch.autocast(v.device.type, enabled=False):
-            return self._choose(v.float(), rates, weight, bias)
+            return self._choose(v.float(), rates, weight, rate_factor)
 
-    def open_symbols(self, v: Tensor, zero: Tensor, weight: Tensor, bias: float | Tensor) -> Tensor:
-        """Where another code than 0 could be chosen; bool (N, P), arguments as of `choose`.
+    def open_symbols(self, v: Tensor, zero: Tensor, weight: Tensor, rate_factor: float | Tensor) -> Tensor:
+        """Where a code other than 0 may win the choice: bool (N, P).
 
-        Code 0 is certain where its cost is below that of a free code at the least distance any other can have.
+        Code 0 wins for certain where it costs less than a code of zero bits at the least distance that the other codes
+        can have.
+
+        Args: as `choose`; zero: see `Rates`.
         """
         vectors = self.vectors.detach()
         length = v.norm(dim=-1)
         nearest = vectors[:, 1:].norm(dim=-1).amin(1)
-        cost = weight * (v - vectors[:, 0]).square().sum(-1) + bias * (softplus2(zero) - zero)
+        cost = weight * (v - vectors[:, 0]).square().sum(-1) + rate_factor * (softplus2(zero) - zero)
         return cost >= weight * (nearest - length).clamp(min=0).square()
 
-    def _choose(self, v: Tensor, rates: Rates, weight: Tensor, bias: float | Tensor) -> Tensor:
+    def _choose(self, v: Tensor, rates: Rates, weight: Tensor, rate_factor: float | Tensor) -> Tensor:
+        mask = self.open_symbols(v, rates.zero, weight, rate_factor).T
         # One row for each open symbol, plane after plane.
-        mask = self.open_symbols(v, rates.zero, weight, bias).T
-        target, theta, zero, importance = (x.transpose(0, 1)[mask] for x in (v, rates.theta, rates.zero, weight))
+        target, theta, zero, weight = (x.transpose(0, 1)[mask] for x in (v, rates.theta, rates.zero, weight))
         chosen = [
-            k for *_, k in chosen_blocks(self, target, Rates(theta, zero), importance, bias, mask.sum(1).tolist())
+            k for *_, k in chosen_blocks(self, target, Rates(theta, zero), weight, rate_factor, mask.sum(1).tolist())
         ]
         indices = torch.zeros(v.shape[:2], dtype=torch.int64, device=v.device)
         indices.T[mask] = torch.cat(chosen) if chosen else indices.new_zeros(0)
@@ -277,14 +292,15 @@ class Codebook(nn.Module):
 
 
 def plane_blocks(members: list[int], limit: int) -> Iterator[tuple[slice, list[tuple[int, slice, slice]]]]:
-    """Cut rows that lie plane after plane into blocks of at least one plane and, if possible, at most `limit` rows.
+    """Group the planes of rows that are sorted by plane into blocks.
 
     Args:
-        members: rows of each plane. limit: see above.
+        members: number of rows of each plane.
+        limit: most rows of a block, unless a single plane has more.
 
     Yields:
-        the rows of a block, and of each of its planes (plane, its rows, its rows within the block); planes without rows
-        are left out.
+        The rows of a block, and for each of its planes that has rows: the plane, its rows, and its rows within the
+        block.
     """
     parts: list[tuple[int, slice, slice]] = []
     first = start = 0
@@ -302,14 +318,14 @@ def plane_blocks(members: list[int], limit: int) -> Iterator[tuple[slice, list[t
 
 
 def log_probabilities(features: Tensor, bias: Tensor, theta: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-    """What a rate model says of the codes of p planes.
+    """The distributions that a rate model gives to the codes of p planes.
 
     Args:
-        features: (p, K, F), and bias: (p, K), of the codebook. theta: (N, p, F), and zero: (N, p), as of `Rates`.
+        features: (p, K, F). bias: (p, K). Both of the codebook.
+        theta: (N, p, F). zero: (N, p). See `Rates`.
 
     Returns:
-        log2 p of all codes (p, N, K), and the distribution over the codes but 0, with next to nothing in its place,
-        (p, N, K).
+        (p, N, K): log2 probabilities of all codes; and (p, N, K): probabilities given k > 0, with about 0 for code 0.
     """
     logits = torch.baddbmm(bias[:, None], theta.transpose(0, 1), features.transpose(1, 2))
     return _normalise(logits, zero.T[..., None])
@@ -318,13 +334,14 @@ def log_probabilities(features: Tensor, bias: Tensor, theta: Tensor, zero: Tenso
 def rate_blocks(
     features: Tensor, bias: Tensor, theta: Tensor, zero: Tensor, members: list[int]
 ) -> Iterator[tuple[slice, list[tuple[int, slice, slice]], Tensor, Tensor]]:
-    """`log_probabilities` for symbols that lie plane after plane, in blocks that fit the cache.
+    """`log_probabilities` of M symbols that are sorted by plane, in blocks that fit the cache.
 
     Args:
-        features, bias: as there. theta: (M, F), zero: (M,). members: how many symbols of each plane there are.
+        features: (P, K, F). bias: (P, K). theta: (M, F). zero: (M,).
+        members: number of symbols of each plane.
 
     Yields:
-        a block and its planes, as `plane_blocks`, and both of what `log_probabilities` returns, (rows of the block, K).
+        A block and its planes as `plane_blocks` does, and both results of `log_probabilities`, (rows of the block, K).
     """
     codes = features.shape[1]
     for block, parts in plane_blocks(members, CHUNK // codes):
@@ -335,16 +352,17 @@ def rate_blocks(
 
 
 def chosen_blocks(
-    book: Codebook, v: Tensor, rates: Rates, weight: Tensor, bias: float | Tensor, members: list[int]
+    book: Codebook, v: Tensor, rates: Rates, weight: Tensor, rate_factor: float | Tensor, members: list[int]
 ) -> Iterator[tuple[slice, list[tuple[int, slice, slice]], Tensor, Tensor, Tensor, Tensor]]:
-    """The entropy-constrained choice of symbols that lie plane after plane, in blocks that fit the cache.
+    """The entropy-constrained choice for M symbols that are sorted by plane, in blocks that fit the cache.
 
     Args:
-        v: (M, D), in steps. rates: theta (M, F) and zero (M,). weight: (M,). bias: see `Codebook.choose`. members: as of `rate_blocks`.
+        book: the codebook. v: (M, D), in steps. rates: theta (M, F), zero (M,). weight: (M,).
+        rate_factor: see `Codebook.choose`. members: number of symbols of each plane.
 
     Yields:
-        what `rate_blocks` does, with log2 p at least -MOST_BITS; -|v - e|^2 up to a constant of the row, (rows of the block, K); and
-        the codes chosen, int64 (rows of the block,).
+        What `rate_blocks` yields, with log2 probabilities clamped to at least -MOST_BITS; -|v - e|^2 up to a constant
+        of the row, (rows of the block, K); and the chosen codes, int64 (rows of the block,).
     """
     features, vectors = book.features(), book.vectors.detach()
     lengths = vectors.square().sum(-1)
@@ -353,15 +371,15 @@ def chosen_blocks(
         for plane, part, here in parts:
             torch.addmm(-lengths[plane], v[part], vectors[plane].T, alpha=2, out=distances[here])
         logp.clamp_(min=-MOST_BITS)
-        scores = torch.mul(logp, bias).add_(distances * weight[block, None])
+        scores = torch.mul(logp, rate_factor).add_(distances * weight[block, None])
         yield block, parts, logp, values, distances, scores.max(-1)[1]
 
 
 def _normalise(logits: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-    """What `log_probabilities` returns, from logits (..., K), overwritten, and log2 odds of code 0 (..., 1)."""
+    """The results of `log_probabilities` from logits (..., K), overwritten, and log2 odds of code 0 (..., 1)."""
     logits[..., 0] = -math.inf
     logits -= logits.amax(-1, keepdim=True)
-    logits.clamp_(min=-2 * MOST_BITS)  # powers below would be subnormal numbers, which are slow
+    logits.clamp_(min=-2 * MOST_BITS)  # smaller ones would give subnormal numbers, which are slow
     values = torch.exp2(logits)
     total = values.sum(-1, keepdim=True)
     softplus = softplus2(zero)
@@ -371,7 +389,7 @@ def _normalise(logits: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def negative_distances(v: Tensor, vectors: Tensor) -> Tensor:
-    """-|v - e|^2 up to a constant of the row: (N, p, D) and (p, K, D) -> (p, N, K)."""
+    """-|v - e|^2 up to a constant for each v: v (N, p, D) and vectors (p, K, D) -> (p, N, K)."""
     return torch.baddbmm(-vectors.square().sum(-1)[:, None], 2 * v.transpose(0, 1), vectors.transpose(1, 2))
 
 
@@ -381,7 +399,7 @@ def softplus2(x: Tensor) -> Tensor:
 
 
 def rows(x: Tensor, planes: int) -> Tensor:
-    """(B, P D, h, w) -> (B h w, P, D): one row a grid position, in raster order."""
+    """(B, P D, h, w) -> (B h w, P, D): one row for each grid position, in raster order."""
     return x.permute(0, 2, 3, 1).reshape(-1, planes, x.shape[1] // planes)
 
 
@@ -391,7 +409,7 @@ def grid(x: Tensor, batch: int, height: int, width: int) -> Tensor:
 
 
 def look_up(table: Tensor, indices: Tensor) -> Tensor:
-    """Rows of a table per plane: (P, K, F) and int64 (N, P) -> (N, P, F)."""
+    """Look up rows of a table for each plane: (P, K, F) and int64 (N, P) -> (N, P, F)."""
     planes, codes, features = table.shape
     flat = indices + torch.arange(planes, device=indices.device) * codes
     return functional.embedding(flat, table.reshape(-1, features))

@@ -1,4 +1,4 @@
-"""The named configurations: the photo model and the systems of three papers."""
+"""The named configurations: the photo models, and the systems of two papers."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +41,8 @@ PHOTO = Config(
     prior=PriorConfig(blocks=2),
 )
 
-# A sixth of the multiplications: all blocks at strides 16 and 64, pointwise layers on cells of 4 x 4 pixels, and stored tables.
+# A sixth of the multiplications of `photo`: all residual blocks are at strides 16 and 64, a renderer of pointwise
+# layers works on the pixels, and probabilities come from stored tables.
 PHOTO_FAST = Config(
     name="photo-fast",
     stages=(
@@ -74,9 +75,10 @@ PHOTO_FAST = Config(
     prior=PriorConfig(channels=56, embedding=32),
 )
 
-# The classic systems: codes chosen for the distortion alone, one quality, and a prior that is learned after the rest.
+# The classic systems have one quality. Their codes are chosen for the distortion alone, and the prior learns after the
+# rest.
 
-# van den Oord et al. 2017: one level of one plane. On digits of 28 x 28, 7 x 7 codes.
+# van den Oord et al. 2017: one level of one plane. A digit of 28 x 28 pixels has 7 x 7 codes.
 VQVAE_MNIST = Config(
     name="vqvae-mnist",
     stages=(StageConfig(4, 16, 64, 2, 2, (SliceConfig(planes=1, dim=16, codes=128, layer=0),)),),
@@ -85,7 +87,7 @@ VQVAE_MNIST = Config(
     commitment=0.25,
     rate="after",
 )
-# The same with a codebook by moving averages (their appendix A.1). On pictures of 32 x 32, 8 x 8 codes.
+# The same with a codebook of exponential moving averages (their appendix A.1). A picture of 32 x 32 has 8 x 8 codes.
 VQVAE_EMA_CIFAR10 = Config(
     name="vqvae-ema-cifar10",
     stages=(StageConfig(4, 64, 64, 2, 2, (SliceConfig(planes=1, dim=64, codes=512, layer=0),)),),
@@ -95,7 +97,7 @@ VQVAE_EMA_CIFAR10 = Config(
     commitment=0.25,
     rate="after",
 )
-# Razavi et al. 2019: levels of one plane each; pictures of 256 x 256 have 32 x 32 and 64 x 64 codes.
+# Razavi et al. 2019: levels of one plane each. A picture of 256 x 256 has 32 x 32 and 64 x 64 codes.
 VQVAE2 = Config(
     name="vqvae2",
     stages=(
@@ -108,7 +110,7 @@ VQVAE2 = Config(
     commitment=0.25,
     rate="after",
 )
-# With a third level, at half the resolution: theirs for pictures of 1024 x 1024.
+# Their third level for pictures of 1024 x 1024. All levels are at half the strides of theirs.
 VQVAE2_3LEVEL = replace(
     VQVAE2,
     name="vqvae2-3level",
@@ -123,10 +125,10 @@ NAMED = {config.name: config for config in (PHOTO, PHOTO_FAST, VQVAE2, VQVAE2_3L
 
 
 def load_config(name: str) -> Config:
-    """A named configuration, or one from a JSON file.
+    """Load a configuration by its name or from a JSON file.
 
     Raises:
-        WeightsError: neither a known name nor a readable configuration file.
+        WeightsError: there is neither a configuration nor a readable JSON configuration of this name.
     """
     if name in NAMED:
         return NAMED[name]

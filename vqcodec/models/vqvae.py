@@ -9,12 +9,13 @@
       | unshuffle, 1x1, blocks   stride 64      ^ 1x1, shuffle, blocks
       '------------------ z top ------------> estimate <- slice <- slice <- 0
 
-A level's estimate starts from the coarser level (zero for the coarsest). Before each slice of code planes a residual
-block refines it from everything decoded so far; the slice then codes the difference to the latents of its channels,
-divided by a step that depends on the quality. The refinement works on floats: only indices reach the prior.
+A level's estimate starts from the coarser level, or from zero at the coarsest. Before each slice of code planes,
+residual blocks refine the estimate from everything decoded so far. The slice then codes the difference between the
+latents and the estimate in its channels, divided by a quantiser step that depends on the quality. All of this works on
+floats; only code indices reach the prior.
 
-The 1x1 convolutions are the linear part, a hierarchical Karhunen-Loeve transform from the start (train/start.py); every
-residual block ends in zeros at first.
+The 1x1 convolutions are the linear part of the model. Training initialises them as a hierarchical Karhunen-Loeve
+transform, and the last layer of every residual block as zero.
 """
 
 from dataclasses import dataclass
@@ -30,30 +31,34 @@ from vqcodec.models.quantizer import Codebook
 
 # Pixels are centred and scaled to about unit range; latents are orthonormal combinations of such pixels.
 PIXEL_CENTRE, PIXEL_SCALE = 128.0, 64.0
-# Steps before training, in usual ones: choosing codes by rate as well wants larger steps than rounding does.
+# Initial quantiser steps, in usual steps. Entropy-constrained choice prefers larger steps than plain rounding.
 START_STEP = 1.5
-# What blocks add everywhere alike says nothing of the picture, but noise of the training feeds it: it counts so many times.
+# Factor on the energy of the mean over all positions of what a block adds (`ResidualBlock.energy`). The mean carries no
+# information on the picture, but gradient noise lets it drift.
 COMMON = 20.0
-# Positions of one picture that a residual block does at a time on a CPU: what it keeps of them fits into caches.
+# Positions that a residual block processes at a time on a CPU, so that its intermediate maps fit the cache.
 STRIP = 8192
-# Knots of the piecewise linear log step over t in [0, 1].
+# Knots of the logarithm of the quantiser step, piecewise linear over t in [0, 1].
 KNOTS = 9
 
 
 def usual_step(config: Config, t: Tensor) -> Tensor:
-    """About the best step of a uniform quantiser at each t in [0, 1], in latent units, by trial on the untrained codec."""
+    """About the best step of a uniform quantiser at each t in [0, 1], in latent units: the usual step.
+
+    It is proportional to 1 / sqrt(lambda). The factor was found by trial on the untrained codec.
+    """
     low, high = config.lambda_range
     return (10 / low) ** 0.5 / PIXEL_SCALE * (low / high) ** (t / 2)
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What the networks know of the quality.
+    """The quality as the networks see it.
 
     Attributes:
-        basis: (B, 6) smooth functions of t. unit: (B,) of the output of residual blocks, in proportion to the quantiser
-            step: what they change is of the size of the quantisation noise, and must not grow with the latents, which
-            are larger by orders of magnitude.
+        basis: (B, 6), Chebyshev polynomials of degree 0 to 5 at t.
+        unit: (B,), scale of the outputs of residual blocks, in proportion to the usual quantiser step. They are of the
+            size of the quantisation noise, orders of magnitude below the latents.
     """
 
     basis: Tensor
@@ -61,9 +66,10 @@ class Condition:
 
 
 class _Moments(torch.autograd.Function):
-    """Of y (B, C, h, w), float32: the mean square of a position, summed over channels, (B,); the mean of each channel, (B, C).
+    """Moments of y (B, C, h, w) over positions, in float32: mean square summed over channels, (B,), and mean (B, C).
 
-    By hand: automatic gradients of such sums come in another layout than y's, and a step of training took a sixth longer.
+    The gradient is written by hand. Autograd's has another memory layout than y, which made a training step a sixth
+    slower.
     """
 
     @staticmethod
@@ -81,15 +87,16 @@ class _Moments(torch.autograd.Function):
 
 
 class ResidualBlock(nn.Module):
-    """x + unit * 1x1(f(3x3(f(1x1(x / size))))), with the hidden channels scaled and shifted by the quality.
+    """x + unit * 1x1(f(3x3(f(1x1(x / size))))), where the quality scales and shifts the hidden channels.
 
-    The size of a channel is its standard deviation or the unit, whichever is larger: weak channels are seen as well as
-    strong ones, but what one block adds is never more than the next one's usual input, so that no chain of blocks blows
-    up. The sum stays in float32 except in training, because latents are large against their steps.
+    `size` normalises the channels: the standard deviation of each, or the unit if that is larger. So a block sees weak
+    channels as well as strong ones, but its output is never larger than the next block's usual input, which keeps
+    chains of blocks stable. Outside training the sum is in float32, because latents are large compared to their steps.
 
     Attributes:
-        energy: float (B,), in training: the squares of what the last call added, summed over channels, mean over positions;
-            of what it added to all positions alike `COMMON` times as much.
+        deviation: float (C,), standard deviations of the input channels.
+        energy: float (B,), set in training: mean over positions of the squares that the last call added, summed over
+            channels. The part that is common to all positions counts `COMMON` times.
     """
 
     deviation: Tensor
@@ -108,7 +115,7 @@ class ResidualBlock(nn.Module):
             nn.init.zeros_(weight)
 
     def forward(self, x: Tensor, cond: Condition) -> Tensor:
-        """x: (B, C, h, w)."""
+        """x: float (B, C, h, w); the result has the same shape."""
         if len(x) == 1 and not self.training:
             return self._of_one(x, cond)
         gain, shift = self.quality(cond.basis)[:, :, None, None].chunk(2, 1)
@@ -123,8 +130,10 @@ class ResidualBlock(nn.Module):
         return x + (cond.unit[:, None, None, None] * y).to(x.dtype)
 
     def _of_one(self, x: Tensor, cond: Condition) -> Tensor:
-        """The same for one picture: what depends on the quality is multiplied into the kernels, and a CPU does one strip of rows after
-        the other where no gradient is asked for. At stride 4 twice as fast: such maps are larger than caches."""
+        """`forward` for one picture, with the modulation folded into the kernels.
+
+        Without gradients a CPU processes strips of rows that fit the cache, which is twice as fast at stride 4.
+        """
         gain, shift = self.quality(cond.basis)[0].chunk(2)
         reduce = self.reduce.weight / torch.maximum(self.deviation, cond.unit)[:, None, None]
         spatial = self.spatial.weight * (1 + gain)[:, None, None, None]
@@ -152,9 +161,9 @@ class ResidualBlock(nn.Module):
 
 
 class Linear1x1(nn.Linear):
-    """A 1x1 convolution without bias that is computed in float32 whatever autocast says, except in training.
+    """A 1x1 convolution without bias, in float32 whatever autocast says, except in training.
 
-    There the errors of bfloat16, a quarter of a pixel level, are small against those of quantisers.
+    In training the error of bfloat16, a quarter of a pixel level, is small compared to that of the quantisers.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -170,10 +179,11 @@ class Linear1x1(nn.Linear):
 
 
 class Lap(nn.Module):
-    """x + a linear map of its blocks of `ratio` x `ratio` positions, half a block off the blocks of the stage's KLT.
+    """x + a linear map of blocks of `ratio` x `ratio` positions, which are half a block off those of the stage's KLT.
 
-    Before the analysis, and undone after the synthesis, it turns transforms of separate blocks into lapped ones (Tran,
-    Liang & Tu 2003, "Lapped transform via time-domain pre- and post-filtering"). The outermost half blocks stay as they are.
+    Applied before the analysis, and inverted after the synthesis, it turns a block transform into a lapped transform
+    (Tran, Liang & Tu 2003, "Lapped transform via time-domain pre- and post-filtering"). The outermost half blocks are
+    left as they are.
     """
 
     def __init__(self, ratio: int, channels: int) -> None:
@@ -183,7 +193,7 @@ class Lap(nn.Module):
         nn.init.zeros_(self.change.weight)
 
     def macs_per_pixel(self, positions: int) -> float:
-        """Multiply-accumulate operations per picture pixel, where a block of `ratio` x `ratio` covers so many pixels."""
+        """Multiply-accumulate operations per picture pixel, for blocks of `positions` pixels."""
         return self.change.weight.numel() / positions
 
     def forward(self, x: Tensor) -> Tensor:
@@ -195,7 +205,7 @@ class Lap(nn.Module):
 
 
 class Stage(nn.Module):
-    """Both directions of one resolution; `ratio` is the factor to the next finer one."""
+    """One resolution of encoder and decoder. `ratio` is its stride divided by that of the next finer stage."""
 
     def __init__(self, config: StageConfig, finer: StageConfig | None) -> None:
         super().__init__()
@@ -217,18 +227,20 @@ class Stage(nn.Module):
         return Lap(config.stride // finer.stride, finer.channels) if finer else SeparableLap(config.stride)
 
     def analyse(self, x: Tensor) -> Tensor:
-        """The linear part of `encode`."""
+        """The linear part of `encode`: (B, C', h * ratio, w * ratio) -> (B, C, h, w)."""
         x = x if self.lap is None else self.lap(x)
         y: Tensor = self.analysis(functional.pixel_unshuffle(x, self.ratio))
         return y
 
     def encode(self, x: Tensor, cond: Condition) -> Tensor:
+        """The next finer stage's features (B, C', h * ratio, w * ratio), or pixels, -> (B, C, h, w)."""
         x = self.analyse(x)
         for block in self.encoder:
             x = block(x, cond)
         return x
 
     def decode(self, x: Tensor, cond: Condition) -> Tensor:
+        """(B, C, h, w) -> the next finer stage's features (B, C', h * ratio, w * ratio), or pixels."""
         for block in self.decoder:
             x = block(x, cond)
         finer = functional.pixel_shuffle(self.synthesis(x), self.ratio)
@@ -237,7 +249,7 @@ class Stage(nn.Module):
 
 
 class SliceQuantizer(nn.Module):
-    """Refinement, steps and codebooks of one slice of code planes, which covers channels `start` to `stop`."""
+    """Refinement blocks, steps and codebooks of one slice of code planes, which covers channels `start` to `stop`."""
 
     def __init__(self, config: Config, stage: StageConfig, index: int) -> None:
         super().__init__()
@@ -245,7 +257,7 @@ class SliceQuantizer(nn.Module):
         self.start = sum(s.channels for s in stage.slices[:index])
         self.stop = self.start + piece.channels
         self.planes, self.dim = piece.planes, piece.dim
-        # Nothing to refine an estimate of zero from: the first slice of the coarsest level has no block.
+        # The estimate of the very first slice is zero: there is nothing to refine.
         first = stage is config.levels[0] and index == 0
         self.refine = None if first else ResidualBlock(stage)
         more = 0 if first else stage.refine_blocks - 1
@@ -255,11 +267,11 @@ class SliceQuantizer(nn.Module):
         self.log_steps = nn.Parameter(steps.log()[:, None].repeat(1, piece.planes))
 
     def blocks(self) -> list[ResidualBlock]:
-        """Those that refine the estimate before the slice is coded."""
+        """The residual blocks that refine the estimate before the slice is coded."""
         return [block for block in (self.refine, *self.further) if isinstance(block, ResidualBlock)]
 
     def steps(self, quality: Tensor) -> Tensor:
-        """Quantiser step of every plane: (B, P), in latent units."""
+        """The quantiser step of each plane in latent units, (B, P), for qualities (B,) in 1..100."""
         position = (quality.float() - 1) / 99 * (KNOTS - 1)
         low = position.long().clamp(max=KNOTS - 2)
         fraction = (position - low)[:, None]
@@ -267,10 +279,7 @@ class SliceQuantizer(nn.Module):
 
 
 class VQVAE(nn.Module):
-    """Encoder, decoder and codebooks; see the module's drawing.
-
-    Levels are numbered coarse first, as `Config.levels`.
-    """
+    """Encoder, decoder and codebooks; see the module's drawing. Levels are numbered coarse first."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -285,7 +294,7 @@ class VQVAE(nn.Module):
         )
 
     def stage(self, index: int) -> Stage:
-        """Stage `index`, fine to coarse."""
+        """Stage `index`, counted fine to coarse."""
         stage = self.stages[index]
         assert isinstance(stage, Stage)
         return stage
@@ -301,14 +310,21 @@ class VQVAE(nn.Module):
         return [self.slice(level, index) for index in range(len(self.config.levels[level].slices))]
 
     def condition(self, quality: Tensor) -> Condition:
-        """What the networks know of qualities, int64 or float (B,) in 1..100."""
+        """The condition for qualities, int64 or float (B,), in 1..100."""
         t = (quality.float() - 1) / 99
         angles = torch.acos((2 * t - 1).clamp(-1, 1))
         basis = torch.stack([torch.cos(n * angles) for n in range(6)], 1)
         return Condition(basis, self.config.residual_unit * usual_step(self.config, t))
 
     def analyse(self, pixels: Tensor, quality: Tensor) -> list[Tensor]:
-        """Pixels (B, 3, H, W), 0..255, H and W multiples of `Config.multiple` -> latents of each level."""
+        """Encode pixels to latents.
+
+        Args:
+            pixels: float (B, 3, H, W), 0..255, H and W multiples of `Config.multiple`. quality: (B,), 1..100.
+
+        Returns:
+            For each level, coarse first, float (B, C, h, w).
+        """
         cond = self.condition(quality)
         x = (pixels - PIXEL_CENTRE) / PIXEL_SCALE
         latents = []
@@ -320,14 +336,18 @@ class VQVAE(nn.Module):
         return latents[::-1]
 
     def refine(self, level: int, index: int, estimate: Tensor, quality: Tensor) -> Tensor:
-        """The estimate of a level's latents, (B, C, h, w), before slice `index` is coded."""
+        """Refine the estimate of a level's latents, float (B, C, h, w), before slice `index` is coded."""
         cond = self.condition(quality)
         for block in self.slice(level, index).blocks():
             estimate = block(estimate, cond)
         return estimate
 
     def descend(self, level: int, estimate: Tensor, quality: Tensor) -> Tensor:
-        """From a level's final estimate to the start of the next finer one, or to pixels 0..255 from the finest."""
+        """Decode a level's final estimate, float (B, C, h, w).
+
+        Returns:
+            The first estimate of the next finer level; from the finest level pixels (B, 3, H, W), 0..255, not clipped.
+        """
         cond = self.condition(quality)
         x = estimate
         for index in self._below(level):
@@ -336,7 +356,7 @@ class VQVAE(nn.Module):
         return x * PIXEL_SCALE + PIXEL_CENTRE if finest else x
 
     def renderer(self) -> dict[str, nn.Module]:
-        """By name, what only turns the finest level's estimate into pixels: all that another look of the same codes may change."""
+        """The modules, by name, that only decode the finest level's estimate to pixels: what a look replaces."""
         parts: dict[str, nn.Module] = {}
         for index in self._below(len(self.config.levels) - 1):
             stage = self.stage(index)
@@ -347,8 +367,10 @@ class VQVAE(nn.Module):
         return parts
 
     def added_error(self) -> Tensor:
-        """In training, after a pass: the mean squared error, 0..255 scale, that all that residual blocks added would be were it
-        noise (`ResidualBlock.energy`); float (B,)."""
+        """The energy that all residual blocks added in the last training pass, as a mean squared error; float (B,).
+
+        It is the error on the 0..255 scale if all additions were noise; see `ResidualBlock.energy`.
+        """
         total = torch.zeros(())
         for stage, config in zip(self.stages, self.config.stages, strict=True):
             assert isinstance(stage, Stage)
@@ -359,22 +381,22 @@ class VQVAE(nn.Module):
         return total
 
     def encoder_reach(self) -> int:
-        """How many pixels away a latent still sees the picture."""
+        """The reach of the encoder: how many pixels away a latent still depends on the picture."""
         return sum(c.encoder_blocks * c.stride + c.lapped * c.stride // 2 for c in self.config.stages)
 
     def decoder_reach(self, level: int) -> int:
-        """How many pixels away a position of a level's estimate still changes what `descend` makes of it."""
+        """The reach of `descend`: how many pixels away its result still depends on a position of a level's estimate."""
         stages = (self.config.stages[i] for i in self._below(level))
         return sum(c.decoder_blocks * c.stride + c.lapped * c.stride // 2 for c in stages)
 
     def _below(self, level: int) -> range:
-        """The stages from a level's own down to the one above the next finer level, or to the finest."""
+        """The stages that `descend` runs, in order: from the level's own down to the next finer level, exclusive."""
         start = self.config.stages.index(self.config.levels[level])
         finer = [i for i in range(start) if self.config.stages[i].slices]
         return range(start, finer[-1] if finer else -1, -1)
 
     def macs_per_pixel(self) -> dict[str, float]:
-        """Multiply-accumulate operations per picture pixel of "encoder", "refinement" and "decoder"."""
+        """Multiply-accumulate operations per picture pixel of the "encoder", the "refinement" and the "decoder"."""
 
         def once(*modules: nn.Module | None) -> int:
             convs = (c for m in modules if m for c in m.modules() if isinstance(c, nn.Conv2d | Linear1x1))
@@ -397,5 +419,5 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def channels_last(module: ModuleT, device: torch.device) -> ModuleT:
-    """Move a module to a device, 4-dimensional weights in channels-last memory: several times faster on CPUs."""
+    """Move a module to a device, with kernels in channels-last memory, which is several times faster on CPUs."""
     return module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]

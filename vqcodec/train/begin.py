@@ -21,7 +21,8 @@ def open_weights(path: Path | None, output: Path, look: bool) -> Model | None:
     """The weights to begin with, if any.
 
     Args:
-        path: their file. output: of the run. look: whether another look of them is trained: where `output` is one already,
+        path: their file. output: of the run. look: whether another look of them is trained: where `output` is one
+        already,
             they render by it.
 
     Raises:

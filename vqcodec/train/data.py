@@ -1,7 +1,6 @@
-"""Folders of pictures -> batches of crops.
+"""Training data: folders of pictures -> batches of random crops.
 
-Each picture is decoded once and kept as uint8 while the cache has room; a thread cuts the next batches while the
-model works on this one.
+Pictures are decoded once and cached as uint8 while there is room. Background threads prepare the next batches.
 """
 
 import hashlib
@@ -22,14 +21,20 @@ from vqcodec.errors import ImageError, TrainingError
 from vqcodec.files import PICTURE_SUFFIXES
 
 CACHE_BYTES = 4 << 30
-VALIDATION_SHARE = 0.1  # of all pictures that are set aside for validation, while there are few
-MAX_PIXELS = 100_000_000
+VALIDATION_SHARE = 0.1  # largest share of the pictures that is set aside for validation, about
+MAX_PIXELS = 100_000_000  # of a training picture
 
 Pixels = NDArray[np.uint8]
 
 
 def find_pictures(inputs: Iterable[Path]) -> list[Path]:
-    """Picture files named or found in folders (recursively), sorted, without repeats.
+    """Find picture files.
+
+    Args:
+        inputs: files, and folders to search recursively.
+
+    Returns:
+        Paths, sorted, without duplicates.
 
     Raises:
         TrainingError: an input does not exist, or a folder holds no picture.
@@ -46,11 +51,11 @@ def find_pictures(inputs: Iterable[Path]) -> list[Path]:
 
 
 def split(pictures: Sequence[Path], validation: int) -> tuple[list[Path], list[Path]]:
-    """Set aside at most `validation` pictures, about a tenth if there are few, chosen by a hash of the file's bytes.
+    """Set aside pictures for validation: at most `validation`, and about a tenth of them if there are few.
 
-    Names do not matter, and more pictures never move one from training to validation: a run resumed on more data is not
-    validated on what it was trained on. Files of the same bytes stay together. With a single picture both parts are
-    that picture.
+    The choice depends on a hash of each file's bytes, not on names. Adding pictures never moves one from training to
+    validation, so a run that resumes on more data is not validated on what it was trained on. Identical files stay
+    together. A single picture is in both parts.
 
     Returns:
         (training pictures, validation pictures), neither empty.
@@ -64,7 +69,7 @@ def split(pictures: Sequence[Path], validation: int) -> tuple[list[Path], list[P
 
 
 def _digest(path: Path) -> bytes:
-    """A hash of a file's bytes; of its name where it cannot be read, which `Pictures` will say."""
+    """A hash of a file's bytes, or of its name if it is unreadable: `Pictures` will warn of it."""
     try:
         return hashlib.sha256(path.read_bytes()).digest()
     except OSError:
@@ -72,7 +77,13 @@ def _digest(path: Path) -> bytes:
 
 
 class Pictures:
-    """Decoded pictures by index, cached in memory up to `cache_bytes`; unreadable ones are dropped with a warning."""
+    """Decoded pictures by index, cached in memory.
+
+    Args:
+        paths: of the pictures.
+        on_warning: called once with a line of text for each unreadable picture.
+        cache_bytes: size of the cache.
+    """
 
     def __init__(
         self,
@@ -91,7 +102,7 @@ class Pictures:
         return len(self._paths)
 
     def get(self, index: int) -> Pixels | None:
-        """Picture `index` as uint8 (H, W, 3), or None if it cannot be read."""
+        """Picture `index` as uint8 (H, W, 3); None if it cannot be read."""
         path = self._paths[index]
         cached = self._cache.get(path)
         if cached is not None or path in self._bad:
@@ -111,7 +122,10 @@ class Pictures:
 
 
 def crop(pixels: Pixels, size: int, rng: np.random.Generator, mirror: bool = True) -> Pixels:
-    """A random (size, size, 3) crop, mirrored half of the time if at all; a smaller picture is padded by replication."""
+    """Take a random crop, uint8 (size, size, 3), of a picture (H, W, 3). A smaller picture is padded by replication.
+
+    mirror: flip half of the crops horizontally.
+    """
     height, width = pixels.shape[:2]
     top = int(rng.integers(max(1, height - size + 1)))
     left = int(rng.integers(max(1, width - size + 1)))
@@ -124,23 +138,29 @@ def crop(pixels: Pixels, size: int, rng: np.random.Generator, mirror: bool = Tru
 def batches(
     pictures: Pictures, *, batch: int, size: int, seed: int, threads: int = 1, mirror: bool = True, pinned: bool = False
 ) -> Iterator[Tensor]:
-    """Endless batches, uint8 (B, size, size, 3); every picture once before any comes again.
+    """Generate batches of crops without end. Every picture is used once before any is used again.
 
     Args:
-        pictures: where crops come from.
-        batch: crops a batch.
-        size: crop side in pixels.
-        seed: order, places and mirroring; give each process of a distributed run its own.
-        threads: that decode and crop.
+        pictures: the source.
+        batch: crops per batch, B.
+        size: side of a crop in pixels.
+        seed: of order, places and mirroring. Each process of a distributed run needs its own.
+        threads: number of threads that decode and crop.
         mirror: see `crop`.
-        pinned: whether batches lie in memory that a GPU can copy from while it works.
+        pinned: whether batches lie in pinned memory, which a GPU can copy from asynchronously.
+
+    Yields:
+        uint8 (B, size, size, 3).
+
+    Raises:
+        TrainingError: none of the pictures could be read.
     """
     ready: queue.Queue[Tensor | Exception] = queue.Queue(maxsize=4)
     stopped = threading.Event()
 
     def cut(index: int, seed: int) -> Pixels | None:
         pixels = pictures.get(index)
-        # A copy, so that it is made by this thread.
+        # Copy in this worker thread, not in the one that stacks the batch.
         return None if pixels is None else crop(pixels, size, np.random.default_rng(seed), mirror).copy()
 
     def fill() -> None:

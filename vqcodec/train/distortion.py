@@ -1,26 +1,27 @@
-"""The distortion that a model is trained on: squared error, and how different pictures look, in a fixed proportion."""
+"""The training distortion: a mixture of squared error and visual distance in a fixed proportion."""
 
 import torch
 from torch import Tensor, nn
 
 from vqcodec.visual import visual_distance
 
-# Qualities at which the unit of the visual distance is learned; it is interpolated between them.
+# Number of qualities at which the unit of the visual distance is measured; it is interpolated between them.
 KNOTS = 10
-# How many pictures near a knot its mean remembers.
+# Pictures near a knot over which its running mean averages.
 MEMORY = 100.0
 
 
 class Distortion(nn.Module):
     """(1 - share) * squared error + share * unit(quality) * visual distance.
 
-    The unit makes both parts equal on average: at each knot it is a running geometric mean of the ratio of squared
-    error to visual distance over the training pictures. So the distortion stays on the scale of the squared error, and
-    a quality keeps its distortion weight.
+    At each knot the unit is a running geometric mean of squared error / visual distance over the training pictures. It
+    makes both terms equal on average. So the distortion stays on the scale of the squared error, and each quality keeps
+    its distortion weight.
 
     Attributes:
-        share: of the visual distance, 0..1. log_unit: float (KNOTS,). seen: float (KNOTS,), pictures near each knot so
-            far.
+        share: of the visual distance, 0..1.
+        log_unit: float (KNOTS,), natural logarithm of the unit.
+        seen: float (KNOTS,), number of pictures near each knot so far.
     """
 
     log_unit: Tensor
@@ -33,7 +34,7 @@ class Distortion(nn.Module):
         self.register_buffer("seen", torch.zeros(KNOTS))
 
     def forward(self, restored: Tensor, original: Tensor, quality: Tensor) -> Tensor:
-        """Pictures float (B, 3, H, W) in 0..255 and their qualities (B,) -> (B,), on the scale of the squared error."""
+        """Pictures, float (B, 3, H, W) in 0..255, and qualities (B,) -> (B,) on the scale of the squared error."""
         mse = (restored - original).square().mean((1, 2, 3))
         if not self.share:
             return mse
@@ -42,7 +43,7 @@ class Distortion(nn.Module):
         near = (1 - (place[:, None] - torch.arange(KNOTS, device=place.device)).abs()).clamp(min=0)  # (B, KNOTS)
         if self.training:
             self._learn(near, mse.detach(), visual.detach())
-        # Sums and no matrix products, which autocast would round to bfloat16.
+        # A sum of products, because autocast would compute a matrix product in bfloat16.
         return (1 - self.share) * mse + self.share * (near * self.log_unit).sum(1).exp() * visual
 
     @torch.no_grad()

@@ -24,7 +24,8 @@ class Job:
 
     Attributes:
         config, schedule: what learns, and how.
-        output: the weights file. seconds: budget of the whole run, earlier parts included. seed: of crops and qualities.
+        output: the weights file. seconds: budget of the whole run, earlier parts included. seed: of crops and
+        qualities.
         device: of this process. rank: its number; the first one, 0, validates and writes. world: how many there are.
         onward: whether the run began with weights that were good already, and has the schedule for these.
         look_of: id, in hexadecimal, of the weights of which another look is trained; "" if none is.

@@ -1,10 +1,12 @@
-"""VQ-VAE and prior together: the rate-distortion loss that both are trained on.
+"""The rate-distortion loss that VQ-VAE and prior are trained on.
 
-loss = bits per pixel + lambda(quality) * distortion        (per picture, on the scale of squared errors of 0..255)
+    loss = bits per pixel + lambda(quality) * distortion        (for each picture)
 
-The distortion is the squared error, or half of it how different the pictures look: see distortion.py.
+The distortion is on the scale of the mean squared error of pixels in 0..255. It is the squared error alone or a mixture
+of squared error and visual distance (distortion.py).
 
-A second look of the same codes learns on squared error and a perceptual distance, and is kept from wallpaper (`pattern`).
+A look learns on squared error and a perceptual distance. A penalty on periodic patterns (`pattern`) keeps it from
+inventing texture.
 """
 
 import math
@@ -25,30 +27,33 @@ from vqcodec.train.distortion import Distortion
 from vqcodec.train.quantise import quantise
 from vqcodec.train.rounding import Rounding, round_off
 
-# At an optimum the loss grows about as lambda^0.4 or lambda^0.5; this exponent lets all qualities count alike.
+# A picture's loss is multiplied by lambda^-BALANCE. At the optimum losses grow about as lambda^0.4 to lambda^0.5, so
+# all qualities get about the same weight.
 BALANCE = 0.4
-# Weight of the estimate's squared error, in units of the distortion that it would be without any code.
+# Weight of the estimate's squared error, relative to the distortion that it would cause without any codes.
 ESTIMATE_WEIGHT = 0.1
-# Weights beside them in another look: of the perceptual distance, and of `pattern`, as distortion.
+# In the loss of a look: weight of the perceptual distance, and of `pattern` relative to distortion.
 PERCEPTUAL_WEIGHT, PATTERN_WEIGHT = 8.0, 64.0
-# Over how many periods each way a pattern is sought.
-PATTERN_PERIODS = 8
-# Weight of all that residual blocks add, as if it were distortion: what is useful gains fifty times as much.
+PATTERN_PERIODS = 8  # side of the neighbourhood in which a pattern is sought, in periods
+# The energy that residual blocks add is penalised at 2 % of the distortion weight; without it training diverges.
 ADDED_WEIGHT = 0.02
 
 
 @dataclass
 class Losses:
-    """What one forward pass yields; tensors (B,) are detached. Where only the prior learns there is no picture, and what
-    depends on it is nan.
+    """The results of one forward pass.
+
+    Only `total` and `reconstruction` have gradients. If only the prior learns, nothing is decoded, and what depends on
+    pixels is nan.
 
     Attributes:
-        total: scalar to minimise.
+        total: the loss to minimise, a scalar.
         level_bits: (B, levels), bits of each level's codes, coarse first.
-        bpp: bits per pixel of each picture. mse: squared error of each, 0..255 scale.
-        cost: bpp + lambda * mse of each.
-        perceptual: perceptual distance of each; nan if it is not part of the loss.
-        reconstruction: pixels (B, 3, H, W), float, not clipped.
+        bpp: (B,), bits per pixel.
+        mse: (B,), mean squared error on the 0..255 scale.
+        cost: (B,), bpp + lambda * mse.
+        perceptual: (B,), perceptual distance; nan if it is not part of the loss.
+        reconstruction: pixels, float (B, 3, H, W), not clipped.
     """
 
     total: Tensor
@@ -61,10 +66,18 @@ class Losses:
 
 
 class RateDistortion(nn.Module):
-    """The whole codec as one differentiable function; of new networks, or of those given.
+    """The whole codec as one differentiable function.
 
     Args:
-        visual_share: of the visual distance in the distortion, 0..1.
+        config: of the model. vqvae, prior: networks to train; None for new ones.
+        visual_share: share of the visual distance in the distortion, 0..1.
+
+    Attributes:
+        rounding: if set, used in place of codebooks and prior.
+        maintain: if set, called with each codebook and its vectors, float (N, P, D), before they are quantised: for
+            k-means initialisation and revival of dead codes.
+        perceptual: if set, part of the loss: a distance of restored and original pictures, (B, 3, H, W) in 0..255 each,
+            -> (B,).
     """
 
     def __init__(
@@ -76,27 +89,24 @@ class RateDistortion(nn.Module):
         self.prior = prior or Prior(config)
         self.levels = levels_of(self.vqvae, self.prior)
         self.distortion = Distortion(visual_share)
-        # Set, and called for instead of codebooks and prior, in the first part of a run.
         self.rounding: Rounding | None = None
-        # Called with every codebook and its vectors, float (N, P, D), before they are quantised: k-means start, revival.
         self.maintain: Callable[[Codebook, Tensor], object] | None = None
-        # A distance of pictures (B, 3, H, W) in 0..255, restored and original, -> (B,): part of the loss of another look.
         self.perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def forward(self, pixels: Tensor, quality: Tensor, rate_weight: float | Tensor = 1.0) -> Losses:
-        """One pass of encoder, quantisers, prior and decoder.
+        """Run encoder, quantisers, prior and decoder.
 
         Args:
             pixels: float (B, 3, H, W), 0..255, H and W multiples of `Config.multiple`.
             quality: float or int (B,), 1..100.
-            rate_weight: weight of the rate in the loss and in the choice of codes; below 1 while warming up. If the rate is
-                learned after the rest (`Config.rate`), 0 leaves the prior out and any other weight leaves only the prior.
+            rate_weight: weight of the bits in the loss and in the choice of codes, below 1 during warm-up. If the prior
+                learns after the rest (`Config.rate`), 0 trains all but the prior and any other weight only the prior.
         """
         height, width = pixels.shape[2:]
         t = (quality.float() - 1) / 99
         low, high = self.config.lambda_range
-        weight = low * (high / low) ** t
-        balance = (weight / (low * high) ** 0.5) ** -BALANCE
+        lagrangian = low * (high / low) ** t
+        balance = (lagrangian / (low * high) ** 0.5) ** -BALANCE
         nothing = torch.zeros((), device=pixels.device)
         bits = torch.zeros(len(pixels), len(self.config.levels), device=pixels.device)
         run = _Pass(
@@ -107,12 +117,12 @@ class RateDistortion(nn.Module):
         followers: tuple[Follower, ...] = (estimate,) if self.rounding is not None else (estimate, context)
         for piece in walk(self.levels, *followers):
             z = latents[piece.level]
-            importance = piece.error_weight(weight[:, None], quality).float()
+            step_cost = piece.error_weight(lagrangian[:, None], quality).float()
             if self.rounding is not None:
                 log_scale = self.rounding.log_scale(piece, estimate.values, self.vqvae.condition(quality))
-                v = self._round(run, piece, estimate, z, importance, log_scale)
+                v = self._round(run, piece, estimate, z, step_cost, log_scale)
             else:
-                v = self._quantise(run, piece, estimate, context, z, importance)
+                v = self._quantise(run, piece, estimate, context, z, step_cost)
             estimate.add(v)
         bpp = bits.sum(1) / (height * width)
         if run.only_prior and self.training:
@@ -120,51 +130,60 @@ class RateDistortion(nn.Module):
             return Losses(run.rate, bits, bpp, unknown, unknown, unknown, torch.full_like(pixels, math.nan))
         reconstruction = estimate.pixels()
         mse = (reconstruction - pixels).square().mean((1, 2, 3))
-        # Only in training: validation looks at pictures as they are restored.
+        # Validation does without the visual distance: it measures the looks of rounded pixels on its own.
         distortion = self.distortion(reconstruction, pixels, quality) if self.training else mse
-        loss = run.loss + (balance * weight * distortion).mean()
+        loss = run.loss + (balance * lagrangian * distortion).mean()
         distance = torch.full_like(mse, math.nan)
         if self.perceptual is not None:
             distance = self.perceptual(reconstruction, pixels)
             loss = loss + PERCEPTUAL_WEIGHT * distance.mean()
             repeated = pattern(reconstruction - pixels, self.config.stages[0].stride)
-            loss = loss + PATTERN_WEIGHT * (balance * weight * repeated).mean()
+            loss = loss + PATTERN_WEIGHT * (balance * lagrangian * repeated).mean()
         elif self.training:
-            # What the encoder adds and the estimate predicts costs no bits, and the decoder can take it back: nothing else
-            # keeps all of them from growing without end.
-            loss = loss + ADDED_WEIGHT * (balance * weight * self.vqvae.added_error()).mean()
+            # What the encoder adds, the estimate can predict for no bits and the decoder can subtract again. Nothing
+            # else in the loss keeps these terms from growing without bound.
+            loss = loss + ADDED_WEIGHT * (balance * lagrangian * self.vqvae.added_error()).mean()
         total = run.rate if run.only_prior else run.rate + loss
         mse, distance = mse.detach(), distance.detach()
-        return Losses(total, bits, bpp, mse, bpp + weight * mse, distance, reconstruction)
+        return Losses(total, bits, bpp, mse, bpp + lagrangian * mse, distance, reconstruction)
 
     def _only_prior(self, rate_weight: float | Tensor) -> bool:
-        """Whether nothing but the prior and its rate model learns: codes are all that it needs of pictures."""
+        """Whether only the prior and its rate model learn, so that nothing needs decoding."""
         if self.config.rate == "after":
             return bool(rate_weight > 0)
         renderer = self.vqvae.renderer().values()
         return self.training and not any(p.requires_grad for part in renderer for p in part.parameters())
 
     def _round(
-        self, run: "_Pass", piece: Slice, estimate: Estimate, latents: Tensor, importance: Tensor, log_scale: Tensor
+        self, run: "_Pass", piece: Slice, estimate: Estimate, latents: Tensor, step_cost: Tensor, log_scale: Tensor
     ) -> Tensor:
-        """What the decoder gets of one slice by `Rounding`: integers, in steps, with a straight-through gradient.
+        """Quantise one slice by `Rounding`.
 
-        Args: as of `_quantise`. log_scale: of the slice's channels, latent units.
+        Args: as `_quantise`. log_scale: (B, P D, h, w), see `Rounding`.
+
+        Returns:
+            Integers (B, P D, h, w), in steps, with a straight-through estimator of the gradient.
         """
         v = estimate.residual(latents)
-        wide = importance.repeat_interleave(piece.config.dim, 1)[:, :, None, None]
-        bias = self.config.choice_bias * run.rate_weight
-        chosen, spent = round_off(v, log_scale.exp() / estimate.scale, wide, bias, self.training)
+        channel_costs = step_cost.repeat_interleave(piece.config.dim, 1)[:, :, None, None]
+        rate_factor = self.config.rate_factor * run.rate_weight
+        chosen, spent = round_off(v, log_scale.exp() / estimate.step, channel_costs, rate_factor, self.training)
         run.spend(piece.level, spent.sum((1, 2, 3)))
         return v + (chosen - v).detach()
 
     def _quantise(
-        self, run: "_Pass", piece: Slice, estimate: Estimate, context: Context, latents: Tensor, importance: Tensor
+        self, run: "_Pass", piece: Slice, estimate: Estimate, context: Context, latents: Tensor, step_cost: Tensor
     ) -> Tensor:
-        """The same by codebook and prior.
+        """Quantise one slice by codebook and prior.
 
         Args:
-            latents: of the level, (B, C, h, w). importance: (B, P), bits per unit of squared error in steps.
+            run: the pass, to which bits and losses are added. piece: the slice.
+            estimate, context: at the slice.
+            latents: of the level, (B, C, h, w).
+            step_cost: (B, P), cost of a squared step in bits.
+
+        Returns:
+            Code vectors (B, P D, h, w), in steps, with a straight-through estimator of the gradient.
         """
         book, prior, config = piece.codebook, piece.prior, piece.config
         assert prior is not None
@@ -184,42 +203,45 @@ class RateDistortion(nn.Module):
                 model = piece.rates(one.parameters)
             count = here.shape[2] * here.shape[3]
             share = (run.balance * run.rate_weight / (batch * run.area)).repeat_interleave(count)
-            importances = importance.repeat_interleave(count, 0)
-            bias = self.config.choice_bias * run.rate_weight
+            row_costs = step_cost.repeat_interleave(count, 0)
+            rate_factor = self.config.rate_factor * run.rate_weight
             rate, one.codes, spent = quantise(
-                book, sought.detach() if run.only_prior else sought, model, importances, bias, share
+                book, sought.detach() if run.only_prior else sought, model, row_costs, rate_factor, share
             )
             run.rate = run.rate + rate
             run.bits[:, piece.level] += spent.reshape(batch, -1).sum(1)
         indices = context.codes.reshape(-1, config.planes)
         chosen = book.lookup(indices)
-        scaled = run.balance[:, None] * importance / (batch * run.area)  # (B, P)
-        # The straight-through gradient to the estimate is zero: what is added behind the quantiser was taken
-        # away before it. Without a loss of its own the estimate drifts, and codes go along, until they saturate.
-        gap = (latents[:, piece.channels].detach() - estimate.here) / estimate.scale.detach()
-        wide = scaled.repeat_interleave(config.dim, 1)[:, :, None, None]
-        run.loss = run.loss + ESTIMATE_WEIGHT * (wide * gap.square()).sum()
-        # Codebook and commitment loss, van den Oord et al. 2017, eq. 3, second and third term.
-        scaled = scaled.repeat_interleave(h * w, 0)[..., None]
+        loss_per_step = run.balance[:, None] * step_cost / (batch * run.area)  # (B, P)
+        # The straight-through gradient of the estimate is zero: it is subtracted before the quantiser and added again
+        # behind it. Without a loss of its own the estimate drifts, and the codes with it, until they saturate.
+        gap = (latents[:, piece.channels].detach() - estimate.here) / estimate.step.detach()
+        per_channel = loss_per_step.repeat_interleave(config.dim, 1)[:, :, None, None]
+        run.loss = run.loss + ESTIMATE_WEIGHT * (per_channel * gap.square()).sum()
+        # Codebook and commitment losses: van den Oord et al. 2017, eq. 3, second and third term.
+        per_row = loss_per_step.repeat_interleave(h * w, 0)[..., None]
         if book.learn == "gradient":
-            run.loss = run.loss + (scaled * (flat.detach() - chosen).square()).sum()
+            run.loss = run.loss + (per_row * (flat.detach() - chosen).square()).sum()
         if self.config.commitment:
-            run.loss = run.loss + self.config.commitment * (scaled * (flat - chosen.detach()).square()).sum()
+            run.loss = run.loss + self.config.commitment * (per_row * (flat - chosen.detach()).square()).sum()
         if self.training and not run.only_prior:
             update_averages(book, flat.detach(), indices)
-        # Straight-through: the decoder sees the code, the encoder gets the decoder's gradient.
+        # Straight-through estimator: the decoder sees the code vector, the encoder gets the decoder's gradient.
         return grid(flat + (chosen - flat).detach(), batch, h, w)
 
 
 def pattern(error: Tensor, period: int) -> Tensor:
-    """How much of an error is a texture that repeats: the only one that a decoder can make where codes say nothing, and a perceptual distance
-    likes any better than none.
+    """The energy of the part of an error that repeats periodically.
+
+    Where codes carry no detail, a decoder can only add the same texture to every position, and perceptual distances
+    prefer any texture to none.
 
     Args:
-        error: (B, 3, H, W), restored less original. period: in pixels, a divisor of H and W.
+        error: float (B, 3, H, W), restored minus original. period: in pixels, a divisor of H and W.
 
     Returns:
-        (B,): mean square of what is alike, up to its mean, in all periods of a neighbourhood; of white noise 1/64.
+        (B,): mean square of the average period over a neighbourhood of 8 x 8 periods, without its mean; about 1/64 of
+        the energy of white noise.
     """
     periods = functional.pixel_unshuffle(error, period)
     alike = functional.avg_pool2d(periods, PATTERN_PERIODS, ceil_mode=True).reshape(len(error), 3, period**2, -1)
@@ -228,12 +250,17 @@ def pattern(error: Tensor, period: int) -> Tensor:
 
 @dataclass
 class _Pass:
-    """One forward pass: what holds for all slices, and what they add to.
+    """One forward pass: constants of all slices, and sums over them.
 
     Attributes:
-        quality: (B,). balance: (B,), what each picture's part of the loss is multiplied by. rate_weight: as of `forward`.
-        only_prior: whether nothing else learns. area: pixels of a picture.
-        bits: (B, levels), spent so far, no gradient. rate, loss: scalars, the loss of the rate and of estimates and codebooks.
+        quality: (B,), 1..100.
+        balance: (B,), factor on each picture's loss.
+        rate_weight: see `RateDistortion.forward`.
+        only_prior: whether only the prior learns.
+        area: number of pixels of a picture.
+        bits: (B, levels), bits so far, without gradient.
+        rate: scalar, the loss of the bits so far.
+        loss: scalar, the losses of estimates and codebooks so far.
     """
 
     quality: Tensor
@@ -246,6 +273,6 @@ class _Pass:
     loss: Tensor
 
     def spend(self, level: int, bits: Tensor) -> None:
-        """Count the bits of a slice, (B,)."""
+        """Add the bits of a slice, (B,), to both sums."""
         self.rate = self.rate + (self.balance * bits).mean() * self.rate_weight / self.area
         self.bits[:, level] += bits.detach()

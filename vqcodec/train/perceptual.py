@@ -1,5 +1,7 @@
-"""LPIPS, the distance of two pictures in the features of a network (Zhang et al. 2018, "The unreasonable effectiveness of
-deep features as a perceptual metric"), by the package of its authors, without a download."""
+"""LPIPS, a perceptual distance, with features from a local file instead of a download.
+
+Zhang et al. 2018, "The unreasonable effectiveness of deep features as a perceptual metric", in its authors' package.
+"""
 
 import importlib
 import warnings
@@ -21,22 +23,22 @@ def lpips(network: str, features: Path) -> nn.Module:
 
     Args:
         network: "alex" (AlexNet) or "squeeze" (SqueezeNet 1.1).
-        features: its convolution weights under torchvision's names, as safetensors.
+        features: a safetensors file with the network's convolution weights under torchvision's names.
 
     Raises:
-        ImportError: the packages lpips and torchvision are not both installed.
-        WeightsError: `features` cannot be read or is of another network.
+        ImportError: lpips or torchvision is not installed.
+        WeightsError: `features` cannot be read or belongs to another network.
     """
     import_torchvision()
     package = importlib.import_module("lpips")  # untyped
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it calls torchvision in an old way
+        warnings.simplefilter("ignore")  # it uses deprecated arguments of torchvision
         module: nn.Module = package.LPIPS(net=network, pnet_rand=True, verbose=False)
     body = module.get_submodule("net")
     try:
-        found = load_file(features)
-        # "slice2.3.weight" in the package is "features.3.weight" in torchvision
-        body.load_state_dict({name: found["features." + name.partition(".")[2]] for name in body.state_dict()})
+        tensors = load_file(features)
+        # "slice2.3.weight" in the package is "features.3.weight" in torchvision.
+        body.load_state_dict({name: tensors["features." + name.partition(".")[2]] for name in body.state_dict()})
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"cannot read features {features}: {error}") from None
     except (KeyError, RuntimeError):
@@ -53,7 +55,7 @@ def distance(network: str, features: Path, device: torch.device) -> Callable[[Te
 
     def measure(a: Tensor, b: Tensor) -> Tensor:
         with torch.autocast(device.type, enabled=False):
-            found: Tensor = module(a.float() / 127.5 - 1, b.float() / 127.5 - 1)
-        return found.flatten()
+            distances: Tensor = module(a.float() / 127.5 - 1, b.float() / 127.5 - 1)
+        return distances.flatten()
 
     return measure

@@ -30,12 +30,12 @@ LARGE_CHUNK = 1 << 27
 
 
 def quantise(
-    book: Codebook, v: Tensor, rates: Rates, weight: Tensor, bias: float | Tensor, share: Tensor
+    book: Codebook, v: Tensor, rates: Rates, weight: Tensor, rate_factor: float | Tensor, share: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose codes, and count their bits.
 
     Args:
-        book: P planes of K codes. v, rates, weight, bias: as of `Codebook.choose`, for N rows.
+        book: P planes of K codes. v, rates, weight, rate_factor: as of `Codebook.choose`, for N rows.
         share: float (N,), what one bit of each row adds to the loss.
 
     Returns:
@@ -44,19 +44,19 @@ def quantise(
     """
     with torch.autocast(v.device.type, enabled=False):
         loss, indices, bits = _Quantise.apply(  # type: ignore[no-untyped-call]
-            v.float(), rates.theta.float(), rates.zero.float(), book.biases(), book, weight, bias, share
+            v.float(), rates.theta.float(), rates.zero.float(), book.biases(), book, weight, rate_factor, share
         )
     return loss, indices, bits
 
 
 @dataclass
 class _Task:
-    """What `quantise` is asked for, and what needs a gradient: the vectors if `pulled`, the rate model if it `learns`."""
+    """What `quantise` is asked for; the vectors need a gradient if `pulled`, the rate model if it `learns`."""
 
     v: Tensor
     rates: Rates
     weight: Tensor
-    bias: float | Tensor
+    rate_factor: float | Tensor
     share: Tensor
     pulled: bool
     learns: bool
@@ -78,11 +78,11 @@ class _Quantise(torch.autograd.Function):
         bias: Tensor,
         book: Codebook,
         weight: Tensor,
-        rate_bias: float | Tensor,
+        rate_factor: float | Tensor,
         share: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         pulled, *learns = ctx.needs_input_grad[:4]
-        task = _Task(v, Rates(theta, zero), weight, rate_bias, share, pulled, any(learns))
+        task = _Task(v, Rates(theta, zero), weight, rate_factor, share, pulled, any(learns))
         answer = _quantise_all(book, task) if v.is_cuda else _quantise_open(book, task)
         indices, spent, grad_v, grad_theta, grad_bias = answer
         bits = spent.sum(1)
@@ -121,7 +121,7 @@ def _quantise_open(book: Codebook, task: _Task) -> _Answer:
         logp, _ = log_probabilities(features[:, :NEAR], bias[:, :NEAR], theta, zero)
         grad_v = _pull(logp.clamp_(min=-MOST_BITS), negative_distances(v, near), near) * task.share[:, None, None]
     # One row for each open symbol, plane after plane; the others have code 0.
-    mask = book.open_symbols(v, zero, task.weight, task.bias).T
+    mask = book.open_symbols(v, zero, task.weight, task.rate_factor).T
     target, drift, odds = (x.transpose(0, 1)[mask] for x in (v, theta, zero))
     importance = task.weight.T[mask]
     portion = task.share.expand(mask.shape)[mask]
@@ -130,7 +130,7 @@ def _quantise_open(book: Codebook, task: _Task) -> _Answer:
     soft, expected = torch.empty_like(target), torch.empty_like(drift)
     open_rates, members = Rates(drift, odds), mask.sum(1).tolist()
     for rows, parts, logp, values, distances, k in chosen_blocks(
-        book, target, open_rates, importance, task.bias, members
+        book, target, open_rates, importance, task.rate_factor, members
     ):
         chosen[rows] = k
         spent[rows] = -logp.gather(-1, k[:, None])[:, 0]
@@ -173,7 +173,7 @@ def _quantise_all(book: Codebook, task: _Task) -> _Answer:
         logp, values = log_probabilities(features[part], bias[part], theta[:, part], zero[:, part])
         logp.clamp_(min=-MOST_BITS)
         distances = negative_distances(v[:, part], vectors[part])
-        k = torch.addcmul(logp * task.bias, distances, task.weight.T[part, :, None]).argmax(-1)  # (p, N)
+        k = torch.addcmul(logp * task.rate_factor, distances, task.weight.T[part, :, None]).argmax(-1)  # (p, N)
         bits = -logp.gather(-1, k[..., None])[..., 0]
         indices[:, part], spent[:, part] = k.T, bits.T
         if grad_v is not None:

@@ -1,4 +1,7 @@
-"""Work on a GPU, recorded once and replayed: a step of training is thousands of small kernels, which take longer to launch than to run."""
+"""CUDA graphs: GPU work that is recorded once and replayed.
+
+A training step is thousands of small kernels, which take longer to launch than to run.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
@@ -6,16 +9,17 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-WARM_UP = 3  # runs before the recording, in which libraries choose their algorithms
+WARM_UP = 3  # runs before the recording, for libraries to choose their algorithms
 
 T = TypeVar("T")
 
 
 class Recording(Generic[T]):
-    """A function of CUDA tensors as a CUDA graph; see "CUDA Graphs" in PyTorch's notes for what such a function may not do.
+    """A function of CUDA tensors as a CUDA graph. PyTorch's note "CUDA Graphs" lists what the function must not do.
 
     Args:
-        function: what to record; it is run a few times. inputs: of the shapes and types of all inputs to come.
+        function: the function to record. It is run a few times.
+        inputs: examples. All later inputs must have the same shapes and dtypes.
     """
 
     def __init__(self, function: Callable[..., T], inputs: Sequence[Tensor]) -> None:
@@ -27,12 +31,12 @@ class Recording(Generic[T]):
                 function(*self._inputs)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        # The thread that prepares the next crops may go on meanwhile.
+        # Other threads, which prepare the next crops, may use CUDA during the capture.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._outputs = function(*self._inputs)
 
     def __call__(self, *inputs: Tensor) -> T:
-        """The function of other inputs, on any device; what it returned before is overwritten."""
+        """Run the function on inputs from any device. The tensors that earlier calls returned are overwritten."""
         for own, given in zip(self._inputs, inputs, strict=True):
             own.copy_(given, non_blocking=True)
         self._graph.replay()

@@ -1,9 +1,12 @@
-"""Rounding and a logistic distribution in the place of codebooks and prior: what a run begins with.
+"""Scalar rounding with a logistic entropy model, in place of codebooks and prior: the first phase of training.
 
-The usual quantiser of neural codecs (Balle et al. 2018, "Variational image compression with a scale hyperprior"): a step of training costs half
-as much, and transforms, estimates and steps learn for the rate without waiting for a prior that learns as well. Rates
-are of values with uniform noise, distortion is of rounded ones (Minnen & Singh 2020, "Channel-wise autoregressive entropy models", section 3.3).
-Codebooks start as integers, so that they can take over at any time. Nothing can be compressed with it.
+This is the usual quantiser of neural codecs (Balle et al. 2018, "Variational image compression with a scale
+hyperprior"). A training step takes half the time, and transforms, estimates and steps learn for the rate without
+waiting for the prior. Bits are those of values with uniform noise; the distortion is that of rounded values (Minnen &
+Singh 2020, "Channel-wise autoregressive entropy models", section 3.3).
+
+Codebooks start as integers, so they can take over at any time. Rounding is for training only: there is no file format
+for it.
 """
 
 import math
@@ -17,21 +20,29 @@ from vqcodec.models.model import Estimate, Slice, levels_of, walk
 from vqcodec.models.quantizer import MOST_BITS
 from vqcodec.models.vqvae import VQVAE, Condition
 
-# In quantiser steps, of a distribution: below, all but nothing is a 0 anyway.
+# Least scale of a distribution, in quantiser steps. Smaller scales give almost only zeros too.
 LEAST_SCALE = 0.03
-# A logistic distribution of scale 1 has this standard deviation.
+# Standard deviation of a logistic distribution of scale 1.
 LOGISTIC_DEVIATION = math.pi / 3**0.5
 
 
 class Scale(nn.Module):
-    """How far latents of one slice are from their estimate, given the estimate of all channels."""
+    """Predicts the logistic scale of one slice's residuals from the estimate of all channels.
+
+    Args:
+        stage: of the slice's level. outputs: channels of the slice.
+
+    Attributes:
+        deviation: float (C,), standard deviations that normalise the estimate.
+        usual: float (outputs,), log of the scale before training, in latent units.
+    """
 
     deviation: Tensor
 
     def __init__(self, stage: StageConfig, outputs: int) -> None:
         super().__init__()
         self.register_buffer("deviation", torch.ones(stage.channels))
-        self.usual = nn.Parameter(torch.zeros(outputs))  # log, in latent units
+        self.usual = nn.Parameter(torch.zeros(outputs))
         self.reduce = nn.Conv2d(stage.channels, stage.hidden, 1)
         self.spatial = nn.Conv2d(stage.hidden, stage.hidden, 3, padding=1)
         self.quality = nn.Linear(6, 2 * stage.hidden)
@@ -42,7 +53,7 @@ class Scale(nn.Module):
             nn.init.zeros_(part.bias)
 
     def forward(self, estimate: Tensor, cond: Condition) -> Tensor:
-        """(B, C, h, w) -> log of the scale of the slice's channels, latent units."""
+        """The estimate (B, C, h, w) -> log of the scale in latent units, float32 (B, outputs, h, w)."""
         gain, shift = self.quality(cond.basis)[:, :, None, None].chunk(2, 1)
         y = functional.leaky_relu(self.reduce(estimate / self.deviation[:, None, None]), 0.1)
         y = functional.leaky_relu(torch.addcmul(shift, self.spatial(y), 1 + gain), 0.1)
@@ -50,7 +61,7 @@ class Scale(nn.Module):
 
 
 class Rounding(nn.Module):
-    """The scales of all slices."""
+    """The logistic scales of all slices."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -59,13 +70,17 @@ class Rounding(nn.Module):
         )
 
     def log_scale(self, piece: Slice, estimate: Tensor, cond: Condition) -> Tensor:
-        """As of `Scale`, for a slice."""
+        """The log of the scale for a slice; see `Scale.forward`."""
         scale: Tensor = self.levels[piece.level][piece.index](estimate, cond)  # type: ignore[index]
         return scale
 
     @torch.no_grad()
     def start_from_pictures(self, vqvae: VQVAE, pixels: Tensor) -> None:
-        """Scales for transforms as they are, untrained or trained, from training crops (B, 3, H, W), 0..255."""
+        """Initialise the scales for the present transforms, trained or not.
+
+        Args:
+            vqvae: the networks. pixels: training crops, float (B, 3, H, W), 0..255.
+        """
         quality = torch.full((len(pixels),), 50)
         latents = vqvae.analyse(pixels, quality)
         estimate = Estimate(vqvae, quality, *pixels.shape[2:])
@@ -80,17 +95,20 @@ class Rounding(nn.Module):
 
 
 def round_off(v: Tensor, scale: Tensor, weight: Tensor, bias: float | Tensor, noisy: bool) -> tuple[Tensor, Tensor]:
-    """Integers for v, and the bits they cost.
+    """Round values by rate and distortion, and count the bits.
 
-    Of the nearest integer and the next one towards zero, the one of less weight * squared error + bias * bits: what
-    codebooks will choose by (quantizer.py).
+    Of the nearest integer and the next one towards zero, take the one of lower weight * squared error + bias * bits,
+    as codebooks choose (`quantizer.Codebook.choose`).
 
     Args:
-        v: float32, in steps, less its mean. scale: of the logistic distribution, in steps. weight: bits per unit of squared
-            error in steps. bias: how much of the bits counts. noisy: whether bits are those of v with uniform noise, with a gradient.
+        v: float32, residuals in steps.
+        scale: of the logistic distribution, in steps.
+        weight: cost of a squared step in bits.
+        bias: factor on the bits in the choice.
+        noisy: whether to count the bits of v with uniform noise, which have a gradient, instead of the integers'.
 
     Returns:
-        integers, and bits; both of the shape of v.
+        The integers and the bits, both of the shape of v.
     """
     scale = scale.clamp(min=LEAST_SCALE)
     with torch.no_grad():
@@ -102,7 +120,7 @@ def round_off(v: Tensor, scale: Tensor, weight: Tensor, bias: float | Tensor, no
 
 
 def _bits(at: Tensor, scale: Tensor) -> Tensor:
-    """Of the interval of length 1 about a point of the logistic distribution."""
-    distance = at.abs()  # the upper tail, where differences of small numbers are exact
+    """Bits of the unit interval around a point, under a logistic distribution about 0. All in steps."""
+    distance = at.abs()  # in this tail both sigmoids are small and their difference is exact
     mass = torch.sigmoid((0.5 - distance) / scale) - torch.sigmoid((-0.5 - distance) / scale)
     return -torch.log2(mass.clamp(min=2**-MOST_BITS))

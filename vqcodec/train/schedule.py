@@ -1,10 +1,14 @@
-"""When a training run does what: learning rates, weight of the rate, batches and crops as its time passes."""
+"""The schedule of a training run: phases, learning rates, weight of the bits, batches and crops over its time.
+
+In names of this module, `rate` alone is a learning rate; `rate_weight`, `rate_start` and `rate_rise` are about the bit
+rate in the loss. A share of the time is 0 at the start of a run and 1 at its end.
+"""
 
 import math
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
-# Shares of the visual distance, by what `train --distortion` calls them.
+# Share of the visual distance for each value of `train --distortion`.
 DISTORTIONS = {"mse": 0.0, "visual": 0.5}
 
 
@@ -13,7 +17,7 @@ class Phase(IntEnum):
 
     Attributes:
         ROUNDING: rounding stands in for codebooks and prior (rounding.py). PRIOR: the prior learns alone.
-        JOINT: everything learns. POLISH: codes stand still; the prior and what turns codes into pixels learn.
+        JOINT: everything learns. POLISH: codes stand still; the prior and the decoder behind the codes learn.
     """
 
     ROUNDING = 0
@@ -24,30 +28,33 @@ class Phase(IntEnum):
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a run learns; what it learns is `Config`.
+    """How a run learns; `Config` says what it learns.
 
     Attributes:
-        batch: crops a step, over all processes. crop: their side in pixels.
-        large_crop: side from the share `large_from` of the time on, with as many pixels a batch.
+        batch: crops per step, over all processes.
+        crop: side of the crops in pixels.
+        large_crop, large_from: from this share of the time on, the side of the crops; batches keep their pixels.
         mirror: whether half of the crops are mirrored.
-        kernel_rate: Muon's peak learning rate, for the kernels of convolutions; None leaves them to Adam.
-        rate: Adam's, for the rest. prior_rate: Adam's for the prior.
-        klt_rate: Adam's for the KLT matrices, which multiply large inputs: at the full rate a few steps would undo them.
-        warm_up_steps: optimiser steps over which learning rates rise.
-        prior_at: share of the time until which rounding stands in for codebooks and prior (rounding.py). joint_at: until which the prior
-            then learns alone. See `without_rounding`.
-        rounding_rate: the peak of learning rates while rounding, as a share of `rate` and the others.
-        joint_rate: the peak of learning rates from then on, as a share of their peaks before.
-        rate_start: weight of the rate in the loss at the start of a fresh run. rate_rise: share of the time over which it
-            rises to 1: codes that are rare from the start would never be tried.
-        polish_from: share of the time from which codes stand still and only the prior and what turns codes into pixels learn,
-            free of the noise of quantisation, where all are learned jointly. polish_rate: the peak of learning rates then, as
-            a share of their peaks before.
-        prior_from: share of the time from which the prior is trained alone, where it is learned after the rest.
-        average_decay: of the moving average of the weights, which is what is exported.
-        clip_norm: longest gradient.
-        low_qualities: qualities are drawn as a uniform number to this power: the larger, the more low ones.
-        visual_share: of the visual distance in the distortion, beside the squared error (distortion.py).
+        kernel_rate: Muon's peak learning rate for convolution kernels; None leaves them to Adam.
+        rate: Adam's peak learning rate for all other weights but the prior's.
+        prior_rate: Adam's peak learning rate for the prior.
+        klt_rate: Adam's peak learning rate for the KLT matrices. Their inputs are large: at the full rate a few steps
+            would destroy them.
+        warm_up_steps: optimiser steps over which learning rates rise from 0.
+        prior_at: share of the time at which the prior takes over from rounding and learns alone.
+        joint_at: share of the time at which everything starts to learn together. See `without_rounding`.
+        rounding_rate, joint_rate, polish_rate: peak of the learning rates in each of these phases, relative to those
+            above.
+        rate_start: weight of the bits in the loss at the start of a fresh run.
+        rate_rise: share of the time over which it rises to 1. At full weight from the start, codes that are rare at
+            first would never be chosen.
+        polish_from: share of the time from which codes stand still, if all is learned jointly: the prior and the
+            decoder behind the codes learn without quantisation noise.
+        prior_from: share of the time from which the prior learns alone, if it learns after the rest.
+        average_decay: decay of the exponential moving average of the weights, which is what is exported.
+        clip_norm: norm to which longer gradients are clipped.
+        low_qualities: exponent p: qualities are 1 + 99 u^p for uniform u in [0, 1]. Above 1 favours low qualities.
+        visual_share: share of the visual distance in the distortion, 0..1 (distortion.py).
     """
 
     batch: int = 8
@@ -75,18 +82,24 @@ class Schedule:
     visual_share: float = 0.5
 
     def without_rounding(self) -> "Schedule":
-        """For codebooks that do not start as integers, and where the prior is learned after the rest."""
+        """A copy without the phases of rounding and of the prior alone.
+
+        For codebooks that do not start as integers, and for a prior that learns after the rest.
+        """
         return replace(self, prior_at=0.0, joint_at=0.0)
 
     def with_batch(self, batch: int) -> "Schedule":
-        """With at least so many crops a step. Transforms learn at a higher rate then, as the square root of the batch (Malladi et al. 2022, "On the SDEs and
-        scaling rules for adaptive gradient algorithms"), but at most twice as fast."""
+        """A copy with at least `batch` crops per step.
+
+        Adam's learning rate for transforms grows with the square root of the batch (Malladi et al. 2022, "On the SDEs
+        and scaling rules for adaptive gradient algorithms"), to at most twice its value.
+        """
         if batch <= self.batch:
             return self
         return replace(self, batch=batch, rate=self.rate * min(2.0, math.sqrt(batch / self.batch)))
 
     def with_distortion(self, name: str) -> "Schedule":
-        """For the squared error alone ("mse"), or half of it the visual distance ("visual").
+        """A copy for the squared error alone ("mse") or for equal shares of it and the visual distance ("visual").
 
         Raises:
             ValueError: no such distortion.
@@ -96,8 +109,11 @@ class Schedule:
         return replace(self, visual_share=DISTORTIONS[name])
 
     def onward(self) -> "Schedule":
-        """For weights that are good already: transforms learn at half the rate, and most of the time is for rounding,
-        after which what makes the codes is done; the prior catches up, and polishes with the renderer."""
+        """A copy for a warm start from good weights.
+
+        Transforms learn at half the rate, and most of the time is for rounding. The encoder is done after that: then
+        the prior catches up, and learns on together with the decoder behind the codes.
+        """
         return replace(self, rounding_rate=0.5, prior_at=0.7, joint_at=0.92, polish_from=0.92, joint_rate=0.02)
 
     def phase(self, share: float) -> Phase:
@@ -105,17 +121,17 @@ class Schedule:
         return Phase(sum(share >= start for start in (self.prior_at, self.joint_at, self.polish_from)))
 
     def begins(self, phase: int) -> float:
-        """The share of the time at which a phase begins; of the number after the last phase, 1."""
+        """The share of the time at which a phase begins; 1 for the number after the last phase."""
         return (0.0, self.prior_at, self.joint_at, self.polish_from, 1.0)[phase]
 
     def _passed(self, share: float) -> float:
-        """The share of its own time that the phase at a share of the whole time has had."""
+        """The share of the present phase's own time that has passed at a share of the whole time."""
         phase = self.phase(share)
         start, end = self.begins(phase), self.begins(phase + 1)
         return (share - start) / max(1e-9, end - start)
 
     def learning_rate(self, step: int, share: float) -> float:
-        """What the peak learning rates are multiplied by: a rise over the steps, and a fall in every phase."""
+        """The factor on the peak learning rates: a linear warm-up, and a decay in every phase."""
         phase, passed = self.phase(share), self._passed(share)
         rise = min(1.0, (step + 1) / self.warm_up_steps)
         if phase is Phase.ROUNDING:
@@ -124,33 +140,36 @@ class Schedule:
         return rise * peak * _cosine(passed)
 
     def rate_weight(self, share: float, start: float) -> float:
-        """Weight of the rate, from `start` to 1. It rises again while the prior learns alone: what a new prior says must not
-        decide at once which codes are chosen."""
+        """The weight of the bits at a share of the time: from `start` to 1.
+
+        It rises a second time while the prior learns alone, because an untrained prior must not decide which codes are
+        chosen.
+        """
         risen = self._passed(share) if self.phase(share) is Phase.PRIOR else share / self.rate_rise
         return min(1.0, start + (1 - start) * risen)
 
     def part(self, share: float) -> tuple[bool, float]:
-        """Where the prior is learned after the rest: whether it is its turn, and the share of that part's time."""
+        """For a prior that learns after the rest: whether it is its turn, and the share of that part's own time."""
         if share < self.prior_from:
             return False, share / self.prior_from
         return True, (share - self.prior_from) / (1 - self.prior_from)
 
     def crop_side(self, share: float, multiple: int) -> int:
-        """Side of the crops, a multiple of `multiple`."""
+        """Side of the crops in pixels at a share of the time, rounded down to a multiple of `multiple`."""
         side = max(self.large_crop if share >= self.large_from else self.crop, multiple)
         return side - side % multiple
 
     def crops_a_step(self, side: int, processes: int) -> int:
-        """Crops of each process: as many pixels a step whatever their side."""
+        """Crops per step of each process: about the same number of pixels whatever their side."""
         return max(1, round(self.batch / processes * min(1.0, (self.crop / side) ** 2)))
 
 
 def _cosine(share: float) -> float:
-    """From 1 to 0.01."""
+    """Cosine decay from 1 to 0.01."""
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share))
 
 
-# Where the usual schedule does not fit a named configuration. Few steps at high rates are for photos, where a step is dear.
+# Schedules of named configurations that differ from the default, which is for photos: few, expensive steps.
 _SMALL = Schedule(
     batch=128,
     crop=32,
@@ -169,7 +188,7 @@ SCHEDULES = {
     "vqvae2": _LARGE,
     "vqvae2-3level": _LARGE,
 }
-# Another look: a decoder that is good already, learning what low qualities lack.
+# A look: a warm start of the decoder, with more low qualities, which need it most.
 LOOK = Schedule(
     kernel_rate=2e-3,
     rate=1e-3,

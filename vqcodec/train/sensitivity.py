@@ -1,9 +1,9 @@
-"""How sensitive the eye is to errors of the codes of given weights, measured on pictures: makes a `Tuning`.
+"""Measures the eye's sensitivity to coding errors of given weights, on pictures: makes a `Tuning`.
 
-Every code gets an error of half a step, up or down by chance, on top of its own. One pass forward and backward then
-gives the slopes of the squared error and of the visual distance by what the decoder gets of every symbol. As errors of
-symbols are independent, the sum of slope times error over the symbols of a plane, or of a position, is what their
-errors contribute to each of both, and the ratio is the sensitivity.
+Every code vector gets an additional error of half a step with a random sign. One forward and backward pass then yields
+the gradients of squared error and of visual distance with respect to every code vector. The errors of symbols are
+independent. So the sum of gradient times error over the symbols of a plane, or of a position, is their contribution to
+each of the two, and the ratio of the contributions is the sensitivity.
 """
 
 from collections.abc import Sequence
@@ -24,11 +24,10 @@ from vqcodec.visual import visual_distance
 
 QUALITIES = (1, 8, 25, 50, 75, 95)
 AMPLITUDE = 0.5  # of the errors, in quantiser steps
-# Bounds of sensitivities: planes that hardly matter are measured badly.
+# Bounds of the sensitivities, because those of planes that hardly matter are noisy.
 LEAST, MOST = 0.05, 40.0
-NEIGHBOURS = 3  # positions a side over which contributions are averaged, before texture is compared with them
-# Rounds in which files are made as large as without tuning, and by how much the logarithm of the weight moves for that
-# of the size.
+NEIGHBOURS = 3  # side of the window in which contributions are averaged, in positions
+# Iterations that equalise file sizes with and without tuning, and the change of log weight per change of log size.
 BALANCING_ROUNDS, WEIGHT_FOR_SIZE = 2, 3.5
 LEAST_BALANCE, MOST_BALANCE = 0.4, 2.5
 
@@ -39,8 +38,9 @@ def measure(model: Model, pictures: Sequence[Pixels]) -> Tuning:
     """Measure the tuning of weights.
 
     Args:
-        model: the weights. pictures: uint8 (H, W, 3), at least 64 x 64; a few megapixels in all are enough. None that
-            the result is judged by.
+        model: the weights.
+        pictures: uint8 (H, W, 3), at least 64 x 64 pixels. A few megapixels in all are enough. Do not use pictures of
+            a test set.
     """
     found = [_contributions(model, pictures, quality) for quality in QUALITIES]
     untuned = Tuning(
@@ -55,8 +55,13 @@ def measure(model: Model, pictures: Sequence[Pixels]) -> Tuning:
 
 @dataclass
 class _Contributions:
-    """At one quality: unit, as of `Tuning`; sensitivity of the planes of each level, (P,); for each picture its
-    sensitivity at the positions of the finest level, (h, w)."""
+    """Measurements at one quality.
+
+    Attributes:
+        unit: see `Tuning`.
+        planes: for each level float (P,), sensitivity to errors in each plane.
+        places: for each picture float (h, w), sensitivity at the positions of the finest level.
+    """
 
     unit: float
     planes: list[Tensor]
@@ -93,7 +98,7 @@ def _contributions(model: Model, pictures: Sequence[Pixels], quality: int) -> _C
         square_places, visual_places = (_smooth(torch.stack(x).sum(0)) for x in at_places)
         places.append(visual_places / square_places.clamp(min=1e-12))
     unit = float(np.exp(np.mean(np.log(ratios))))
-    # A plane whose errors seem to do no harm was measured on too little: it counts as squared error does.
+    # A plane without measurable contribution to the squared error keeps the neutral sensitivity 1.
     planes = [torch.where(s > 0, unit * v / s, 1.0).clamp(LEAST, MOST) for v, s in zip(visuals, squares, strict=True)]
     return _Contributions(unit, planes, [unit * p for p in places])
 
@@ -101,11 +106,14 @@ def _contributions(model: Model, pictures: Sequence[Pixels], quality: int) -> _C
 def _restore_with_errors(
     model: Model, codes: list[Tensor], quality: int, chance: torch.Generator
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Decode codes, int16 (h, w, P) a level, with an error on every one.
+    """Decode codes with an error on every code vector.
+
+    Args:
+        model: the weights. codes: for each level int16 (h, w, P). quality: 1..100. chance: the random generator.
 
     Returns:
-        for every slice its errors and what the decoder gets, (1, P D, h, w) in steps, the latter with a graph to the
-        pixels, which are the third: float (1, 3, H, W).
+        For each slice its errors, float (1, P D, h, w) in steps; for each slice its vectors with errors, of the same
+        shape, leaves of the graph; and the pixels, float (1, 3, H, W), with the graph.
     """
     at = torch.tensor([quality], device=model.device)
     errors, leaves = [], []
@@ -127,7 +135,7 @@ def _smooth(contributions: Tensor) -> Tensor:
 
 
 def _masking(model: Model, found: _Contributions, pictures: Sequence[Pixels]) -> float:
-    """The slope of log sensitivity over log variance, by least squares."""
+    """Fit the exponent of masking: the slope of log sensitivity over log variance, by least squares."""
     variances, sensitivities = [], []
     for pixels, places in zip(pictures, found.places, strict=True):
         height, width = places.shape
@@ -142,7 +150,7 @@ def _masking(model: Model, found: _Contributions, pictures: Sequence[Pixels]) ->
 
 
 def _balanced(model: Model, tuned: Tuning, pictures: Sequence[Pixels]) -> Tuning:
-    """With the weight of distortion at which files are as large as without tuning."""
+    """Adjust `Tuning.balance` until files are as large as without tuning."""
 
     def size(quality: int, how: Tuning | None) -> int:
         total = 0

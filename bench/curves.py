@@ -200,8 +200,8 @@ def comparisons(results: Sequence[Result], measures: Sequence[Measure]) -> list[
 class AimLevel:
     """One operating point beside JPEG at the same PSNR.
 
-    Outside the PSNR range of the JPEG curve `jpeg_bpp` is None. There `holds` is True for fewer bits than JPEG's best point,
-    False for more than its worst one, and else None: the two cannot be compared.
+    Outside the PSNR range of the JPEG curve `jpeg_bpp` is None. There `holds` is True for fewer bits than JPEG's best
+    point, False for more than its worst one, and else None: the two cannot be compared.
     """
 
     quality: float
