@@ -24,7 +24,8 @@ class Job:
 
     Attributes:
         config, schedule: what learns, and how.
-        output: the weights file. seconds: budget of the whole run, earlier parts included. seed: of crops and qualities.
+        output: the weights file. seconds: budget of the whole run, earlier parts included.
+        seed: of crops, qualities and initial weights.
         device: of this process. rank: its number; the first one, 0, validates and writes. world: how many there are.
         onward: whether the run began with weights that were good already, and has the schedule for these.
         look_of: id, in hexadecimal, of the weights of which another look is trained; "" if none is.
@@ -82,8 +83,9 @@ def choose_schedule(
     """How it is trained, without the phases that the configuration has no use for.
 
     Args:
-        asked: a schedule; None for the usual one of the configuration, or of another look. config: as of `configuration`.
-        device, world: as of `Job`. look: whether another look is trained. distortion: as of `Schedule.with_distortion`.
+        asked: a schedule; None for the usual one of the configuration, or of another look.
+        config, device, world: as of `Job`. look: whether another look is trained.
+        distortion: as of `Schedule.with_distortion`; None for what the schedule says.
 
     Raises:
         ValueError: no such distortion.
