@@ -15,10 +15,11 @@ from vqcodec import coding, weights
 from vqcodec.bitstream import Header
 from vqcodec.models.config import Config, PriorConfig, SliceConfig, StageConfig
 from vqcodec.models.integers import QualityBias
+from vqcodec.models.layers import ResidualBlock
 from vqcodec.models.model import Model
 from vqcodec.models.prior import Prior, SlicePrior
 from vqcodec.models.quantizer import Codebook
-from vqcodec.models.vqvae import VQVAE, ResidualBlock, SliceQuantizer
+from vqcodec.models.vqvae import VQVAE, SliceQuantizer
 from vqcodec.train.loss import RateDistortion
 from vqcodec.train.start import start_from_pictures
 from vqcodec.tuning import Tuning, path_of

@@ -18,8 +18,9 @@ from torch import Tensor
 from vqcodec import bitstream, codec, coding, synthesis, weights
 from vqcodec.bitstream import Container, Header
 from vqcodec.models.config import Config, PriorConfig, SliceConfig, StageConfig
+from vqcodec.models.layers import Lap, Linear1x1, ResidualBlock
 from vqcodec.models.quantizer import Codebook
-from vqcodec.models.vqvae import Lap, Linear1x1, ResidualBlock, SliceQuantizer
+from vqcodec.models.vqvae import SliceQuantizer
 from vqcodec.train.loss import RateDistortion
 
 GOLDEN = Path(__file__).parent / "golden"

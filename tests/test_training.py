@@ -5,6 +5,7 @@ Crops and batches are small here, but for the slow tests.
 
 import csv
 import dataclasses
+import json
 import math
 import os
 import shutil
@@ -22,6 +23,7 @@ import pytest
 import torch
 from commandline import ROOT
 from models import TINY
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from trainer import BOOKKEEPING, SMALL, Run, checkpoint_of, log_of, make_pictures, run, sheet_of, small_runs
 
@@ -409,6 +411,29 @@ def test_distortions(pictures: Path, tmp_path: Path, unmeasured: None, monkeypat
     ):
         run(pictures, output, 1, distortion=distortion, schedule=schedule)
         assert shares.pop() == share == weights.describe(output)["notes"]["visual_share"]
+
+
+def test_a_resumed_run_keeps_its_distortion(pictures: Path, tmp_path: Path, small: None) -> None:
+    """Unless another is asked for; a checkpoint that does not know goes on by the schedule."""
+    output = tmp_path / "mine.safetensors"
+
+    def share(seconds: float, **options: Any) -> float:
+        run(pictures, output, seconds, resume=output.exists(), **options)
+        notes: float = weights.describe(output)["notes"]["visual_share"]
+        return notes
+
+    assert SMALL.visual_share == 0.5
+    assert share(0.2, distortion="mse") == 0.0
+    assert share(0.3) == 0.0
+    assert share(0.4, distortion="visual") == 0.5
+    assert share(0.5, schedule=dataclasses.replace(SMALL, visual_share=0.0)) == 0.5, "of the checkpoint"
+    path = output.with_suffix(".ckpt")
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    facts = json.loads(metadata["facts"])
+    assert facts.pop("visual_share") == 0.5
+    save_file(load_file(path), path, {**metadata, "facts": json.dumps(facts)})
+    assert share(0.6, schedule=dataclasses.replace(SMALL, visual_share=0.25)) == 0.25
 
 
 def test_an_unknown_distortion(pictures: Path, tmp_path: Path, small: None) -> None:

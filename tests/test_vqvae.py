@@ -13,19 +13,12 @@ from models import TINY
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vqcodec.models import vqvae
+from vqcodec.models import layers
 from vqcodec.models.config import Config
+from vqcodec.models.layers import Lap, Linear1x1, _Moments
 from vqcodec.models.prior import Prior
 from vqcodec.models.recipes import NAMED, PHOTO, PHOTO_FAST, VQVAE2
-from vqcodec.models.vqvae import (
-    KNOTS,
-    VQVAE,
-    Lap,
-    Linear1x1,
-    Stage,
-    _Moments,
-    usual_step,
-)
+from vqcodec.models.vqvae import KNOTS, VQVAE, Stage, usual_step
 from vqcodec.train.start import lapped_filter, principal_components, start_from_pictures
 
 QUALITY = torch.tensor([50])
@@ -125,7 +118,7 @@ def test_what_a_block_adds_has_the_gradient_of_its_definition() -> None:
 @pytest.mark.parametrize("strip", [1, 20, 1 << 20])
 def test_a_block_does_one_picture_as_it_does_many(strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In strips that end anywhere, and at once where gradients are asked for."""
-    monkeypatch.setattr(vqvae, "STRIP", strip)
+    monkeypatch.setattr(layers, "STRIP", strip)
     model = copy.deepcopy(shaken()).eval()
     block = model.stage(1).decoder[0]
     generator = torch.Generator().manual_seed(4)

@@ -98,7 +98,7 @@ class StageConfig:
         hidden: channels within a residual block.
         encoder_blocks, decoder_blocks: number of residual blocks on each side.
         slices: the code planes quantised at this resolution; empty for a stage without codes.
-        lapped: whether the blocks of the transform from the next finer stage overlap (`vqvae.Lap`).
+        lapped: whether the blocks of the transform from the next finer stage overlap (`layers.Lap`).
         refine_blocks: residual blocks that refine the estimate before each slice.
         renderer: hidden channels of the network that refines pixels after the finest stage (`pixels.Renderer`); 0 for
             none.

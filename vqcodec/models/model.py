@@ -18,9 +18,10 @@ from torch import Tensor
 
 from vqcodec.models.config import Config, SliceConfig, StageConfig
 from vqcodec.models.counts import CodeTables, RowTables, Tables
+from vqcodec.models.layers import channels_last
 from vqcodec.models.prior import LevelPrior, Places, Prior, SlicePrior, rates
 from vqcodec.models.quantizer import Codebook, Rates, grid, look_up
-from vqcodec.models.vqvae import PIXEL_SCALE, VQVAE, SliceQuantizer, channels_last
+from vqcodec.models.vqvae import PIXEL_SCALE, VQVAE, SliceQuantizer
 
 
 @dataclass(frozen=True)

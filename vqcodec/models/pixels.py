@@ -17,7 +17,7 @@ FEATURES = 24  # features that each cell gets from its patch
 class SeparableLap(nn.Module):
     """A linear filter across patch borders, the same along rows and columns and for every colour channel.
 
-    It is `vqvae.Lap` for pixels, restricted to separable filters. Half of the filter's `size` taps lie on each side of
+    It is `layers.Lap` for pixels, restricted to separable filters. Half of the filter's `size` taps lie on each side of
     a border. The outermost half patch of each line is left as it is.
     """
 
@@ -34,7 +34,7 @@ class SeparableLap(nn.Module):
         return x
 
     def macs_per_pixel(self, positions: int) -> float:
-        """Multiply-accumulate operations per picture pixel. `positions` is unused; see `vqvae.Lap`."""
+        """Multiply-accumulate operations per picture pixel. `positions` is unused; see `layers.Lap`."""
         return 2 * 3 * self.size
 
     def _along_rows(self, x: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class Renderer(nn.Module):
         Args:
             pixels: float (B, 3, H, W), centred and scaled to about unit range.
             x: float (B, C, h, w), the features of the patches.
-            unit: float (B,), see `vqvae.Condition`.
+            unit: float (B,), see `layers.Condition`.
 
         Returns:
             float (B, 3, H, W).

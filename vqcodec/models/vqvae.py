@@ -18,14 +18,12 @@ The 1x1 convolutions are the linear part of the model. Training initialises them
 transform, and the last layer of every residual block as zero.
 """
 
-from dataclasses import dataclass
-from typing import Any, TypeVar
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from vqcodec.models.config import Config, StageConfig
+from vqcodec.models.layers import Condition, Lap, Linear1x1, ResidualBlock
 from vqcodec.models.pixels import Renderer, SeparableLap
 from vqcodec.models.quantizer import Codebook
 
@@ -33,11 +31,6 @@ from vqcodec.models.quantizer import Codebook
 PIXEL_CENTRE, PIXEL_SCALE = 128.0, 64.0
 # Initial quantiser steps, in usual steps. Entropy-constrained choice prefers larger steps than plain rounding.
 START_STEP = 1.5
-# Factor on the energy of the mean over all positions of what a block adds (`ResidualBlock.energy`). The mean carries no
-# information on the picture, but gradient noise lets it drift.
-COMMON = 20.0
-# Positions that a residual block processes at a time on a CPU, so that its intermediate maps fit the cache.
-STRIP = 8192
 # Knots of the logarithm of the quantiser step, piecewise linear over t in [0, 1].
 KNOTS = 9
 
@@ -49,159 +42,6 @@ def usual_step(config: Config, t: Tensor) -> Tensor:
     """
     low, high = config.lambda_range
     return (10 / low) ** 0.5 / PIXEL_SCALE * (low / high) ** (t / 2)
-
-
-@dataclass(frozen=True)
-class Condition:
-    """The quality as the networks see it.
-
-    Attributes:
-        basis: (B, 6), Chebyshev polynomials of degree 0 to 5 at t.
-        unit: (B,), scale of the outputs of residual blocks, in proportion to the usual quantiser step. They are of the
-            size of the quantisation noise, orders of magnitude below the latents.
-    """
-
-    basis: Tensor
-    unit: Tensor
-
-
-class _Moments(torch.autograd.Function):
-    """Moments of y (B, C, h, w) over positions, in float32: mean square summed over channels, (B,), and mean (B, C).
-
-    The gradient is written by hand. Autograd's has another memory layout than y, which made a training step a sixth
-    slower.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(y)
-        flat = y.permute(0, 2, 3, 1).flatten(1, 2)
-        length = torch.linalg.vector_norm(flat, dim=(1, 2), dtype=torch.float32)
-        return length.square() / flat.shape[1], flat.mean(1, dtype=torch.float32)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (y,) = ctx.saved_tensors
-        square, mean = (grad.to(y.dtype) / (y.shape[2] * y.shape[3]) for grad in grads)
-        return torch.addcmul(mean[:, :, None, None], y, 2 * square[:, None, None, None])
-
-
-class ResidualBlock(nn.Module):
-    """x + unit * 1x1(f(3x3(f(1x1(x / size))))), where the quality scales and shifts the hidden channels.
-
-    `size` normalises the channels: the standard deviation of each, or the unit if that is larger. So a block sees weak
-    channels as well as strong ones, but its output is never larger than the next block's usual input, which keeps
-    chains of blocks stable. Outside training the sum is in float32, because latents are large compared to their steps.
-
-    Attributes:
-        deviation: float (C,), standard deviations of the input channels.
-        energy: float (B,), set in training: mean over positions of the squares that the last call added, summed over
-            channels. The part that is common to all positions counts `COMMON` times.
-    """
-
-    deviation: Tensor
-    energy: Tensor
-
-    def __init__(self, config: StageConfig) -> None:
-        super().__init__()
-        channels, hidden = config.channels, config.hidden
-        self.register_buffer("deviation", torch.ones(channels))
-        self.reduce = nn.Conv2d(channels, hidden, 1)
-        self.spatial = nn.Conv2d(hidden, hidden, 3, padding=1, groups=config.groups)
-        self.expand = nn.Conv2d(hidden, channels, 1)
-        self.quality = nn.Linear(6, 2 * hidden)
-        for weight in (self.expand.weight, self.expand.bias, self.quality.weight, self.quality.bias):
-            assert weight is not None
-            nn.init.zeros_(weight)
-
-    def forward(self, x: Tensor, cond: Condition) -> Tensor:
-        """x: float (B, C, h, w); the result has the same shape."""
-        if len(x) == 1 and not self.training:
-            return self._of_one(x, cond)
-        gain, shift = self.quality(cond.basis)[:, :, None, None].chunk(2, 1)
-        size = torch.maximum(self.deviation, cond.unit[:, None])
-        y = functional.leaky_relu(self.reduce(x * (1 / size)[:, :, None, None].to(x.dtype)), 0.1)
-        y = functional.leaky_relu(torch.addcmul(shift, self.spatial(y), 1 + gain), 0.1)
-        y = self.expand(y)
-        if self.training:
-            energy, mean = _Moments.apply(y)  # type: ignore[no-untyped-call]
-            common = (cond.unit[:, None] * mean).mean(0).square().sum()
-            self.energy = cond.unit.square() * energy + (COMMON - 1) * common
-        return x + (cond.unit[:, None, None, None] * y).to(x.dtype)
-
-    def _of_one(self, x: Tensor, cond: Condition) -> Tensor:
-        """`forward` for one picture, with the modulation folded into the kernels.
-
-        Without gradients a CPU processes strips of rows that fit the cache, which is twice as fast at stride 4.
-        """
-        gain, shift = self.quality(cond.basis)[0].chunk(2)
-        reduce = self.reduce.weight / torch.maximum(self.deviation, cond.unit)[:, None, None]
-        spatial = self.spatial.weight * (1 + gain)[:, None, None, None]
-        expand = self.expand.weight * cond.unit
-        assert self.spatial.bias is not None and self.expand.bias is not None
-        spatial_bias, expand_bias = self.spatial.bias * (1 + gain) + shift, self.expand.bias * cond.unit
-
-        def added(start: int, stop: int) -> Tensor:
-            above = min(start, 1)
-            y = functional.conv2d(x[:, :, start - above : stop + 1], reduce, self.reduce.bias)
-            y = functional.conv2d(
-                functional.leaky_relu_(y, 0.1), spatial, spatial_bias, padding=1, groups=self.spatial.groups
-            )
-            y = functional.leaky_relu_(y[:, :, above : above + stop - start], 0.1)
-            return functional.conv2d(y, expand, expand_bias)
-
-        if torch.is_grad_enabled() or x.is_cuda:
-            return x + added(0, x.shape[2])
-        out = torch.empty_like(x)
-        rows = max(1, STRIP // x.shape[3])
-        for start in range(0, x.shape[2], rows):
-            strip = slice(start, min(start + rows, x.shape[2]))
-            torch.add(x[:, :, strip], added(strip.start, strip.stop), out=out[:, :, strip])
-        return out
-
-
-class Linear1x1(nn.Linear):
-    """A 1x1 convolution without bias, in float32 whatever autocast says, except in training.
-
-    In training the error of bfloat16, a quarter of a pixel level, is small compared to that of the quantisers.
-    """
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and torch.is_autocast_enabled(x.device.type):
-            y = functional.linear(x.permute(0, 2, 3, 1), self.weight)
-        else:
-            with torch.autocast(x.device.type, enabled=False):
-                y = functional.linear(x.float().permute(0, 2, 3, 1), self.weight)
-        return y.permute(0, 3, 1, 2)  # channels-last in memory
-
-
-class Lap(nn.Module):
-    """x + a linear map of blocks of `ratio` x `ratio` positions, which are half a block off those of the stage's KLT.
-
-    Applied before the analysis, and inverted after the synthesis, it turns a block transform into a lapped transform
-    (Tran, Liang & Tu 2003, "Lapped transform via time-domain pre- and post-filtering"). The outermost half blocks are
-    left as they are.
-    """
-
-    def __init__(self, ratio: int, channels: int) -> None:
-        super().__init__()
-        self.ratio = ratio
-        self.change = Linear1x1(channels * ratio**2, channels * ratio**2)
-        nn.init.zeros_(self.change.weight)
-
-    def macs_per_pixel(self, positions: int) -> float:
-        """Multiply-accumulate operations per picture pixel, for blocks of `positions` pixels."""
-        return self.change.weight.numel() / positions
-
-    def forward(self, x: Tensor) -> Tensor:
-        if min(x.shape[2:]) <= self.ratio:
-            return x  # all of it is outermost
-        half = self.ratio // 2
-        blocks = functional.pixel_unshuffle(x[:, :, half:-half, half:-half], self.ratio)
-        return x + functional.pad(functional.pixel_shuffle(self.change(blocks), self.ratio), (half, half, half, half))
 
 
 class Stage(nn.Module):
@@ -413,11 +253,3 @@ class VQVAE(nn.Module):
         for level, config in enumerate(self.config.levels):
             found["refinement"] += once(*self.level_slices(level)) / config.stride**2
         return found
-
-
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
-
-
-def channels_last(module: ModuleT, device: torch.device) -> ModuleT:
-    """Move a module to a device, with kernels in channels-last memory, which is several times faster on CPUs."""
-    return module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from vqcodec import weights
+from vqcodec.models.layers import ResidualBlock, channels_last
 from vqcodec.models.model import Model
-from vqcodec.models.vqvae import VQVAE, ResidualBlock, channels_last
+from vqcodec.models.vqvae import VQVAE
 from vqcodec.train import checkpoint, codebooks, crops, validation
 from vqcodec.train.start import start_from_pictures
 from vqcodec.train.state import Run

@@ -33,7 +33,8 @@ class Facts:
     """What a checkpoint holds besides tensors: attributes of `Run` and `Job`.
 
     Attributes:
-        phase: the number of a `Phase`. recent: bits per pixel, and PSNR in dB.
+        phase: the number of a `Phase`. recent: bits per pixel, and PSNR in dB. visual_share: as of `Schedule`; None in
+            checkpoints that are older than this field.
     """
 
     step: int
@@ -43,6 +44,7 @@ class Facts:
     averaged: int
     onward: bool
     recent: list[float]
+    visual_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ def save(run: Run) -> None:
         averaged=run.averaged,
         onward=job.onward,
         recent=run.recent.tolist(),
+        visual_share=job.schedule.visual_share,
     )
     metadata = {"config": job.config.to_json(), "facts": json.dumps(dataclasses.asdict(facts)), "look_of": job.look_of}
     path = path_of(job.output)

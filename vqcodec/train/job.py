@@ -24,8 +24,8 @@ class Job:
 
     Attributes:
         config, schedule: what learns, and how.
-        output: the weights file. seconds: budget of the whole run, earlier parts included. seed: of crops and
-        qualities.
+        output: the weights file. seconds: budget of the whole run, earlier parts included.
+        seed: of crops, qualities and initial weights.
         device: of this process. rank: its number; the first one, 0, validates and writes. world: how many there are.
         onward: whether the run began with weights that were good already, and has the schedule for these.
         look_of: id, in hexadecimal, of the weights of which another look is trained; "" if none is.
@@ -77,14 +77,24 @@ def _differences(asked: Config, given: Config) -> str:
     return ", ".join(name for name in names if getattr(asked, name) != getattr(given, name))
 
 
-def usual_schedule(config: Config, device: torch.device, world: int, look: bool) -> Schedule:
-    """The schedule of a configuration, or of another look, on so many processes with such devices."""
-    schedule = LOOK if look else SCHEDULES.get(config.name, Schedule())
-    return schedule.with_batch(GPU_BATCH * world) if device.type == "cuda" else schedule
+def choose_schedule(
+    asked: Schedule | None, config: Config, device: torch.device, world: int, look: bool, distortion: str | None
+) -> Schedule:
+    """How it is trained, without the phases that the configuration has no use for.
 
+    Args:
+        asked: a schedule; None for the usual one of the configuration, or of another look.
+        config, device, world: as of `Job`. look: whether another look is trained.
+        distortion: as of `Schedule.with_distortion`; None for what the schedule says.
 
-def fitting(schedule: Schedule, config: Config) -> Schedule:
-    """A schedule without the phases that a configuration has no use for."""
+    Raises:
+        ValueError: no such distortion.
+    """
+    schedule = asked or (LOOK if look else SCHEDULES.get(config.name, Schedule()))
+    if device.type == "cuda" and not asked:
+        schedule = schedule.with_batch(GPU_BATCH * world)
+    if distortion is not None:
+        schedule = schedule.with_distortion(distortion)
     if config.rate == "after":  # the prior has its own part of the time already
         return dataclasses.replace(schedule.without_rounding(), joint_rate=1.0, polish_from=1.0)
     if not config.structured:

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from vqcodec.models.vqvae import Linear1x1
+from vqcodec.models.layers import Linear1x1
 from vqcodec.train.loss import RateDistortion
 from vqcodec.train.muon import Muon
 from vqcodec.train.schedule import Schedule

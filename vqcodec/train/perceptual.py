@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vqcodec.errors import WeightsError
-from vqcodec.models.vqvae import channels_last
+from vqcodec.models.layers import channels_last
 from vqcodec.torchvision_compat import import_torchvision
 
 

@@ -13,6 +13,7 @@ checkpoint beside the output survives any interruption; `resume` goes on from it
 trains data-parallel, one process a device.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import Tensor
 from vqcodec.models.config import Config
 from vqcodec.train import begin, checkpoint, crops, data, phases, process, step, validation
 from vqcodec.train.export import export
-from vqcodec.train.job import Job, configuration, fitting, usual_schedule
+from vqcodec.train.job import Job, choose_schedule, configuration
 from vqcodec.train.progress import Progress
 from vqcodec.train.schedule import Schedule
 from vqcodec.train.state import Run, new_run
@@ -68,8 +69,8 @@ def train(
         features: of the network of LPIPS that says how alike pictures look, SqueezeNet 1.1 as safetensors: train the
             natural look of the weights `start_from`, in a file of its own. Where `output` is a look of these weights
             already, it goes on from that. Needs the packages lpips and torchvision.
-        distortion: "mse", or "visual" for half squared error and half SSIMULACRA2 (distortion.py); None for what the
-            schedule says, "visual" for the photo model.
+        distortion: "mse", or "visual" for half squared error and half SSIMULACRA2 (distortion.py); None for that of the
+            checkpoint where a run is resumed, and else for what the schedule says, "visual" for the photo model.
         judge: features of AlexNet as safetensors: the log has LPIPS as well. Needs the same packages.
         schedule: learning rates, batches and crops; None for the usual one of the configuration.
         on_progress, on_warning: called now and then with a `Progress`, and with one line for each picture skipped.
@@ -85,13 +86,12 @@ def train(
     with process.joined() as (rank, world):
         here = process.device(device, rank)
         torch.manual_seed(seed)
-        plan = schedule or usual_schedule(settings, here, world, look=features is not None)
-        if distortion is not None:
-            plan = plan.with_distortion(distortion)
-        plan = fitting(plan, settings)
+        plan = choose_schedule(schedule, settings, here, world, features is not None, distortion)
         paths = data.find_pictures(pictures)
         look_of = given.id.hex() if given and features else ""
         saved = checkpoint.read(output, settings, look_of) if resume else None
+        if saved and distortion is None and saved.facts.visual_share is not None:
+            plan = dataclasses.replace(plan, visual_share=saved.facts.visual_share)
         onward = saved.facts.onward if saved else given is not None and plan.prior_at > 0 and not schedule
         job = Job(
             config=settings,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vqcodec.errors import TrainingError
-from vqcodec.models.vqvae import channels_last
+from vqcodec.models.layers import channels_last
 from vqcodec.train import crops, data, perceptual
 from vqcodec.train.codebooks import perplexity
 from vqcodec.train.job import Job

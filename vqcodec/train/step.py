@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from vqcodec import precision
+from vqcodec.models.layers import ResidualBlock
 from vqcodec.models.quantizer import Codebook
-from vqcodec.models.vqvae import ResidualBlock
 from vqcodec.train import codebooks
 from vqcodec.train.loss import RateDistortion
 from vqcodec.train.optimisers import set_learning_rates
