@@ -84,8 +84,8 @@ def rounded(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Nothing but rounding."""
     output = tmp_path_factory.mktemp("rounded") / "mine.safetensors"
     with small_runs():
-        seen = run(pictures, output, 1.5, schedule=dataclasses.replace(ROUNDING, prior_at=1.0))
-    return Run(output, seen, [], 1.5)
+        seen = run(pictures, output, 1, schedule=dataclasses.replace(ROUNDING, prior_at=1.0))
+    return Run(output, seen, [], 1)
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +93,8 @@ def taken_over(rounded: Run, pictures: Path, tmp_path_factory: pytest.TempPathFa
     """The same run with more time, in which codebooks and prior take over."""
     output = rounded.copy(tmp_path_factory.mktemp("taken-over"))
     with small_runs():
-        seen = run(pictures, output, 2.25, schedule=ROUNDING, resume=True)
-    return Run(output, seen, [], 2.25)
+        seen = run(pictures, output, 1.5, schedule=ROUNDING, resume=True)
+    return Run(output, seen, [], 1.5)
 
 
 # A whole run
@@ -413,7 +413,7 @@ def test_distortions(pictures: Path, tmp_path: Path, unmeasured: None, monkeypat
         assert shares.pop() == share == weights.describe(output)["notes"]["visual_share"]
 
 
-def test_a_resumed_run_keeps_its_distortion(pictures: Path, tmp_path: Path, small: None) -> None:
+def test_a_resumed_run_keeps_its_distortion(pictures: Path, tmp_path: Path, unmeasured: None) -> None:
     """Unless another is asked for; a checkpoint that does not know goes on by the schedule."""
     output = tmp_path / "mine.safetensors"
 
@@ -486,7 +486,7 @@ def test_a_judge_needs_its_packages(
 @pytest.mark.parametrize("plan", [SMALL, dataclasses.replace(SMALL, prior_at=0.4, joint_at=0.6)])
 def test_start_from_weights(trained: Run, pictures: Path, tmp_path: Path, untuned: None, plan: Schedule) -> None:
     first, second = trained.copy(tmp_path), tmp_path / "second.safetensors"
-    run(pictures, second, 1, start_from=first, schedule=plan)
+    run(pictures, second, 0.7, start_from=first, schedule=plan)
     before, after = log_of(first), log_of(second)
     assert after[0]["step"] == 0
     assert after[0]["cost"] == pytest.approx(before[-1]["cost"], rel=0.03)
