@@ -304,6 +304,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from vqcodec.models.config import Config
+from vqcodec.train import begin, export
 from vqcodec.train import run as training
 from vqcodec.train.schedule import Schedule
 
