@@ -2,16 +2,13 @@
 
 from pathlib import Path
 
-import models
 import pytest
-import torch
 from models import TINY
-from PIL import Image
+from trainer import make_pictures, small_runs
 
 from bench import ablate
 from bench.ablate import VARIANTS, Variant
 from vqcodec.models.recipes import PHOTO, PHOTO_FAST
-from vqcodec.train import begin, export
 from vqcodec.train.schedule import Schedule
 from vqcodec.train.validation import VALIDATION_QUALITIES
 
@@ -29,15 +26,12 @@ def test_variants_differ_from_their_model_in_one_thing() -> None:
 
 
 def test_a_run_gives_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for seed in range(4):
-        Image.fromarray(models.picture(96, 96, seed)).save(tmp_path / f"{seed}.png")
-    monkeypatch.setattr(torch, "set_flush_denormal", lambda _: True)  # of the whole process
-    monkeypatch.setattr(begin, "START_CROPS", 8)
-    monkeypatch.setattr(export, "TUNING_CROPS", 1)
+    make_pictures(tmp_path, 4, 96, 96)
     variant = Variant("in miniature", TINY, Schedule(crop=64, large_crop=64, batch=2))
     monkeypatch.setitem(VARIANTS, "tiny", variant)
     assert "failed" in ablate.row("tiny", tmp_path)
-    ablate.run("tiny", [tmp_path], 1 / 60, tmp_path)
+    with small_runs():
+        ablate.run("tiny", [tmp_path], 0.3 / 60, tmp_path)
     cells = ablate.row("tiny", tmp_path).strip("| ").split(" | ")
     assert cells[:2] == ["tiny", "in miniature"] and int(cells[2]) > 0
     assert len(cells) == 4 + len(VALIDATION_QUALITIES)

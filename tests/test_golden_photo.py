@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from vqcodec import bitstream, codec, metrics, packaged, weights
+from vqcodec import bitstream, codec, metrics, packaged, synthesis, weights
 from vqcodec.weights import Model
 
 PHOTO = renew.HERE / "photo"
@@ -76,6 +76,15 @@ def test_pixels(name: str, look: str, suffix: str, data: bytes, model: Model) ->
     restored = codec.decode_picture(data, look=look)
     assert not restored.notes
     check_pixels(restored.pixels, f"{name}{suffix}.png")
+
+
+@pytest.mark.parametrize(("look", "suffix"), [("faithful", ""), ("natural", ".natural")])
+def test_windows_leave_no_seams(
+    look: str, suffix: str, data: bytes, name: str, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows overlap by as much as the real networks see, those of the look as well."""
+    monkeypatch.setattr(synthesis, "WINDOW", 64)
+    check_pixels(codec.decode_picture(data, look=look).pixels, f"{name}{suffix}.png")
 
 
 def test_looks_differ_in_pixels_only(name: str, data: bytes, model: Model) -> None:

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import math
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
+from trainer import small_runs
 
 import vqcodec
 from vqcodec import codec, packaged, weights
@@ -34,6 +36,12 @@ PLAN = replace(LOOK, crop=64, batch=4, kernel_rate=1e-2, rate=1e-2, warm_up_step
 def coarse(a: Tensor, b: Tensor) -> Tensor:
     """Stands for a perceptual distance: squared error of averages, so large that it decides."""
     return functional.avg_pool2d(a - b - 30, 8).square().mean((1, 2, 3))
+
+
+@pytest.fixture
+def small() -> Iterator[None]:
+    with small_runs():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -102,11 +110,9 @@ def test_new_blocks_change_nothing_at_first(own: Path) -> None:
     torch.testing.assert_close(after, before, rtol=0, atol=0.01)  # pixel levels
 
 
-def test_training(own: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training(own: Path, pictures: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the renderer learns, towards what the distance wants; a run can be gone on with."""
     monkeypatch.setattr(perceptual, "distance", lambda network, features, device: coarse)
-    monkeypatch.setattr(torch, "set_flush_denormal", lambda _: True)  # of the whole process
-    monkeypatch.setattr(training, "VALIDATIONS", 1)  # which take of the time
     output = own.with_suffix(".natural.safetensors")
 
     def run(seconds: float, resume: bool = False) -> None:
@@ -121,8 +127,8 @@ def test_training(own: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) ->
             resume=resume,
         )
 
-    run(3)
-    run(5, resume=True)
+    run(1)
+    run(1.3, resume=True)
     assert not list(own.parent.glob("*.visual.json")), "a look is no matter of the encoder"
     other = models.save(models.tiny(seed=9), own.with_name("other.safetensors"))
     with pytest.raises(TrainingError, match="is of a look of weights"):
@@ -144,16 +150,17 @@ def test_training(own: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) ->
             return list(csv.DictReader(file))
 
     *_, last = log()
-    run(2)  # not from its checkpoint: it goes on from the look that is there
+    run(0.1)  # not from its checkpoint: it goes on from the look that is there
     first, *_ = log()
     assert int(first["step"]) == 0
     assert float(first["lpips_50"]) == pytest.approx(float(last["lpips_50"]), rel=0.01)
 
 
-def test_a_look_of_a_classic_model(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_look_of_a_classic_model(
+    tmp_path: Path, pictures: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where the prior is learned after the rest, a look never comes to its turn."""
     monkeypatch.setattr(perceptual, "distance", lambda network, features, device: coarse)
-    monkeypatch.setattr(torch, "set_flush_denormal", lambda _: True)
     own = models.save(models.raster(layers=2), tmp_path / "own.safetensors")
     output = own.with_suffix(".natural.safetensors")
     seen: list[training.Progress] = []
@@ -162,7 +169,7 @@ def test_a_look_of_a_classic_model(tmp_path: Path, pictures: Path, monkeypatch: 
         output,
         start_from=own,
         features=Path("features"),
-        minutes=1.5 / 60,
+        minutes=0.3 / 60,
         device="cpu",
         schedule=replace(PLAN, crop=32),
         on_progress=seen.append,

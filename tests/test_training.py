@@ -65,15 +65,15 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Three seconds on these pictures and one that is none."""
+    """Two seconds on these pictures and one that is none."""
     folder, output = tmp_path_factory.mktemp("more"), tmp_path_factory.mktemp("trained") / "mine.safetensors"
     for path in pictures.iterdir():
         shutil.copy(path, folder)
     (folder / "bad.png").write_text("no picture")
     warnings: list[str] = []
     with small_runs():
-        seen = run(folder, output, 3, on_warning=warnings.append)
-    return Run(output, seen, warnings, 3)
+        seen = run(folder, output, 2, on_warning=warnings.append)
+    return Run(output, seen, warnings, 2)
 
 
 ROUNDING = dataclasses.replace(SMALL, kernel_rate=None, rate=3e-3, prior_at=0.7, joint_at=1.0, polish_from=1.0)
@@ -81,20 +81,20 @@ ROUNDING = dataclasses.replace(SMALL, kernel_rate=None, rate=3e-3, prior_at=0.7,
 
 @pytest.fixture(scope="module")
 def rounded(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Two seconds of nothing but rounding."""
+    """Nothing but rounding."""
     output = tmp_path_factory.mktemp("rounded") / "mine.safetensors"
     with small_runs():
-        seen = run(pictures, output, 2, schedule=dataclasses.replace(ROUNDING, prior_at=1.0))
-    return Run(output, seen, [], 2)
+        seen = run(pictures, output, 1.5, schedule=dataclasses.replace(ROUNDING, prior_at=1.0))
+    return Run(output, seen, [], 1.5)
 
 
 @pytest.fixture(scope="module")
 def taken_over(rounded: Run, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The same run with another second, in which codebooks and prior have taken over."""
+    """The same run with more time, in which codebooks and prior take over."""
     output = rounded.copy(tmp_path_factory.mktemp("taken-over"))
     with small_runs():
-        seen = run(pictures, output, 3, schedule=ROUNDING, resume=True)
-    return Run(output, seen, [], 3)
+        seen = run(pictures, output, 2.25, schedule=ROUNDING, resume=True)
+    return Run(output, seen, [], 2.25)
 
 
 # A whole run
@@ -107,7 +107,7 @@ def test_the_prior_is_learned_after_the_rest(pictures: Path, tmp_path: Path, sma
     plan = dataclasses.replace(SMALL, crop=32, large_crop=32)
     stale = tuning.path_of(output)
     models.visual_tuning().save(stale, b"none")
-    seen = run(pictures, output, 4, config=config, schedule=plan)
+    seen = run(pictures, output, 3, config=config, schedule=plan)
     assert not stale.exists(), "of other weights; codes of these are not chosen for the rate"
     rows = log_of(output)
     first, last = rows[0], rows[-1]
@@ -338,7 +338,7 @@ def test_kill(pictures: Path, tmp_path: Path, script: Path, small: None) -> None
     command = [sys.executable, str(script), str(pictures), str(output), "5"]
     with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
         deadline = time.monotonic() + 60
-        while not checkpoint.exists() and time.monotonic() < deadline:
+        while not checkpoint.exists() and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.05)
         time.sleep(1.5)
         process.send_signal(signal.SIGKILL)
