@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -508,7 +509,7 @@ def test_compare_failures(photo):
 @pytest.fixture
 def training(monkeypatch):
     fake = ModuleType("vqcodec.train.run")
-    fake.calls = []
+    fake.calls, fake.over = [], True
 
     def train(pictures, output, *, on_progress, on_warning, **options):
         fake.calls.append((pictures, output, options))
@@ -519,6 +520,7 @@ def training(monkeypatch):
                     stage=stage, step=step, elapsed=60.0 * step, remaining=3600.0, bpp=0.5, psnr=30.0, loss=1.0
                 )
             )
+        return fake.over
 
     fake.train = train
     use(monkeypatch, fake)
@@ -534,8 +536,25 @@ def test_train(training, photo):
         "prior, step 2: 0.500 bpp, 30.00 dB, 01:00:00 left",
     ]
     options = {"config": "tiny", "minutes": 1.5, "resume": True, "device": "auto", "seed": 3, "start_from": None}
-    options |= {"features": None, "distortion": None, "judge": None}
+    options |= {"crops": None, "features": None, "distortion": None, "judge": None}
     assert training.calls == [([Path("photo.png")], Path("w.safetensors"), options)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "minutes", "crops"),
+    [([], 180, None), (["--crops", "9"], math.inf, 9), (["--crops", "9", "--minutes", "2"], 2, 9)],
+    ids=str,
+)
+def test_how_long_to_train(training, photo, asked, minutes, crops):
+    assert run("train", ".", "-o", "w.safetensors", *asked).exit_code == 0
+    assert (training.calls[0][2]["minutes"], training.calls[0][2]["crops"]) == (minutes, crops)
+
+
+def test_train_in_sittings(training, photo, monkeypatch):
+    monkeypatch.setattr(training, "over", False)
+    ran = run("train", ".", "-o", "w.safetensors", "--crops", "9", "--minutes", "2")
+    assert ran.exit_code == 0
+    assert ran.stderr.splitlines()[-1] == "w.safetensors: not trained to the end yet; go on with --resume"
 
 
 @pytest.mark.parametrize("distortion", ["mse", "visual"])

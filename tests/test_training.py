@@ -145,7 +145,7 @@ def test_a_few_seconds_beat_the_untrained_state(trained: Run, small: None) -> No
 
     measures = ("bpp", "psnr", "cost", "ssimulacra2", "ms_ssim")
     columns = {f"{name}_{quality}" for name in measures for quality in VALIDATION_QUALITIES}
-    assert rows[0].keys() == columns | {"step", "minutes", "cost", "perplexity"}
+    assert rows[0].keys() == columns | {"step", "crops", "minutes", "gpu", "cost", "perplexity"}
     for row, restored in ((rows[0], before), (rows[-1], after)):
         logged = [row[f"{name}_{SHEET_QUALITY}"] for name in ("ssimulacra2", "ms_ssim")]
         assert logged[0] == pytest.approx(ssimulacra2(original, restored), abs=0.05)
@@ -233,6 +233,36 @@ def test_resume_goes_on(trained: Run, pictures: Path, tmp_path: Path, small: Non
     assert tuning.load(tuning.path_of(output), TINY, weights.load(output).id) is not None, "measured anew"
     moments = [name for name in tensors if name.endswith((".exp_avg", ".momentum"))]
     assert len(moments) == sum(1 for _ in models.RateDistortion(TINY).parameters())
+
+
+def test_sittings_come_to_what_one_run_would(pictures: Path, tmp_path: Path, unmeasured: None) -> None:
+    """A run of so many crops in three sittings has the learning rates, phases and number of steps of a single one."""
+    plan = dataclasses.replace(SMALL, large_from=1.1, prior_at=0.4, joint_at=0.6, polish_from=0.8)
+    rates: dict[str, list[tuple[float, int]]] = {"whole": [], "parts": []}
+
+    def watch(name: str) -> Any:
+        take = step.take
+
+        def taken(run: Any, crops: Any, share: float) -> None:
+            rates[name].append((round(share, 6), int(run.phase)))
+            take(run, crops, share)
+
+        return taken
+
+    whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "take", watch("whole"))
+        run(pictures, whole, math.inf, schedule=plan, crops=80)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "take", watch("parts"))
+        for sitting in range(10):
+            run(pictures, parts, 0.4, schedule=plan, crops=80, resume=sitting > 0)
+            if parts.exists():
+                break
+    assert sitting > 0 and len(rates["whole"]) == 20
+    assert rates["parts"] == rates["whole"]
+    assert {phase for _, phase in rates["whole"]} == {0, 1, 2, 3}
+    assert [int(rows[-1]["crops"]) for rows in map(log_of, (whole, parts))] == [80, 80]
 
 
 def test_a_resumed_run_starts_from_the_checkpoint(

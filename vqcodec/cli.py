@@ -21,6 +21,8 @@ from vqcodec.packaged import TUNES
 from vqcodec.target import HIGHEST, LOWEST, Target
 from vqcodec.terminal import ErrorReport
 
+DEFAULT_MINUTES = 180.0  # of a training run
+
 
 class _Program(click.Group):
     """A command group that reports wrong usage and interruption in one line, with the exit codes above."""
@@ -358,9 +360,13 @@ def compare(first: str, second: str, weights: str | None, device: str, as_json: 
 @click.option(
     "--minutes",
     type=options.ABOVE_ZERO,
-    default=180,
-    show_default=True,
-    help="How long to train. The time of a resumed run includes its earlier parts.",
+    help="How long to train. The time of a resumed run includes its earlier parts.  "
+    "[default: 180; unlimited with --crops]",
+)
+@click.option(
+    "--crops",
+    type=click.IntRange(min=1),
+    help="Train for so many crops, over any number of sittings: each ends after its own --minutes, --resume continues.",
 )
 @click.option("--resume", is_flag=True, help="Continue from the checkpoint of an earlier run with the same OUT.")
 @click.option(
@@ -397,7 +403,8 @@ def train(
     pictures: tuple[str, ...],
     output: str,
     config: str | None,
-    minutes: float,
+    minutes: float | None,
+    crops: int | None,
     resume: bool,
     start_from: str | None,
     features: Path | None,
@@ -415,12 +422,15 @@ def train(
     \b
     Examples:
       vqcodec train photos/ -o my.safetensors --minutes 60
+      vqcodec train photos/ -o my.safetensors --crops 2000000 --minutes 120 --resume
       vqcodec train scans/ -o scans.safetensors --from weights/photo.safetensors
       vqcodec train scans/ -o my.natural.safetensors --from my.safetensors --natural lpips.safetensors
     """
     with _usage():
         found = files.find(pictures, files.PICTURE_SUFFIXES)
-    _check_training(found, output, config=config, minutes=minutes, start_from=start_from, natural=features is not None)
+    if minutes is not None and not math.isfinite(minutes):
+        raise click.UsageError("--minutes must be finite.")
+    _check_training(found, output, config=config, start_from=start_from, natural=features is not None)
     report = ErrorReport()
     for path, _ in found:
         with report.errors_of(path):
@@ -432,11 +442,12 @@ def train(
     with report.errors_of(output), terminal.training_bar() as show:
         from vqcodec.train import run
 
-        run.train(
+        over = run.train(
             [Path(path) for path, _ in found],
             Path(output),
             config=config,
-            minutes=minutes,
+            minutes=minutes or (math.inf if crops else DEFAULT_MINUTES),
+            crops=crops,
             resume=resume,
             device=device,
             seed=seed,
@@ -447,6 +458,8 @@ def train(
             on_progress=show,
             on_warning=terminal.warn,
         )
+        if not over:
+            terminal.say(f"{output}: not trained to the end yet; go on with --resume")
     return report.status
 
 
@@ -455,7 +468,6 @@ def _check_training(
     output: str,
     *,
     config: str | None,
-    minutes: float,
     start_from: str | None,
     natural: bool,
 ) -> None:
@@ -474,8 +486,6 @@ def _check_training(
             raise click.UsageError(f"OUT of a natural look must be called {name} to be found, got {output}")
         if config is not None:
             raise click.UsageError("--natural has the configuration of --from: --config cannot change it.")
-    if not math.isfinite(minutes):
-        raise click.UsageError("--minutes must be finite.")
     sheet = os.path.realpath(Path(output).with_suffix(".png"))
     if any(os.path.realpath(path) == sheet for path, _ in found):
         raise click.UsageError(f"the sheet of pictures beside OUT would replace the input {sheet}")

@@ -271,7 +271,7 @@ def training_bar() -> Iterator[Callable[["Progress"], None]]:
 
         def show(progress: "Progress") -> None:
             total = progress.elapsed + progress.remaining
-            reached = int(_BAR_STEPS * progress.elapsed / total) if total > 0 else 0
+            reached = int(_BAR_STEPS * progress.elapsed / total) if 0 < total < math.inf else 0
             bar.update(max(0, reached - bar.pos), progress)
 
         yield show
@@ -280,7 +280,8 @@ def training_bar() -> Iterator[Callable[["Progress"], None]]:
 def _training_line(progress: "Progress | None") -> str:
     if progress is None:  # before the first step
         return ""
+    line = f"{progress.stage}, step {progress.step}: {progress.bpp:.3f} bpp, {progress.psnr:.2f} dB"
+    if not math.isfinite(progress.remaining):
+        return line
     minutes, seconds = divmod(int(progress.remaining), 60)
-    left = f"{minutes // 60:02}:{minutes % 60:02}:{seconds:02}"
-    numbers = f"{progress.bpp:.3f} bpp, {progress.psnr:.2f} dB"
-    return f"{progress.stage}, step {progress.step}: {numbers}, {left} left"
+    return f"{line}, {minutes // 60:02}:{minutes % 60:02}:{seconds:02} left"

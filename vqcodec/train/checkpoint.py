@@ -34,7 +34,7 @@ class Facts:
 
     Attributes:
         phase: the number of a `Phase`. recent: bits per pixel, and PSNR in dB. visual_share: as of `Schedule`; None in
-            checkpoints that are older than this field.
+            checkpoints that are older than this field. crops: 0 in those that are older than this one.
     """
 
     step: int
@@ -45,6 +45,7 @@ class Facts:
     onward: bool
     recent: list[float]
     visual_share: float | None = None
+    crops: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def save(run: Run) -> None:
         onward=job.onward,
         recent=run.recent.tolist(),
         visual_share=job.schedule.visual_share,
+        crops=run.crops,
     )
     metadata = {"config": job.config.to_json(), "facts": json.dumps(dataclasses.asdict(facts)), "look_of": job.look_of}
     path = path_of(job.output)
@@ -134,7 +136,8 @@ def restore(run: Run, saved: Saved) -> None:
         optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
     before = sorted((k for k in tensors if k.startswith("before.")), key=lambda k: int(k.removeprefix("before.")))
     run.before = [tensors[k].numpy() for k in before]
-    run.step, run.spent, run.averaged = facts.step, facts.spent, facts.averaged
+    run.step, run.crops, run.averaged = facts.step, facts.crops, facts.averaged
+    run.spent = run.sitting = facts.spent
     run.rate_start, run.phase = facts.rate_start, Phase(facts.phase)
     run.recent = torch.tensor(facts.recent, device=run.job.device)
     if run.job.rank == 0:

@@ -24,7 +24,9 @@ class Job:
 
     Attributes:
         config, schedule: what learns, and how.
-        output: the weights file. seconds: budget of the whole run, earlier parts included.
+        output: the weights file.
+        seconds: budget of the whole run, earlier parts included; of this sitting alone where `crops` is given.
+        crops: length of the whole run in crops, however long they take; None where the clock says when it ends.
         seed: of crops, qualities and initial weights.
         device: of this process. rank: its number; the first one, 0, validates and writes. world: how many there are.
         onward: whether the run began with weights that were good already, and has the schedule for these.
@@ -42,6 +44,7 @@ class Job:
     world: int = 1
     onward: bool = False
     look_of: str = ""
+    crops: int | None = None
     on_progress: Callable[[Progress], None] | None = None
     on_warning: Callable[[str], None] | None = None
 

@@ -9,7 +9,7 @@ class Progress:
 
     Attributes:
         stage: "start", "train", "validate" or "export". step: optimisation steps done.
-        elapsed, remaining: seconds of the run's budget.
+        elapsed, remaining: seconds of the run; inf before the first step of a run whose length is in crops.
         bpp, psnr: exponential moving averages over training crops of all qualities (bits per pixel, dB); nan before the
             first step. loss: of the last step.
         perplexity: codes in effective use per plane, averaged over planes.

@@ -33,7 +33,8 @@ __all__ = ["Progress", "train"]
 
 CHECKPOINT_SECONDS = 180
 REPORT_SECONDS = 2.0
-VALIDATIONS = 9  # a run, evenly spaced in time
+VALIDATIONS = 9  # a run or sitting, evenly spaced in time, but more where that would be less often than every
+VALIDATION_SECONDS = 1800.0
 
 
 def train(
@@ -42,6 +43,7 @@ def train(
     *,
     config: str | Path | Config | None = None,
     minutes: float = 180,
+    crops: int | None = None,
     resume: bool = False,
     device: str = "auto",
     seed: int = 0,
@@ -52,7 +54,7 @@ def train(
     schedule: Schedule | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     on_warning: Callable[[str], None] | None = None,
-) -> None:
+) -> bool:
     """Train a model on pictures and write a weights file.
 
     Beside `output` lie the checkpoint (.ckpt, removed by nobody), the log (.csv: one line a validation) and a sheet
@@ -61,7 +63,10 @@ def train(
     Args:
         pictures: files and folders. output: the weights file, .safetensors.
         config: a configuration, the name of one, or a JSON file; None for "photo", or that of `start_from`, from which
-            only the commitment may differ. minutes: budget of the whole run, earlier parts included.
+            only the commitment may differ.
+        minutes: budget of the whole run, earlier parts included.
+        crops: length of the run in crops instead, over any number of sittings on any machines. Then `minutes` is that
+            of this sitting, after which the run waits in its checkpoint to be resumed; inf lets it go on to the end.
         resume: go on from the checkpoint. device: "auto", "cpu" or "cuda". seed: of crops and initial weights.
         start_from: a weights file to train on from, instead of from scratch. Where training begins with rounding,
             codebooks begin again as integers; what stood in for the prior when these weights were trained goes on if
@@ -74,6 +79,9 @@ def train(
         judge: features of AlexNet as safetensors: the log has LPIPS as well. Needs the same packages.
         schedule: learning rates, batches and crops; None for the usual one of the configuration.
         on_progress, on_warning: called now and then with a `Progress`, and with one line for each picture skipped.
+
+    Returns:
+        Whether the run is over and the weights are written; else it has to be resumed.
 
     Raises:
         TrainingError: no pictures, no such device, no checkpoint to resume from, or one of another configuration;
@@ -98,6 +106,7 @@ def train(
             schedule=plan.onward() if onward else plan,
             output=output,
             seconds=minutes * 60,
+            crops=crops,
             seed=seed,
             device=here,
             rank=rank,
@@ -116,12 +125,13 @@ def train(
             begin.afresh(run)
         with process.tuned():
             _learn(run)
-            if rank == 0:
+            if rank == 0 and not run.interrupted:
                 export(run)
+    return not run.interrupted
 
 
 def _learn(run: Run) -> None:
-    """Take steps until the time is spent, phase after phase; report, save and validate now and then."""
+    """Take steps until the run or the sitting is over, phase after phase; report, save and validate now and then."""
     job, schedule = run.job, run.job.schedule
     phases.enter(run, run.phase)
     begun = time.monotonic() - run.spent
@@ -129,12 +139,11 @@ def _learn(run: Run) -> None:
     stream: Iterator[Tensor] = iter(())
     side = 0
     while True:
-        run.spent = time.monotonic() - begun
         # All processes must take the same number of steps: the first one's clock counts.
-        share = process.first_one(run.spent / job.seconds, job.world, job.device)
-        if share >= 1:
+        run.spent = process.first_one(time.monotonic() - begun, job.world, job.device)
+        if run.share >= 1 or run.interrupted:
             break
-        share = max(share, schedule.begins(run.phase))  # what was given more time goes on where it was
+        share = max(run.share, schedule.begins(run.phase))  # what was given more time goes on where it was
         if schedule.phase(share) > run.phase:
             phases.enter(run, schedule.phase(share))
         if side != schedule.crop_side(share, job.config.multiple):
@@ -150,7 +159,7 @@ def _learn(run: Run) -> None:
         if now - saved > CHECKPOINT_SECONDS:
             checkpoint.save(run)
             saved = time.monotonic()
-        if now - validated > job.seconds / VALIDATIONS:
+        if now - validated > min(job.seconds / VALIDATIONS, VALIDATION_SECONDS):
             validation.validate(run)
             validated = time.monotonic()
     if job.rank == 0:

@@ -35,7 +35,8 @@ class Run:
         model: what learns. average: the exponential moving average of its weights, which is what is exported.
         trained: the model as it is called in a step, which under several processes shares its gradients.
         optimisers: of the model's weights.
-        phase: see there. step: optimisation steps done. spent: seconds, earlier parts of the run included.
+        phase: see there. step: optimisation steps done. crops: crops seen, by all processes.
+        spent: seconds, earlier parts of the run included. sitting: seconds spent before this sitting.
         rate_start: weight of the rate in the loss at the start. averaged: the step from which on weights are averaged.
         rounding_learned: what has stood in for the prior until its turn, by the names of a checkpoint.
         recent, loss: exponential moving averages of bits per pixel and PSNR, (2,), and the last step's loss; on the
@@ -57,18 +58,36 @@ class Run:
     recent: Tensor
     loss: Tensor
     step: int = 0
+    crops: int = 0
     spent: float = 0.0
+    sitting: float = 0.0
     averaged: int = 0
     rounding_learned: dict[str, Tensor] = field(default_factory=dict)
     recording: Recording[tuple[Tensor, Tensor]] | None = None
     judge: Distance | None = None
     before: list[data.Pixels] = field(default_factory=list)
 
+    @property
+    def share(self) -> float:
+        """The share of the run that is done, from 0; at 1 it is over."""
+        return self.crops / self.job.crops if self.job.crops else self.spent / self.job.seconds
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether this sitting is over and the run is not."""
+        return bool(self.job.crops) and self.spent - self.sitting >= self.job.seconds and self.share < 1
+
+    def seconds_until(self, share: float) -> float:
+        """About how long it takes until a share of the run is done, at the pace so far; inf where none is known."""
+        if not self.job.crops:
+            return share * self.job.seconds - self.spent
+        return self.spent * (share - self.share) / self.share if self.share else math.inf
+
     def report(self, stage: str) -> None:
         """Tell whoever wants to know where the run stands; `stage` as of `Progress`."""
         if self.job.on_progress:
             bpp, psnr = self.recent.tolist()
-            left = max(0.0, self.job.seconds - self.spent)
+            left = max(0.0, self.seconds_until(1.0))
             used = perplexity(self.model.vqvae)
             self.job.on_progress(Progress(stage, self.step, self.spent, left, bpp, psnr, float(self.loss), used))
 

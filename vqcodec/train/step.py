@@ -50,6 +50,7 @@ def take(run: Run, crops: Tensor, share: float) -> None:
     for optimiser in run.optimisers.values():
         optimiser.step()
     run.step += 1
+    run.crops += len(crops) * job.world
     run.recent = _follow(run.recent, recent)
     _average(run)
 
@@ -97,8 +98,7 @@ def _record(run: Run, inputs: Sequence[Tensor]) -> Recording[tuple[Tensor, Tenso
     def work(*x: Tensor) -> tuple[Tensor, Tensor]:
         return _gradients(run, *x)
 
-    left = run.job.schedule.prior_at * run.job.seconds - run.spent
-    if run.model.rounding is not None and left > COMPILING_PAYS:
+    if run.model.rounding is not None and run.seconds_until(run.job.schedule.prior_at) > COMPILING_PAYS:
         for block in run.model.modules():
             if isinstance(block, ResidualBlock):
                 block.compile(dynamic=False)

@@ -28,7 +28,8 @@ SHEET_PICTURES, SHEET_QUALITY = 6, 30
 def validate(run: Run) -> None:
     """Append a line to the log."""
     run.report("validate")
-    row = {"step": run.step, "minutes": round(run.spent / 60, 2), **measure(run, run.average)}
+    row: dict[str, float] = {"step": run.step, "crops": run.crops, "minutes": round(run.spent / 60, 2)}
+    row |= {"gpu": int(run.job.device.type == "cuda"), **measure(run, run.average)}
     row["perplexity"] = round(perplexity(run.model.vqvae), 2)
     _write_log(run, [*(_log(run, run.step) if run.step else []), row])
 
