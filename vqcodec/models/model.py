@@ -195,7 +195,6 @@ class Estimate:
 
     def __init__(self, vqvae: VQVAE, quality: Tensor, height: int, width: int) -> None:
         self.vqvae, self.quality, self.size = vqvae, quality, (height, width)
-        self.level: Level | None = None
         self.piece: Slice | None = None
 
     def begin(self, level: Level) -> None:
