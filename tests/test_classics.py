@@ -2,6 +2,7 @@
 
 import copy
 import gzip
+from dataclasses import replace
 from pathlib import Path
 
 import models
@@ -11,6 +12,7 @@ from PIL import Image
 
 from bench import classics, digits
 from vqcodec import codec, weights
+from vqcodec.models import recipes
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +76,10 @@ def test_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "bad").write_bytes(bad)
         assert digits.main([str(tmp_path / "bad"), str(tmp_path / "no")]) == 1
     assert "not a file of MNIST pictures" in capsys.readouterr().err
+
+
+def test_the_second_operating_point_differs_in_its_codes_alone() -> None:
+    found = recipes.load_config(str(Path(__file__).parents[1] / "bench" / "vqvae-mnist-24.json"))
+    (stage,) = recipes.VQVAE_MNIST.stages
+    few = replace(stage.slices[0], codes=24)
+    assert found == replace(recipes.VQVAE_MNIST, stages=(replace(stage, slices=(few,)),))
