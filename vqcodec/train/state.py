@@ -21,6 +21,9 @@ from vqcodec.train.recording import Recording
 from vqcodec.train.rounding import Rounding
 from vqcodec.train.schedule import Phase
 
+# Before so many steps, which prepare more than they do, a run whose length is in crops has no pace.
+PACE_STEPS = 10
+
 # How different pictures are: restored and original ones, float (B, 3, H, W), 0..255 -> (B,).
 Distance = Callable[[Tensor, Tensor], Tensor]
 
@@ -81,7 +84,7 @@ class Run:
         """About how long it takes until a share of the run is done, at the pace so far; inf where none is known."""
         if not self.job.crops:
             return share * self.job.seconds - self.spent
-        return self.spent * (share - self.share) / self.share if self.share else math.inf
+        return self.spent * (share - self.share) / self.share if self.step >= PACE_STEPS else math.inf
 
     def report(self, stage: str) -> None:
         """Tell whoever wants to know where the run stands; `stage` as of `Progress`."""
