@@ -84,7 +84,9 @@ class Run:
         """About how long it takes until a share of the run is done, at the pace so far; inf where none is known."""
         if not self.job.crops:
             return share * self.job.seconds - self.spent
-        return self.spent * (share - self.share) / self.share if self.step >= PACE_STEPS else math.inf
+        if self.step < PACE_STEPS or not self.share:
+            return math.inf
+        return self.spent * (share - self.share) / self.share
 
     def report(self, stage: str) -> None:
         """Tell whoever wants to know where the run stands; `stage` as of `Progress`."""
