@@ -3,8 +3,7 @@
 from pathlib import Path
 
 import pytest
-from models import TINY
-from trainer import make_pictures, small_runs
+from trainer import LEAST, make_pictures, small_runs
 
 from bench import ablate
 from bench.ablate import VARIANTS, Variant
@@ -27,10 +26,10 @@ def test_variants_differ_from_their_model_in_one_thing() -> None:
 
 def test_a_run_gives_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_pictures(tmp_path, 4, 96, 96)
-    variant = Variant("in miniature", TINY, Schedule(crop=64, large_crop=64, batch=2))
+    variant = Variant("in miniature", LEAST, Schedule(crop=64, large_crop=64, batch=2))
     monkeypatch.setitem(VARIANTS, "tiny", variant)
     assert "failed" in ablate.row("tiny", tmp_path)
-    with small_runs():
+    with small_runs(VALIDATION_QUALITIES):
         ablate.run("tiny", [tmp_path], 0.3 / 60, tmp_path)
     cells = ablate.row("tiny", tmp_path).strip("| ").split(" | ")
     assert cells[:2] == ["tiny", "in miniature"] and int(cells[2]) > 0

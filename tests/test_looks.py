@@ -153,7 +153,7 @@ def test_training(own: Path, pictures: Path, small: None, monkeypatch: pytest.Mo
     run(0.1)  # not from its checkpoint: it goes on from the look that is there
     first, *_ = log()
     assert int(first["step"]) == 0
-    assert float(first["lpips_50"]) == pytest.approx(float(last["lpips_50"]), rel=0.01)
+    assert float(first["lpips_30"]) == pytest.approx(float(last["lpips_30"]), rel=0.01)
 
 
 def test_a_look_of_a_classic_model(

@@ -199,8 +199,8 @@ def test_windows(monkeypatch: pytest.MonkeyPatch) -> None:
         codes = encoder.encode(model, header.frame, pixels)[1]
     before = [c.clone() for c in codes]
     shares: list[float] = []
-    found = search.improve(model, header.frame, pixels, codes, 8, on_round=shares.append)
-    assert shares == sorted(shares) and shares[-1] == 1 and len(shares) == 8 * 2 * 3
+    found = search.improve(model, header.frame, pixels, codes, 4, on_round=shares.append)
+    assert shares == sorted(shares) and shares[-1] == 1 and len(shares) == 4 * 2 * 3
     assert all(torch.equal(a, b) for a, b in zip(codes, before, strict=True)), "the argument is left alone"
     changed = (found[1] != codes[1]).any(2)
     parts = [changed[y : y + 8, x : x + 8].any() for y in (0, 8) for x in (0, 8, 16)]

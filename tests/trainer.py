@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from vqcodec.models.config import Config, PriorConfig, SliceConfig, StageConfig
 from vqcodec.train import run as training
+from vqcodec.train import validation
 from vqcodec.train.run import Progress, train
 from vqcodec.train.schedule import Schedule
 
@@ -49,14 +50,16 @@ SMALL = Schedule(
 BOOKKEEPING = {"run.REPORT_SECONDS": 0.0, "run.CHECKPOINT_SECONDS": 0.5, "run.VALIDATIONS": 3}
 BOOKKEEPING |= {"begin.START_CROPS": 32, "export.TUNING_CROPS": 1}
 STEPS_A_SECOND = 20
+QUALITIES = (10, 30, 90)  # that runs are validated at: of all, it would take longer than the steps
 
 
 @contextlib.contextmanager
-def small_runs() -> Iterator[None]:
-    """In the body, runs look at few crops, and their time goes by steps."""
+def small_runs(qualities: tuple[int, ...] = QUALITIES) -> Iterator[None]:
+    """In the body, runs look at few crops at few qualities, and their time goes by steps."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in BOOKKEEPING.items():
             patch.setattr(f"vqcodec.train.{name}", value)
+        patch.setattr(validation, "VALIDATION_QUALITIES", qualities)
         patch.setattr(torch, "set_flush_denormal", lambda _: True)  # of the whole process
         ticks = itertools.count()  # the clock is looked at twice a step
         patch.setattr(training, "time", SimpleNamespace(monotonic=lambda: next(ticks) / (2 * STEPS_A_SECOND)))
