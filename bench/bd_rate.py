@@ -1,12 +1,10 @@
 """Bjontegaard delta rate: how many bits one codec needs more or less than another at equal quality, on average.
 
 G. Bjontegaard, "Calculation of average PSNR differences between RD-curves", VCEG-M33, 2001. The logarithm of the rate
-is
-interpolated over quality and the mean of the difference taken over the range of qualities that both curves reach.
-Instead of
-one cubic polynomial through four points, which swings when there are more, the interpolation is a monotone piecewise
-cubic
-(PCHIP: F. N. Fritsch and J. Butland, SIAM J. Sci. Stat. Comput. 5, 1984), as JCT-VC's and later reference tools do.
+is interpolated over quality and the mean of the difference taken over the range of qualities that both curves reach.
+Instead of one cubic polynomial through four points, which swings when there are more, the interpolation is a monotone
+piecewise cubic (PCHIP: F. N. Fritsch and J. Butland, SIAM J. Sci. Stat. Comput. 5, 1984), as JCT-VC's and later
+reference tools do.
 """
 
 from collections.abc import Sequence
@@ -36,8 +34,8 @@ class Curve:
         """The curve through measured points in any order.
 
         Points with a missing or infinite value are left out, and so is a point that costs at least as many bits as
-        another
-        one without being better: no one would use it, and a curve that turns back has no value at a given quality.
+        another one without being better: no one would use it, and a curve that turns back has no value at a given
+        quality.
 
         Returns:
             None if fewer than two points remain.

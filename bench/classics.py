@@ -4,18 +4,15 @@
 
     mse         squared error with pixels in 0..1, and the same in units of their variance
     loss        the latter + codebook loss (where codes learn by gradient) + 0.25 commitment loss (van den Oord et al.
-    2017, eq. 3),
-                both as means over all numbers of the latents, which have the scale of pixels in 0..1
+                2017, eq. 3), both as means over all numbers of the latents, which have the scale of pixels in 0..1
     perplexity  codes in effective use, averaged over planes
     nats        of the prior, for each code (a position of a plane), level by level from the coarsest
     bytes       of a picture's codes, as the range coder writes them, and of its whole file
     ms          to get the rate model of one position in raster order when sampling or decoding; and of a run of the
-    whole
-                network, which gives all positions if all codes are known, but one if they are not
+                whole network, which gives all positions if all codes are known, but one if they are not
 
 Pictures must have one size. Codebook and commitment loss are equal in value. Their scale is that of the latents, which
-is another in
-every implementation: compare the error by variance first.
+is another in every implementation: compare the error by variance first.
 """
 
 import argparse

@@ -1,8 +1,7 @@
 """Every codec of the benchmark behind one interface: pixels and a quality in, file bytes out, and back.
 
 The classic codecs are used as a user of Pillow or imagecodecs gets them; what differs from the libraries' defaults is
-in
-each codec's `settings`. All of them run on a stated number of threads so that times can be compared.
+in each codec's `settings`. All of them run on a stated number of threads so that times can be compared.
 """
 
 import functools

@@ -3,10 +3,8 @@
     python -m bench.effort PICTURES... [--efforts 1,3,9] [--qualities 20,50,80] [--jobs 1] [-o out/effort.json]
 
 For each effort: BD-rate against effort 1 (PSNR, means over the pictures), seconds a picture, and bits per pixel and
-PSNR at each
-quality. What is in the output file already is not measured again. It tells weights by their id and pictures by their
-bytes, but
-does not notice new code: remove it after a change of vqcodec/search.py.
+PSNR at each quality. What is in the output file already is not measured again. It tells weights by their id and
+pictures by their bytes, but does not notice new code: remove it after a change of vqcodec/search.py.
 """
 
 import argparse

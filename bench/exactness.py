@@ -1,17 +1,14 @@
 """Whether .vqz files decode to the same codes whatever computes them: threads, instruction sets, fast maths, CUDA.
 
 Every variant is a process of its own, because libraries choose their kernels once. Besides the files, each variant
-convolves
-integers at their bounds (1035 inputs of 127, as many as float32 sums exactly) and must come to the result of 64-bit
-integers.
+convolves integers at their bounds (1035 inputs of 127, as many as float32 sums exactly) and must come to the result of
+64-bit integers.
 
     python -m bench.exactness [--weights FILE] [FILES.vqz ...]
 
 Without files: the golden files of the tests, whose codes are kept beside them, and a made picture coded with the
-packaged weights.
-Prints SHA-256 prefixes of the codes; the exit code is 1 if any differ. The lines of another machine or another version
-of torch
-can be compared by eye or with diff.
+packaged weights. Prints SHA-256 prefixes of the codes; the exit code is 1 if any differ. The lines of another machine
+or another version of torch can be compared by eye or with diff.
 """
 
 import argparse

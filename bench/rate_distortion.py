@@ -1,8 +1,7 @@
 """Rate-distortion curves of vqcodec and the classic codecs.
 
 Every picture is encoded at every quality, the file written and its bytes counted, read back, decoded and compared with
-the
-original. Results: one JSON file per codec, one plot per measure, BD-rates, and a report in one HTML file.
+the original. Results: one JSON file per codec, one plot per measure, BD-rates, and a report in one HTML file.
 
     python -m bench.rate_distortion [FOLDER_OR_PICTURES...] [-o out/rd]
 """

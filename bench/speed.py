@@ -1,8 +1,7 @@
 """Time and peak memory of compress and decompress over picture sizes, beside JPEG XL.
 
 Every measurement has a process of its own, so that its peak memory is its own: it makes the picture (or reads the
-file), calls
-the codec once to warm up, then several times.
+file), calls the codec once to warm up, then several times.
 
     python -m bench.speed [-o out/speed.json] [--sizes 256x256,768x512]
 """

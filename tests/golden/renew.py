@@ -3,10 +3,9 @@
 Only for a format that has not been released: files of a released version must be readable for ever, and the tests that
 read the golden ones are what shows it. After a change of the format they get company instead, of the new version.
 
-`python tests/golden/renew.py --photo` makes those of the packaged photo weights instead, in the folder photo/. They
-are for
-one weights file: whoever replaces weights/photo.safetensors renews them. With the same weights, on the same machine, it
-changes no byte, so `git status` shows whether a change of the program has changed what the encoder chooses.
+`python tests/golden/renew.py --photo` makes those of the packaged photo weights instead, in the folder photo/. They are
+for one weights file: whoever replaces weights/photo.safetensors renews them. With the same weights, on the same
+machine, it changes no byte, so `git status` shows whether a change of the program changed what the encoder chooses.
 """
 
 import argparse

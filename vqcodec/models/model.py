@@ -310,11 +310,6 @@ class Context:
         inputs = torch.zeros(batch, planes * features, height, width, device=context.device)
         inputs = inputs.contiguous(memory_format=torch.channels_last)
 
-        def ready(one: Pass) -> Pass:
-            if given is not None:
-                one.codes = given[:, one.places[0], one.places[1]].reshape(-1, planes)
-            return one
-
         def write(one: Pass, into: Tensor) -> None:
             assert one.codes is not None
             rows, columns = one.places
@@ -328,10 +323,12 @@ class Context:
                 yield one
                 write(one, inputs)
         else:
-            if prior.at_once and given is not None:
+            if given is not None and prior.at_once:
                 inputs = grid(look_up(table, given.reshape(-1, planes)), batch, height, width)
             for number, places in prior.passes(height, width):
-                one = ready(Pass(places, prior.parameters_at(number, context, inputs)))
+                one = Pass(places, prior.parameters_at(number, context, inputs))
+                if given is not None:
+                    one.codes = given[(slice(None), *places)].reshape(-1, planes)
                 yield one
                 if torch.is_grad_enabled():
                     inputs = inputs.clone()  # autograd needs the old values

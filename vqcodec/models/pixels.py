@@ -33,9 +33,9 @@ class SeparableLap(nn.Module):
                 x = self._along_rows(x.float()).transpose(2, 3)
         return x
 
-    def macs_per_pixel(self, positions: int) -> float:
-        """Multiply-accumulate operations per picture pixel. `positions` is unused; see `layers.Lap`."""
-        return 2 * 3 * self.size
+    def macs(self) -> int:
+        """Multiply-accumulate operations for each patch: `size` for a value, along rows and along columns."""
+        return 2 * self.size * 3 * self.size**2
 
     def _along_rows(self, x: Tensor) -> Tensor:
         if x.shape[3] <= self.size:

@@ -245,7 +245,7 @@ class VQVAE(nn.Module):
         found = dict.fromkeys(("encoder", "refinement", "decoder"), 0.0)
         for index, config in enumerate(self.config.stages):
             stage, positions = self.stage(index), config.stride**2
-            laps = 0 if stage.lap is None else stage.lap.macs_per_pixel(positions)
+            laps = 0 if stage.lap is None else stage.lap.macs() / positions
             found["encoder"] += once(stage.encoder, stage.analysis) / positions + laps
             found["decoder"] += once(stage.decoder, stage.synthesis) / positions + laps
             if stage.renderer is not None:

@@ -22,9 +22,8 @@ def open_weights(path: Path | None, output: Path, look: bool) -> Model | None:
     """The weights to begin with, if any.
 
     Args:
-        path: their file. output: of the run. look: whether another look of them is trained: where `output` is one
-        already,
-            they render by it.
+        path: their file. output: of the run.
+        look: whether another look of them is trained. If `output` is one already, the weights render by it.
 
     Raises:
         WeightsError: not a readable weights file.

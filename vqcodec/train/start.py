@@ -65,17 +65,17 @@ def _start_laps(vqvae: VQVAE, index: int) -> None:
     The filters are known for pixels, and laps work on what the finer stages make of pixels. So these must have started.
     """
     stage, stride = vqvae.stage(index), vqvae.config.stages[index].stride
-    # What the finer stages make of the pixels of one block: rows are pixels, columns their features.
-    basis = torch.eye(3 * stride**2).reshape(-1, 3, stride, stride)
-    for finer in range(index):
-        basis = vqvae.stage(finer).analyse(basis)
-    basis = functional.pixel_unshuffle(basis, stage.ratio).flatten(1)
     line = lapped_filter(stride)
     if isinstance(stage.lap, SeparableLap):
         assert isinstance(stage.unlap, SeparableLap)
         stage.lap.weight.copy_(line)
         stage.unlap.weight.copy_(torch.linalg.inv(line))
         return
+    # What the finer stages make of the pixels of one block: rows are pixels, columns their features.
+    basis = torch.eye(3 * stride**2).reshape(-1, 3, stride, stride)
+    for finer in range(index):
+        basis = vqvae.stage(finer).analyse(basis)
+    basis = functional.pixel_unshuffle(basis, stage.ratio).flatten(1)
     for lap, row in ((stage.lap, line), (stage.unlap, torch.linalg.inv(line).contiguous())):
         assert isinstance(lap, Lap)
         both = torch.kron(torch.eye(3).double(), torch.kron(row, row)) - torch.eye(3 * stride**2).double()
