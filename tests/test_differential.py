@@ -133,7 +133,7 @@ def test_one_by_one_and_all_given(model: Model) -> None:
             for one in context.passes():
                 one.codes = codes[piece.level][:, one.places[0], one.places[1]][..., piece.planes].flatten(0, 2)
                 parts.append(one.parameters)
-            assert torch.equal(context.codes, codes[piece.level][..., piece.planes])
+            assert torch.equal(context.take_codes(), codes[piece.level][..., piece.planes])
             found += [torch.cat(parts)] if piece.prior is not None and piece.prior.at_once else parts
     assert_equal([p[None] for p in found], expected)
 

@@ -132,7 +132,7 @@ def encode(model: Model, frame: Frame, codes: list[Tensor]) -> list[bytes]:
             given = codes[piece.level][(*tile.window, piece.planes)][None].to(model.device, torch.int64)
             for one in tile.passes(given):
                 put(own[piece.config.layer], piece, one)
-        tile.state = None
+        tile.release()
     return in_file_order(coders)
 
 
@@ -168,6 +168,6 @@ def decode(model: Model, frame: Frame, segments: Sequence[bytes | None]) -> list
                 coders[layer] = Decoder(data)
             for one in tile.passes():
                 one.codes = get(coders[layer], piece, one)
-            codes[piece.level][(*tile.window, piece.planes)] = tile.codes[0].to("cpu", torch.int16)
-        tile.state = None
+            codes[piece.level][(*tile.window, piece.planes)] = tile.take_codes()[0].to("cpu", torch.int16)
+        tile.release()
     return codes

@@ -43,8 +43,9 @@ def encode(
                 if one.codes is None:
                     one.codes = _choose(piece, one, v, step_cost, factors, model.config.rate_factor)
                 coding.put(own[piece.config.layer], piece, one)
-            estimate.add_at(tile.window, piece.vectors(tile.codes))
-            codes[piece.level][(*tile.window, piece.planes)] = tile.codes[0].to("cpu", torch.int16)
+            chosen = tile.take_codes()
+            estimate.add_at(tile.window, piece.vectors(chosen))
+            codes[piece.level][(*tile.window, piece.planes)] = chosen[0].to("cpu", torch.int16)
     return coding.in_file_order(coders), codes
 
 

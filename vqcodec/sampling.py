@@ -125,5 +125,5 @@ def draw(model: Model, frame: Frame, dice: Dice, given: list[Tensor] | None = No
             if given is not None:
                 known = given[piece.level][:kept, :, piece.planes][one.places].to(one.codes).flatten(0, 1)
                 one.codes[: len(known)] = known
-        codes[piece.level][..., piece.planes] = tile.codes[0].to("cpu", torch.int16)
+        codes[piece.level][..., piece.planes] = tile.take_codes()[0].to("cpu", torch.int16)
     return codes

@@ -263,15 +263,13 @@ class Context:
 
     Attributes:
         state: the prior's state, (B, C, h, w).
-        codes: int64 (B, h, w, P), the slice's codes, complete after its passes.
     """
-
-    codes: Tensor
 
     def __init__(self, quality: Tensor, height: int, width: int) -> None:
         self.quality, self.size = quality, (height, width)
         self.state: Tensor | None = None
         self.piece: Slice | None = None
+        self._codes: Tensor | None = None
 
     def begin(self, level: Level) -> None:
         """Make the state before the level's first slice from the coarser level's final state."""
@@ -294,6 +292,16 @@ class Context:
         assert self.piece is not None and self.piece.prior is not None and self.state is not None
         self.state = self.piece.prior.update(self.state, inputs)
 
+    def take_codes(self) -> Tensor:
+        """Hand over the slice's codes after its passes, int64 (B, h, w, P): many contexts need not keep theirs."""
+        assert self._codes is not None
+        codes, self._codes = self._codes, None
+        return codes
+
+    def release(self) -> None:
+        """Forget everything, after the walk."""
+        self.state = self._codes = None
+
     def passes(self, given: Tensor | None = None) -> Iterator[Pass]:
         """Iterate over the passes of the slice in coding order.
 
@@ -306,14 +314,14 @@ class Context:
         context = self.prepare()
         batch, _, height, width = context.shape
         planes, _, features = table.shape
-        self.codes = torch.zeros(batch, height, width, planes, dtype=torch.int64, device=context.device)
+        self._codes = codes = torch.zeros(batch, height, width, planes, dtype=torch.int64, device=context.device)
         inputs = torch.zeros(batch, planes * features, height, width, device=context.device)
         inputs = inputs.contiguous(memory_format=torch.channels_last)
 
         def write(one: Pass, into: Tensor) -> None:
             assert one.codes is not None
             rows, columns = one.places
-            here = self.codes[:, rows, columns]
+            here = codes[:, rows, columns]
             here.copy_(one.codes.reshape(here.shape))
             into[:, :, rows, columns] = grid(look_up(table, one.codes), batch, *here.shape[1:3])
 

@@ -210,7 +210,7 @@ class RateDistortion(nn.Module):
             )
             run.rate = run.rate + rate
             run.bits[:, piece.level] += spent.reshape(batch, -1).sum(1)
-        indices = context.codes.reshape(-1, config.planes)
+        indices = context.take_codes().reshape(-1, config.planes)
         chosen = book.lookup(indices)
         loss_per_step = run.balance[:, None] * step_cost / (batch * run.area)  # (B, P)
         # The straight-through gradient of the estimate is zero: it is subtracted before the quantiser and added again
