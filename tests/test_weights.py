@@ -105,6 +105,15 @@ def test_integers_survive_narrowing(largest: int) -> None:
     assert narrow.element_size() == {127: 1, 128: 2, 32767: 2, 32768: 4, 2**31 - 1: 4}.get(largest, 8)
 
 
+def test_loading_draws_no_random_numbers(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "tiny.safetensors"
+    path.write_bytes(data)
+    before = torch.get_rng_state()
+    weights.load(path)
+    weights.describe(path)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_load_keeps_models_until_the_file_changes(tmp_path: Path) -> None:
     path = models.save(models.tiny(seed=3), tmp_path / "mine.safetensors")
     first = weights.load(path)

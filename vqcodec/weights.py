@@ -20,12 +20,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from vqcodec import files
 from vqcodec.errors import WeightsError
 from vqcodec.models.config import Config
 from vqcodec.models.counts import Tables
-from vqcodec.models.integers import QualityBias
+from vqcodec.models.integers import IntegerConv, QualityBias
 from vqcodec.models.model import Model
 from vqcodec.models.prior import Prior
 from vqcodec.models.quantizer import Codebook
@@ -72,8 +73,7 @@ def _load(path: Path, device: str, look: Path | None, versions: tuple[tuple[int,
             raise WeightsError(f"{look} is a look of weights {metadata.get('weights')}, {path} are {weights_id.hex()}")
         replaced = tuple(f"vqvae.{name}." for name in VQVAE(config).renderer())
         tensors = {k: v for k, v in tensors.items() if not k.startswith(replaced)} | _tensors(look)
-    vqvae, prior, tables = VQVAE(config), Prior(config), Tables(config)
-    prior.freeze()
+    vqvae, prior, tables = _blank(config)
     for module, prefix in ((vqvae, "vqvae."), (prior, "prior."), (tables, "tables.")):
         state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         try:
@@ -92,6 +92,28 @@ def _load(path: Path, device: str, look: Path | None, versions: tuple[tuple[int,
     except ValueError as error:
         raise WeightsError(f"weights {path}: {error}") from None
     return Model(config, vqvae, prior, tables, weights_id, torch.device(device), look is not None)
+
+
+class _Uninitialised(TorchFunctionMode):
+    """New modules keep the memory of their parameters as it is: the functions of `torch.nn.init` do nothing."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == torch.nn.init.__name__:
+            return (*args, kwargs.get("tensor"))[0]
+        return func(*args, **kwargs)
+
+
+def _blank(config: Config) -> tuple[VQVAE, Prior, Tables]:
+    """Networks and tables whose contents are still to be loaded. The caller's random numbers stay as they are."""
+    with _Uninitialised():
+        vqvae, prior, tables = VQVAE(config), Prior(config), Tables(config)
+    for part in prior.modules():
+        if isinstance(part, IntegerConv | QualityBias):
+            part.frozen = True
+    return vqvae, prior, tables
 
 
 def is_look_of(path: Path, weights_id: bytes) -> bool:
@@ -212,7 +234,7 @@ def describe(path: Path) -> dict[str, Any]:
         WeightsError: the file is not a readable weights file.
     """
     config, metadata, weights_id = _metadata(path)
-    vqvae, prior = VQVAE(config), Prior(config)
+    vqvae, prior, _ = _blank(config)
     macs = {**vqvae.macs_per_pixel(), "prior": prior.macs_per_pixel(config)}
     return {
         "id": weights_id.hex(),
