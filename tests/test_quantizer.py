@@ -349,8 +349,8 @@ def test_all_symbols_alike(planes: int, dim: int, codes: int, scales: int, monke
     expected = torch.autograd.grad(loss, inputs)
     pull = plain_soft_gradient(book, v.detach(), *(x.detach().double() for x in inputs), share, codes)
     monkeypatch.setattr(quantise, "_quantise_open", quantise._quantise_all)
-    for limit in (quantise.LARGE_CHUNK, 1):
-        monkeypatch.setattr(quantise, "LARGE_CHUNK", limit)
+    for limit in (quantizer.LARGE_CHUNK, 1):
+        monkeypatch.setattr(quantizer, "LARGE_CHUNK", limit)
         again, chosen, spent = quantise.quantise(book, v.requires_grad_(), rates, weight, 0.5, share)
         torch.testing.assert_close(again, loss)
         assert torch.equal(chosen, indices)

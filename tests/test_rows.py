@@ -8,25 +8,19 @@ import pytest
 import reference
 import torch
 from models import FAST, picture
-from torch import Tensor
 
 import vqcodec
-from vqcodec import bitstream, codec, coding, sampling, weights
+from vqcodec import bitstream, codec, coding, sampling, search, weights
 from vqcodec.entropy import Decoder, Encoder, Table
 from vqcodec.errors import ChecksumError, WeightsError
 from vqcodec.frame import Frame
 from vqcodec.models.config import SliceConfig
 from vqcodec.models.counts import TOTAL, RowTables
 from vqcodec.models.model import walk
-from vqcodec.models.quantizer import Codebook, Rates, log_probabilities, row_of
-from vqcodec.train.quantise import quantise
+from vqcodec.models.quantizer import MOST_BITS, Codebook, RowRates, row_of
+from vqcodec.train.quantise import TEMPERATURE, quantise
 
 PIECE = SliceConfig(planes=3, dim=1, codes=64, layer=0, rows=40)
-
-
-def bits_of(book: Codebook, model: Rates) -> Tensor:
-    """log2 p of all codes, (P, N, K)."""
-    return log_probabilities(book.features(), book.biases(), model.theta, model.zero)[0]
 
 
 def test_every_number_of_the_prior_is_a_row() -> None:
@@ -39,16 +33,15 @@ def test_every_number_of_the_prior_is_a_row() -> None:
 def test_rows_start_as_ever_wider_distributions(dim: int) -> None:
     """Of a lattice's codes the ones around 0 become less likely, row by row, and all of them add up."""
     book = Codebook(SliceConfig(planes=1, dim=dim, codes=200, layer=0, rows=128))
-    logp = bits_of(book, book.row_rates(torch.arange(-127.0, 128.0, 2)[:, None]))[0]
-    torch.testing.assert_close(torch.exp2(logp).sum(1), torch.ones(len(logp)))
+    logp = book.table().logp
+    torch.testing.assert_close(torch.exp2(logp).sum(1), torch.ones(len(logp)), atol=200 * 2**-24, rtol=1e-5)
     assert bool((logp[1:, 0] < logp[:-1, 0] + 1e-4).all())
     assert float(logp[0, 0]) > -0.01 and float(logp[-1, 0]) < -5
     # In one dimension: the mass of a Laplace distribution between the middles, where codes are integers.
     if dim == 1:
         scale = 0.04 * 2500 ** (64 / 127)
-        at = book.row_rates(torch.tensor([[1.0]]))
         mass = (np.exp(-0.5 / scale) - np.exp(-1.5 / scale)) / 2
-        assert float(torch.exp2(bits_of(book, at)[0, 0, 1])) == pytest.approx(mass, rel=0.02)
+        assert float(torch.exp2(logp[64, 1])) == pytest.approx(mass, rel=0.02)
 
 
 def test_counts_are_the_probabilities_of_the_rate_model() -> None:
@@ -60,10 +53,10 @@ def test_counts_are_the_probabilities_of_the_rate_model() -> None:
     tables = RowTables(PIECE)
     tables.fill(book)
     tables.check()
-    given = torch.arange(-127.0, 128.0)
-    probabilities = torch.exp2(bits_of(book, book.row_rates(given[:, None].expand(-1, 3)))[0])
-    counts = tables.counts[row_of(given, PIECE.rows)]
-    torch.testing.assert_close(counts / TOTAL, probabilities, atol=64 / TOTAL * 2, rtol=1e-3)
+    torch.testing.assert_close(tables.counts / TOTAL, torch.exp2(book.table().logp), atol=64 / TOTAL * 2, rtol=1e-3)
+    torch.testing.assert_close(
+        torch.exp2(tables.rates.logp), torch.exp2(book.table().logp), atol=64 / TOTAL * 2, rtol=1e-3
+    )
 
 
 def test_symbols_come_back_row_by_row() -> None:
@@ -98,7 +91,7 @@ def test_gradients_of_rows_lead_to_fewer_bits() -> None:
     spent = []
     for _ in range(60):
         rounded = given + (given.round().clamp(-127, 127) - given).detach()
-        loss, indices, _ = quantise(book, v, book.row_rates(rounded.expand(2000, 3)), weight, 0.8, share)
+        loss, indices, _ = quantise(book, v, RowRates(rounded.expand(2000, 3), book.table()), weight, 0.8, share)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -106,6 +99,49 @@ def test_gradients_of_rows_lead_to_fewer_bits() -> None:
     frequencies = torch.bincount(indices[:, 0], minlength=64).double() / 2000
     entropy = -float((frequencies * frequencies.clamp(min=1e-9).log2()).sum())
     assert spent[-1] < entropy + 0.08 < spent[0]
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_choice_bits_and_gradients(dim: int) -> None:
+    """Against every code's cost in float64, and numbers of the prior one up and one down."""
+    torch.manual_seed(4)
+    piece = SliceConfig(planes=3, dim=dim, codes=50, layer=0, rows=128)
+    book = Codebook(piece)
+    with torch.no_grad():
+        book.vectors += 0.2 * torch.randn_like(book.vectors) * (torch.arange(50) > 0)[:, None]
+        book.bias.normal_(0, 0.3)
+    v = 4 * torch.randn(300, 3, dim)
+    given = torch.randint(-126, 127, (300, 3)).float().requires_grad_()
+    weight = 5 * torch.rand(300, 3) + 0.1
+    rates = RowRates(given, book.table())
+    bits = -book.table().logp.detach().double()[row_of(given.detach(), 128)]  # (N, P, K)
+    distances = (v[:, :, None] - book.vectors.detach()).double().square().sum(-1)
+    expected = (0.8 * bits + weight[..., None] * distances).argmin(-1)
+    chosen = book.choose(v, rates, weight, 0.8)
+    assert torch.equal(chosen, expected) and 0 < int((chosen == 0).sum()) < chosen.numel()
+    share = torch.rand(300)
+    pulled = v.clone().requires_grad_()
+    loss, indices, spent = quantise(book, pulled, rates, weight, 0.8, share)
+    assert torch.equal(indices, chosen)
+    own = bits.gather(-1, chosen[..., None])[..., 0]
+    torch.testing.assert_close(spent.double(), own.sum(1), rtol=1e-5, atol=1e-4)
+    loss.backward()
+    assert given.grad is not None and pulled.grad is not None and book.family.grad is not None
+    row = row_of(given.detach(), 128)
+    above, below = (
+        -book.table().logp.detach().double()[(row + d).clamp(0, 127)].gather(-1, chosen[..., None])[..., 0]
+        for d in (1, -1)
+    )
+    free = (torch.maximum(above, below) < MOST_BITS) & (row > 0) & (row < 127)
+    slope = (above - below) / 2 * 128 / 255 * share[:, None]
+    torch.testing.assert_close(given.grad.double()[free], slope[free], rtol=1e-3, atol=1e-4)
+    # The encoder's gradient where a code other than 0 may win: of the expected bits under a soft assignment.
+    where = v.double().requires_grad_()
+    apart = (where[:, :, None] - book.vectors.detach().double()).square().sum(-1)
+    (share[:, None] * (torch.softmax(-apart / TEMPERATURE, -1) * bits).sum(-1)).sum().backward()
+    opened = book.open_symbols(v, rates.zero, weight, 0.8)
+    assert where.grad is not None and 0 < int(opened.sum()) < opened.numel()
+    torch.testing.assert_close(pulled.grad.double()[opened], where.grad[opened], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (40, 75), (130, 90)], ids=str)
@@ -130,12 +166,11 @@ def test_files_are_as_large_as_the_rate_model_says(fast_weights: Path) -> None:
         codes = [c.to(torch.int64) for c in models.random_codes(model.vqvae, 128, 192)]
         segments = coding.encode(model, frame, codes)
         expected = 0.0
-        (tile,) = coding.tiles_of(model, frame)
+        (tile,) = coding.batches_of(model, frame)
         for piece in walk(model.levels, tile):
             for one in tile.passes(codes[piece.level][None, :, :, piece.planes]):
                 assert one.codes is not None
-                logp = bits_of(piece.codebook, piece.rates(one.parameters)).clamp(min=-24)
-                expected -= float(logp.gather(2, one.codes.T[..., None]).sum())
+                expected += float(search._bits(piece.rates(one.parameters), piece.codebook, one.codes))
     assert 8 * sum(map(len, segments)) == pytest.approx(expected, rel=0.005)
 
 

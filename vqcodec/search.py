@@ -35,7 +35,7 @@ from torch import Tensor
 from vqcodec import precision, synthesis, tuning
 from vqcodec.frame import Frame
 from vqcodec.models.model import Context, Estimate, Model, Slice, walk
-from vqcodec.models.quantizer import MOST_BITS, Codebook, Rates, grid, look_up, rate_blocks, rows, softplus2
+from vqcodec.models.quantizer import MOST_BITS, Codebook, Rates, RowRates, grid, look_up, rows, softplus2
 from vqcodec.spans import timed
 from vqcodec.ssimulacra2 import SMALLEST
 from vqcodec.tuning import Importance
@@ -80,7 +80,7 @@ class _Symbols:
 
     piece: Slice
     indices: Tensor
-    rate_model: Rates
+    rate_model: Rates | RowRates
     weight: Tensor
     factors: Tensor
     inputs: Tensor
@@ -242,9 +242,7 @@ def _evaluate(model: Model, pixels: Tensor, codes: list[Tensor], quality: int, i
             vectors = piece.vectors(given).contiguous().requires_grad_()
             rate_model = _rate_model(piece, context.prepare(), inputs)
             with torch.autocast(pixels.device.type, enabled=False):
-                theta, zero = rate_model.theta.float(), rate_model.zero.float()
-                spent: Tensor = _Spent.apply(theta, zero, piece.codebook, indices)  # type: ignore[no-untyped-call]
-            bits = bits + spent
+                bits = bits + _bits(rate_model, piece.codebook, indices)
             estimate.add(vectors)
             context.absorb(inputs)
             step_cost = piece.error_weight(importance.weight, at)[0] * importance.of_planes(piece.level, piece.planes)
@@ -260,7 +258,7 @@ def _evaluate(model: Model, pixels: Tensor, codes: list[Tensor], quality: int, i
     return _Point(bits + importance.weight * distortion, symbols)
 
 
-def _rate_model(piece: Slice, context: Tensor, inputs: Tensor) -> Rates:
+def _rate_model(piece: Slice, context: Tensor, inputs: Tensor) -> Rates | RowRates:
     """The rate model of all symbols of a slice, in raster order, by teacher forcing.
 
     context: from `Context.prepare`. inputs: what the prior sees of all the slice's codes, (1, P * 2 D, h, w).
@@ -317,16 +315,15 @@ def _best(s: _Symbols, slopes: _Slopes, penalty: Tensor) -> tuple[Tensor, Tensor
     """
     curved = s.factors[:, None] * penalty
     book: Codebook = s.piece.codebook
-    vectors, inputs, features = book.vectors.detach(), book.inputs(), book.features()
+    vectors, inputs = book.vectors.detach(), book.inputs()
     lengths = vectors.square().sum(-1)
     # Symbols with code 0 are skipped if leaving it costs more bits than the gradients can promise at best.
     hope = slopes.by_decoder.square().sum(2) / (4 * curved) + NEAR_INPUT * slopes.by_prior.abs().sum(2)
-    rate_model = s.rate_model
-    free = ((s.indices > 0) | (rate_model.zero < hope)).T
-    given = (s.indices, rate_model.theta.float(), rate_model.zero.float(), slopes.by_prior, slopes.by_decoder, curved)
-    k, theta, zero, by_prior, by_decoder, curved = (x.transpose(0, 1)[free] for x in given)
-    chosen, gained = torch.empty_like(k), torch.empty_like(zero)
-    for block, parts, logp, _ in rate_blocks(features, book.biases(), theta, zero, free.sum(1).tolist()):
+    free = ((s.indices > 0) | (s.rate_model.zero < hope)).T
+    given = (s.indices, slopes.by_prior, slopes.by_decoder, curved)
+    k, by_prior, by_decoder, curved = (x.transpose(0, 1)[free] for x in given)
+    chosen, gained = torch.empty_like(k), torch.empty_like(curved)
+    for block, parts, logp, _ in s.rate_model.some(free).blocks(book, free.sum(1).tolist()):
         distances, costs = torch.empty_like(logp), torch.empty_like(logp)
         for plane, part, here in parts:
             own = k[part]
@@ -334,13 +331,22 @@ def _best(s: _Symbols, slopes: _Slopes, penalty: Tensor) -> tuple[Tensor, Tensor
             distances[here] += lengths[plane][own, None]
             torch.mm(by_decoder[part], vectors[plane].T, out=costs[here]).addmm_(by_prior[part], inputs[plane].T)
             costs[here].addcmul_(distances[here], curved[part, None])
-        costs -= logp.clamp_(min=-MOST_BITS)
+        costs -= logp
         costs.masked_fill_(distances > NEARBY**2, math.inf)
         least, chosen[block] = costs.min(1)
         gained[block] = costs.gather(1, k[block, None])[:, 0] - least
     best, gains = s.indices.clone(), torch.zeros(s.indices.shape, device=s.indices.device)
     best.T[free], gains.T[free] = chosen, gained
     return best, gains
+
+
+def _bits(rate_model: Rates | RowRates, book: Codebook, indices: Tensor) -> Tensor:
+    """Total bits of codes, int64 (N, P), with gradients for the rate model."""
+    if isinstance(rate_model, RowRates):
+        return rate_model.bits(indices).sum()
+    theta, zero = rate_model.theta.float(), rate_model.zero.float()
+    spent: Tensor = _Spent.apply(theta, zero, book, indices)  # type: ignore[no-untyped-call]
+    return spent
 
 
 class _Spent(torch.autograd.Function):
@@ -354,9 +360,9 @@ class _Spent(torch.autograd.Function):
         features = book.features()
         bits = torch.where(indices > 0, 0, softplus2(-zero)).sum()
         other = (indices > 0).T
-        k, drift, odds = (x.transpose(0, 1)[other] for x in (indices, theta, zero))
-        expected = torch.empty_like(drift)
-        for block, parts, logp, values in rate_blocks(features, book.biases(), drift, odds, other.sum(1).tolist()):
+        k, some = indices.T[other], Rates(theta, zero).some(other)
+        expected = torch.empty_like(some.theta)
+        for block, parts, logp, values in some.blocks(book, other.sum(1).tolist()):
             spent = -logp.gather(1, k[block, None])
             bits += spent.clamp(max=MOST_BITS).sum()
             for plane, part, here in parts:

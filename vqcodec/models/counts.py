@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from vqcodec.entropy import Table
 from vqcodec.models.config import Config, SliceConfig
-from vqcodec.models.quantizer import CHUNK, Codebook, log_probabilities, plane_blocks
+from vqcodec.models.quantizer import CHUNK, Codebook, RowTable, plane_blocks
 
 # The range coder's precision. It adds 1 to every count, so n counts sum to TOTAL - n.
 TOTAL = 1 << 24
@@ -192,16 +192,17 @@ class RowTables(nn.Module):
         """The counts in the range coder's form. They are cached: fill or load the counts first."""
         return Table(self.counts.cpu().numpy())
 
+    @functools.cached_property
+    def rates(self) -> RowTable:
+        """What the range coder makes of the counts, for the choice of codes. Cached as `table`."""
+        with torch.inference_mode(False):  # the search's gradients refuse inference tensors
+            return RowTable.of_probabilities(torch.log2((self.counts + 1) / TOTAL))
+
     @torch.no_grad()
     def fill(self, book: Codebook) -> None:
         """Tabulate a trained rate model."""
         self.inputs.copy_(book.inputs())
-        rows = self.piece.rows
-        # The least of the prior's 255 values that choose each row.
-        given = -(-torch.arange(rows) * 255 // rows) - 127
-        model = book.row_rates(given[:, None].float())
-        logp, _ = log_probabilities(book.features()[:1], book.biases()[:1], model.theta, model.zero)
-        probabilities = torch.exp2(logp[0].double())
+        probabilities = torch.exp2(book.table().logp.double())
         total = TOTAL - self.piece.codes
         counts = (probabilities / probabilities.sum(1, keepdim=True) * total).floor()
         first = counts.argmax(1, keepdim=True)

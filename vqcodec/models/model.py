@@ -20,7 +20,7 @@ from vqcodec.models.config import Config, SliceConfig, StageConfig
 from vqcodec.models.counts import CodeTables, RowTables, Tables
 from vqcodec.models.layers import channels_last
 from vqcodec.models.prior import LevelPrior, Places, Prior, SlicePrior, rates
-from vqcodec.models.quantizer import Codebook, Rates, grid, look_up
+from vqcodec.models.quantizer import Codebook, Rates, RowRates, grid, look_up
 from vqcodec.models.vqvae import PIXEL_SCALE, VQVAE, SliceQuantizer
 
 
@@ -74,14 +74,15 @@ class Slice:
         steps = self.quantizer.steps(quality).detach()
         return lagrangian * (steps * PIXEL_SCALE) ** 2 / 3
 
-    def rates(self, parameters: Tensor) -> Rates:
+    def rates(self, parameters: Tensor) -> Rates | RowRates:
         """Convert the prior's integer parameters to a rate model in floats, for training and the choice of codes.
 
         parameters: (N, P, D + 2 S + 1), or (N, P, 1) with a stored table.
         """
-        if self.config.rows:
-            return self.codebook.row_rates(parameters[..., 0])
-        return rates(parameters, self.config.dim)
+        if not self.config.rows:
+            return rates(parameters, self.config.dim)
+        table = self.tables.rates if isinstance(self.tables, RowTables) else self.codebook.table()
+        return RowRates(parameters[..., 0], table)
 
     def vectors(self, indices: Tensor) -> Tensor:
         """Look up code vectors: int64 (B, h, w, P) -> float (B, P D, h, w), in steps."""

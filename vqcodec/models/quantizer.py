@@ -38,6 +38,8 @@ ROW_SCALES, SQUARE_START = (0.04, 100.0), -12.0
 MOST_BITS = 24.0
 # Entries of a K-wide tensor processed at a time: several such blocks of 2^17 floats fit the second-level cache.
 CHUNK = 1 << 17
+# The same for an accelerator, which has no use for the cache: half a gigabyte.
+LARGE_CHUNK = 1 << 27
 
 
 def structured_start(codes: int, dim: int, outposts: str = "far") -> Tensor:
@@ -137,7 +139,7 @@ def _shell(norm: int, dim: int) -> Iterator[tuple[int, ...]]:
 
 @dataclass
 class Rates:
-    """The rate model of N rows of P planes; see the module's equation.
+    """The rate model of N rows of P planes, by parameters; see the module's equation.
 
     Attributes:
         theta: float (N, P, D + 2 S), natural parameters in log2 units: drift (D), -square (S), -linear (S).
@@ -146,6 +148,113 @@ class Rates:
 
     theta: Tensor
     zero: Tensor
+
+    def some(self, mask: Tensor) -> "Rates":
+        """The symbols where the mask, bool (P, N), says so, plane after plane: theta (M, D + 2 S) and zero (M,)."""
+        return Rates(self.theta.transpose(0, 1)[mask], self.zero.T[mask])
+
+    def blocks(self, book: "Codebook", members: list[int]) -> "Iterator[tuple[slice, Parts, Tensor, Tensor]]":
+        """Probabilities of the codes of M symbols that `some` picked, in blocks that fit the cache.
+
+        Args:
+            book: the codebook. members: number of symbols of each plane.
+
+        Yields:
+            A block and its planes as `plane_blocks` does, and both results of `log_probabilities`, (rows of the block,
+            K).
+        """
+        features, biases = book.features(), book.bias.detach()
+        for block, parts in plane_blocks(members, CHUNK // features.shape[1]):
+            logits = torch.empty(block.stop - block.start, features.shape[1], device=self.theta.device)
+            for plane, part, here in parts:
+                torch.addmm(biases[plane], self.theta[part], features[plane].T, out=logits[here])
+            yield block, parts, *_normalise(logits, self.zero[block, None])
+
+    def all(self, book: "Codebook", planes: slice) -> tuple[Tensor, Tensor]:
+        """`log_probabilities` of all symbols of some planes."""
+        features, bias = book.features()[planes], book.bias.detach()[planes]
+        return log_probabilities(features, bias, self.theta[:, planes], self.zero[:, planes])
+
+
+@dataclass
+class RowTable:
+    """A stored table of log2 probabilities.
+
+    Attributes:
+        logp: float32 (R, K), at least -MOST_BITS.
+        slope: float32 (R, K), how `logp` changes with the number from the prior that chooses the row, about; without
+            gradient.
+    """
+
+    logp: Tensor
+    slope: Tensor
+
+    @staticmethod
+    def of_probabilities(logp: Tensor) -> "RowTable":
+        """A table of log2 probabilities (R, K), which may be of learning parameters.
+
+        Codes whose bits are at their limit still ask for rows in which any code but 0 is likelier.
+        """
+        limited = logp < -MOST_BITS
+        zero = logp.detach()[:, :1].double()
+        flag = torch.log2(-torch.expm1(zero * math.log(2))).float()
+        slope = torch.where(limited, _slope(flag), _slope(logp.detach()))
+        return RowTable(logp.clamp(min=-MOST_BITS), slope)
+
+
+def _slope(table: Tensor) -> Tensor:
+    """Central differences over the rows of a table (R, K), for a step of the number that chooses the row."""
+    count = len(table)
+    rows = torch.arange(count, device=table.device)
+    above, below = (rows + 1).clamp(max=count - 1), (rows - 1).clamp(min=0)
+    return (table[above] - table[below]) / (above - below)[:, None] * (count / 255)
+
+
+@dataclass
+class RowRates:
+    """The rate model of N rows of P planes, by rows of a stored table.
+
+    Attributes:
+        given: (N, P), integers in [-127, 127] from the prior, any float dtype; see `row_of`.
+        table: of all planes.
+    """
+
+    given: Tensor
+    table: RowTable
+
+    @property
+    def row(self) -> Tensor:
+        """The rows of the table, int64 of the shape of `given`."""
+        return row_of(self.given.detach(), len(self.table.logp))
+
+    @property
+    def zero(self) -> Tensor:
+        """See `Rates`; without gradient."""
+        logp = self.table.logp.detach()[:, 0].double()
+        odds = (logp - torch.log2(-torch.expm1(logp * math.log(2)))).float()
+        return odds[self.row]
+
+    def some(self, mask: Tensor) -> "RowRates":
+        """See `Rates.some`."""
+        return RowRates(self.given.T[mask], self.table)
+
+    def blocks(self, book: "Codebook", members: list[int]) -> "Iterator[tuple[slice, Parts, Tensor, None]]":
+        """As `Rates.blocks`, without its last result."""
+        logp, row = self.table.logp.detach(), self.row
+        for block, parts in plane_blocks(members, CHUNK // logp.shape[1]):
+            yield block, parts, logp.index_select(0, row[block]), None
+
+    def all(self, book: "Codebook", planes: slice) -> tuple[Tensor, None]:
+        """As `Rates.all`, without its last result."""
+        return self.table.logp.detach()[self.row.T[planes]], None
+
+    def bits(self, indices: Tensor) -> Tensor:
+        """The bits of codes, int64 (N, P), float32 (N, P), with gradients for the table and what the prior gave."""
+        row = self.row
+        codes = row * self.table.logp.shape[1] + indices
+        spent = -functional.embedding(codes, self.table.logp.reshape(-1, 1))[..., 0]
+        slope = self.table.slope.flatten()[codes]
+        return spent - slope * (self.given - self.given.detach())
 
 
 class Codebook(nn.Module):
@@ -201,43 +310,31 @@ class Codebook(nn.Module):
     def features(self) -> Tensor:
         """Sufficient statistics of the rate model, float32 (P, K, D + 2 S): x_k, its squares and its absolute values.
 
-        With S = 1 squares and absolute values are summed over the dimensions. With a stored table, x_k are the initial
-        code vectors, because all planes share the table.
+        With S = 1 squares and absolute values are summed over the dimensions.
         """
-        if self.config.rows:
-            x = self.start.expand(self.config.planes, -1, -1)
-        else:
-            x = self.vectors.detach() / self.spread[:, None, None]
+        x = self.vectors.detach() / self.spread[:, None, None]
         sizes = [x.square(), x.abs()]
         if self.config.scales == 1:
             sizes = [size.sum(-1, keepdim=True) for size in sizes]
         return torch.cat([x, *sizes], -1)
 
-    def biases(self) -> Tensor:
-        """The bias of every plane, float32 (P, K)."""
-        return self.bias.expand(self.config.planes, -1)
-
     def rate_parameters(self) -> list[nn.Parameter]:
         """The parameters of the rate model, besides those of the prior."""
         return [self.bias, self.family] if self.config.rows else [self.bias]
 
-    def row_rates(self, given: Tensor) -> Rates:
-        """The rate model of the table rows that the prior chose.
+    def table(self) -> RowTable:
+        """The stored table that the family of rate models gives; its probabilities have a gradient.
 
-        Args:
-            given: integers in [-127, 127] from the prior, (N, P), any float dtype; see `row_of`. Their gradient is a
-                central difference over the neighbouring rows.
+        Its x_k are the initial code vectors, because all planes share the table.
         """
-        rows = self.config.rows
-        row = row_of(given.detach(), rows)
-        family = self.family[row]  # (N, P, 3)
-        with torch.no_grad():
-            above, below = (row + 1).clamp(max=rows - 1), (row - 1).clamp(min=0)
-            slope = (self.family[above] - self.family[below]) / (above - below)[..., None] * (rows / 255)
-        square, linear, zero = (family + slope * (given - given.detach())[..., None]).unbind(-1)
-        drift = torch.zeros(*square.shape, self.config.dim, device=square.device)
-        theta = torch.cat([drift, -torch.exp2(square)[..., None], -torch.exp2(linear)[..., None]], -1)
-        return Rates(theta, zero)
+        square, linear, zero = self.family.unbind(-1)
+        x = self.start[1:]
+        logits = self.bias[:, 1:] - torch.exp2(square)[:, None] * x.square().sum(-1)
+        logits = logits - torch.exp2(linear)[:, None] * x.abs().sum(-1)
+        values = logits - torch.logsumexp(logits * math.log(2), 1, keepdim=True) / math.log(2)
+        softplus = softplus2(zero)
+        flags = zero - softplus, -softplus
+        return RowTable.of_probabilities(torch.cat([flags[0][:, None], flags[1][:, None] + values], 1))
 
     def inputs(self) -> Tensor:
         """What the prior sees of each code, companded: float32 (P, K, 2 D), integers in [-127, 127].
@@ -249,7 +346,7 @@ class Codebook(nn.Module):
         return torch.cat([magnitude * e.sign(), magnitude], -1)
 
     @torch.no_grad()
-    def choose(self, v: Tensor, rates: Rates, weight: Tensor, rate_factor: float | Tensor) -> Tensor:
+    def choose(self, v: Tensor, rates: Rates | RowRates, weight: Tensor, rate_factor: float) -> Tensor:
         """Choose codes by the module's entropy-constrained rule.
 
         Args:
@@ -279,19 +376,35 @@ class Codebook(nn.Module):
         cost = weight * (v - vectors[:, 0]).square().sum(-1) + rate_factor * (softplus2(zero) - zero)
         return cost >= weight * (nearest - length).clamp(min=0).square()
 
-    def _choose(self, v: Tensor, rates: Rates, weight: Tensor, rate_factor: float | Tensor) -> Tensor:
-        mask = self.open_symbols(v, rates.zero, weight, rate_factor).T
-        # One row for each open symbol, plane after plane.
-        target, theta, zero, weight = (x.transpose(0, 1)[mask] for x in (v, rates.theta, rates.zero, weight))
-        chosen = [
-            k for *_, k in chosen_blocks(self, target, Rates(theta, zero), weight, rate_factor, mask.sum(1).tolist())
-        ]
+    def _choose(self, v: Tensor, rates: Rates | RowRates, weight: Tensor, rate_factor: float) -> Tensor:
+        vectors, weight = self.vectors.detach(), weight[..., None]
+        # -weight * |v - e|^2, up to a constant of the symbol, as one product: [2 weight v, -weight] . [e, |e|^2]
+        symbols = torch.cat([2 * weight * v, -weight], -1).transpose(0, 1)
+        codes = torch.cat([vectors, vectors.square().sum(-1, keepdim=True)], -1).transpose(1, 2)
         indices = torch.zeros(v.shape[:2], dtype=torch.int64, device=v.device)
+        if v.is_cuda:  # to look which symbols are open would take longer
+            for planes in plane_chunks(len(v), self.config):
+                logp, _ = rates.all(self, planes)
+                scores = logp.baddbmm_(symbols[planes], codes[planes], beta=rate_factor)
+                indices[:, planes] = scores.argmax(-1).T
+            return indices
+        mask = self.open_symbols(v, rates.zero, weight[..., 0], rate_factor).T
+        # One row for each open symbol, plane after plane.
+        symbols, members = symbols[mask], mask.sum(1).tolist()
+        chosen = []
+        for _, parts, scores, _ in rates.some(mask).blocks(self, members):
+            for plane, part, here in parts:
+                scores[here].addmm_(symbols[part], codes[plane], beta=rate_factor)
+            chosen.append(scores.max(-1)[1])
         indices.T[mask] = torch.cat(chosen) if chosen else indices.new_zeros(0)
         return indices
 
 
-def plane_blocks(members: list[int], limit: int) -> Iterator[tuple[slice, list[tuple[int, slice, slice]]]]:
+# The planes of a block: the number of each, its rows, and its rows within the block.
+Parts = list[tuple[int, slice, slice]]
+
+
+def plane_blocks(members: list[int], limit: int) -> Iterator[tuple[slice, Parts]]:
     """Group the planes of rows that are sorted by plane into blocks.
 
     Args:
@@ -302,7 +415,7 @@ def plane_blocks(members: list[int], limit: int) -> Iterator[tuple[slice, list[t
         The rows of a block, and for each of its planes that has rows: the plane, its rows, and its rows within the
         block.
     """
-    parts: list[tuple[int, slice, slice]] = []
+    parts: Parts = []
     first = start = 0
     for plane, count in enumerate(members):
         if not count:
@@ -317,6 +430,13 @@ def plane_blocks(members: list[int], limit: int) -> Iterator[tuple[slice, list[t
         yield slice(first, start), parts
 
 
+def plane_chunks(count: int, config: SliceConfig) -> Iterator[slice]:
+    """Groups of planes whose K-wide tensors, for `count` symbols each, an accelerator works on at once."""
+    some = max(1, LARGE_CHUNK // (count * config.codes))
+    for start in range(0, config.planes, some):
+        yield slice(start, start + some)
+
+
 def log_probabilities(features: Tensor, bias: Tensor, theta: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
     """The distributions that a rate model gives to the codes of p planes.
 
@@ -325,52 +445,37 @@ def log_probabilities(features: Tensor, bias: Tensor, theta: Tensor, zero: Tenso
         theta: (N, p, F). zero: (N, p). See `Rates`.
 
     Returns:
-        (p, N, K): log2 probabilities of all codes; and (p, N, K): probabilities given k > 0, with about 0 for code 0.
+        (p, N, K): log2 probabilities of all codes, at least -MOST_BITS; and (p, N, K): probabilities given k > 0, with
+        about 0 for code 0.
     """
     logits = torch.baddbmm(bias[:, None], theta.transpose(0, 1), features.transpose(1, 2))
     return _normalise(logits, zero.T[..., None])
 
 
-def rate_blocks(
-    features: Tensor, bias: Tensor, theta: Tensor, zero: Tensor, members: list[int]
-) -> Iterator[tuple[slice, list[tuple[int, slice, slice]], Tensor, Tensor]]:
-    """`log_probabilities` of M symbols that are sorted by plane, in blocks that fit the cache.
-
-    Args:
-        features: (P, K, F). bias: (P, K). theta: (M, F). zero: (M,).
-        members: number of symbols of each plane.
-
-    Yields:
-        A block and its planes as `plane_blocks` does, and both results of `log_probabilities`, (rows of the block, K).
-    """
-    codes = features.shape[1]
-    for block, parts in plane_blocks(members, CHUNK // codes):
-        logits = torch.empty(block.stop - block.start, codes, device=theta.device)
-        for plane, part, here in parts:
-            torch.addmm(bias[plane], theta[part], features[plane].T, out=logits[here])
-        yield block, parts, *_normalise(logits, zero[block, None])
-
-
 def chosen_blocks(
-    book: Codebook, v: Tensor, rates: Rates, weight: Tensor, rate_factor: float | Tensor, members: list[int]
-) -> Iterator[tuple[slice, list[tuple[int, slice, slice]], Tensor, Tensor, Tensor, Tensor]]:
+    book: Codebook,
+    v: Tensor,
+    rates: "Rates | RowRates",
+    weight: Tensor,
+    rate_factor: float | Tensor,
+    members: list[int],
+) -> "Iterator[tuple[slice, Parts, Tensor, Tensor | None, Tensor, Tensor]]":
     """The entropy-constrained choice for M symbols that are sorted by plane, in blocks that fit the cache.
 
     Args:
-        book: the codebook. v: (M, D), in steps. rates: theta (M, F), zero (M,). weight: (M,).
+        book: the codebook. v: (M, D), in steps. rates: of the symbols, as `some` gives them. weight: (M,).
         rate_factor: see `Codebook.choose`. members: number of symbols of each plane.
 
     Yields:
-        What `rate_blocks` yields, with log2 probabilities clamped to at least -MOST_BITS; -|v - e|^2 up to a constant
+        What `Rates.blocks` yields; -|v - e|^2 up to a constant
         of the row, (rows of the block, K); and the chosen codes, int64 (rows of the block,).
     """
-    features, vectors = book.features(), book.vectors.detach()
+    vectors = book.vectors.detach()
     lengths = vectors.square().sum(-1)
-    for block, parts, logp, values in rate_blocks(features, book.biases().detach(), rates.theta, rates.zero, members):
+    for block, parts, logp, values in rates.blocks(book, members):
         distances = torch.empty_like(logp)
         for plane, part, here in parts:
             torch.addmm(-lengths[plane], v[part], vectors[plane].T, alpha=2, out=distances[here])
-        logp.clamp_(min=-MOST_BITS)
         scores = torch.mul(logp, rate_factor).add_(distances * weight[block, None])
         yield block, parts, logp, values, distances, scores.max(-1)[1]
 
@@ -385,7 +490,7 @@ def _normalise(logits: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
     softplus = softplus2(zero)
     logits -= torch.log2(total) + softplus
     logits[..., :1] = zero - softplus
-    return logits, values.div_(total)
+    return logits.clamp_(min=-MOST_BITS), values.div_(total)
 
 
 def negative_distances(v: Tensor, vectors: Tensor) -> Tensor:

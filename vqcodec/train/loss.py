@@ -20,7 +20,7 @@ from torch.nn import functional
 from vqcodec.models.config import Config
 from vqcodec.models.model import Context, Estimate, Follower, Slice, levels_of, walk
 from vqcodec.models.prior import Prior
-from vqcodec.models.quantizer import Codebook, Rates, grid, rows
+from vqcodec.models.quantizer import Codebook, Rates, RowRates, grid, rows
 from vqcodec.models.vqvae import VQVAE
 from vqcodec.train.codebooks import update_averages
 from vqcodec.train.distortion import Distortion
@@ -198,7 +198,9 @@ class RateDistortion(nn.Module):
             sought = rows(here, config.planes)
             if self.config.rate == "after" and not run.only_prior:
                 shape = sought.shape[:2]
-                model = Rates(sought.new_zeros(*shape, config.parameters - 1), sought.new_zeros(shape))
+                model: Rates | RowRates = Rates(
+                    sought.new_zeros(*shape, config.parameters - 1), sought.new_zeros(shape)
+                )
             else:
                 model = piece.rates(one.parameters)
             count = here.shape[2] * here.shape[3]

@@ -5,6 +5,7 @@ no gradient, so the vectors get that of the expected bits under a soft assignmen
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,13 @@ from torch import Tensor
 from vqcodec.models.quantizer import (
     MOST_BITS,
     Codebook,
+    Parts,
     Rates,
+    RowRates,
     chosen_blocks,
     log_probabilities,
     negative_distances,
+    plane_chunks,
     softplus2,
 )
 
@@ -25,12 +29,10 @@ from vqcodec.models.quantizer import (
 TEMPERATURE = 0.5
 # Codes next to code 0.
 NEAR = 13
-# Entries of a K-wide tensor that an accelerator works on at once: half a gigabyte.
-LARGE_CHUNK = 1 << 27
 
 
 def quantise(
-    book: Codebook, v: Tensor, rates: Rates, weight: Tensor, rate_factor: float | Tensor, share: Tensor
+    book: Codebook, v: Tensor, rates: Rates | RowRates, weight: Tensor, rate_factor: float | Tensor, share: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose codes, and count their bits.
 
@@ -43,10 +45,58 @@ def quantise(
         int64 (N, P); and float32 (N,), without gradient.
     """
     with torch.autocast(v.device.type, enabled=False):
+        if isinstance(rates, RowRates):
+            return _quantise_rows(book, v.float(), rates, weight, rate_factor, share)
         loss, indices, bits = _Quantise.apply(  # type: ignore[no-untyped-call]
-            v.float(), rates.theta.float(), rates.zero.float(), book.biases(), book, weight, rate_factor, share
+            v.float(), rates.theta.float(), rates.zero.float(), book.bias, book, weight, rate_factor, share
         )
     return loss, indices, bits
+
+
+def _quantise_rows(
+    book: Codebook, v: Tensor, rates: RowRates, weight: Tensor, rate_factor: float | Tensor, share: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`quantise` with a stored table, whose own gradients are look-ups."""
+    indices, pull = _choose_rows(book, v.detach(), rates, weight, rate_factor, v.requires_grad)
+    spent = rates.bits(indices)
+    loss = (spent * share[:, None]).sum()
+    if pull is not None:
+        pulled = (v * (pull * share[:, None, None])).sum()
+        loss = loss + (pulled - pulled.detach())  # nothing but a gradient
+    return loss, indices, spent.detach().sum(1)
+
+
+@torch.no_grad()
+def _choose_rows(
+    book: Codebook, v: Tensor, rates: RowRates, weight: Tensor, rate_factor: float | Tensor, pulled: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The codes, int64 (N, P), and if `pulled` the gradient of expected bits as of `_pull`, float (N, P, D)."""
+    vectors = book.vectors.detach()
+    indices = torch.zeros(v.shape[:2], dtype=torch.int64, device=v.device)
+    pull: Tensor | None = None
+    if v.is_cuda:
+        pull = torch.empty_like(v) if pulled else None
+        for planes, logp, _, distances, k in _chosen_chunks(book, v, rates, weight, rate_factor):
+            indices[:, planes] = k.T
+            if pull is not None:
+                pull[:, planes] = _pull(logp, distances, vectors[planes])
+        return indices, pull
+    if pulled:
+        near = vectors[:, :NEAR]
+        pull = _pull(rates.table.logp[rates.row.T, :NEAR], negative_distances(v, near), near)
+    mask = book.open_symbols(v, rates.zero, weight, rate_factor).T
+    target, members = v.transpose(0, 1)[mask], mask.sum(1).tolist()
+    chosen, soft = torch.empty(len(target), dtype=torch.int64, device=v.device), torch.empty_like(target)
+    for rows, parts, logp, _, distances, k in chosen_blocks(
+        book, target, rates.some(mask), weight.T[mask], rate_factor, members
+    ):
+        chosen[rows] = k
+        if pulled:
+            _pull_parts(logp, distances, vectors, parts, soft[rows])
+    indices.T[mask] = chosen
+    if pull is not None:
+        pull.transpose(0, 1)[mask] = soft
+    return indices, pull
 
 
 @dataclass
@@ -109,7 +159,7 @@ class _Quantise(torch.autograd.Function):
 
 def _quantise_open(book: Codebook, task: _Task) -> _Answer:
     """Only for symbols for which another code than 0 could win, in blocks that fit the cache."""
-    v, theta, zero, bias = task.v, task.rates.theta, task.rates.zero, book.biases().detach()
+    v, theta, zero, bias = task.v, task.rates.theta, task.rates.zero, book.bias.detach()
     features, vectors = book.features(), book.vectors.detach()
     bits = (softplus2(zero) - zero).clamp_(max=MOST_BITS)
     indices = torch.zeros(zero.shape, dtype=torch.int64, device=v.device)
@@ -119,7 +169,7 @@ def _quantise_open(book: Codebook, task: _Task) -> _Answer:
         # Symbols that have code 0 for certain are pulled to it as far as the codes next to it say.
         near = vectors[:, :NEAR]
         logp, _ = log_probabilities(features[:, :NEAR], bias[:, :NEAR], theta, zero)
-        grad_v = _pull(logp.clamp_(min=-MOST_BITS), negative_distances(v, near), near) * task.share[:, None, None]
+        grad_v = _pull(logp, negative_distances(v, near), near) * task.share[:, None, None]
     # One row for each open symbol, plane after plane; the others have code 0.
     mask = book.open_symbols(v, zero, task.weight, task.rate_factor).T
     target, drift, odds = (x.transpose(0, 1)[mask] for x in (v, theta, zero))
@@ -134,14 +184,11 @@ def _quantise_open(book: Codebook, task: _Task) -> _Answer:
     ):
         chosen[rows] = k
         spent[rows] = -logp.gather(-1, k[:, None])[:, 0]
-        if task.pulled:  # as `_pull`
-            w = torch.softmax(distances.mul_(1 / TEMPERATURE), -1)
-            logp -= torch.linalg.vecdot(w, logp)[:, None]
-            w *= logp
-            for plane, part, here in parts:
-                torch.mm(w[here], vectors[plane], out=soft[part])
+        if task.pulled:
+            _pull_parts(logp, distances, vectors, parts, soft[rows])
         if not task.learns:
             continue
+        assert values is not None
         # The rate model learns from the chosen code: d bits / d theta = E_p[f] - f_k, for k other than 0
         # whose bits are not at their limit.
         other = ((k > 0) & (spent[rows] < MOST_BITS)).float() * portion[rows]
@@ -151,7 +198,7 @@ def _quantise_open(book: Codebook, task: _Task) -> _Answer:
             expected[part].addcmul_(features[plane][k[here]], other[here][:, None], value=-1)
             grad_bias[plane] += values[here].sum(0).scatter_add_(0, k[here], -other[here])
     if grad_v is not None:
-        grad_v.transpose(0, 1)[mask] = soft.mul_((-2 / TEMPERATURE) * portion[:, None])
+        grad_v.transpose(0, 1)[mask] = soft.mul_(portion[:, None])
     if task.learns:
         grad_theta.transpose(0, 1)[mask] = expected
     indices.T[mask] = chosen
@@ -161,30 +208,39 @@ def _quantise_open(book: Codebook, task: _Task) -> _Answer:
 
 def _quantise_all(book: Codebook, task: _Task) -> _Answer:
     """For all symbols and codes alike: for devices where looking which symbols are open would take longer."""
-    v, theta, zero, bias = task.v, task.rates.theta, task.rates.zero, book.biases().detach()
+    v, theta, zero = task.v, task.rates.theta, task.rates.zero
     features, vectors = book.features(), book.vectors.detach()
     indices, spent = torch.empty_like(zero, dtype=torch.int64), torch.empty_like(zero)
     grad_v = torch.empty_like(v) if task.pulled else None
-    grad_theta, grad_bias = torch.zeros_like(theta), torch.zeros_like(bias)
-    count, planes = zero.shape
-    some = max(1, LARGE_CHUNK // (count * vectors.shape[1]))
-    for start in range(0, planes, some):
-        part = slice(start, start + some)
-        logp, values = log_probabilities(features[part], bias[part], theta[:, part], zero[:, part])
-        logp.clamp_(min=-MOST_BITS)
-        distances = negative_distances(v[:, part], vectors[part])
-        k = torch.addcmul(logp * task.rate_factor, distances, task.weight.T[part, :, None]).argmax(-1)  # (p, N)
+    grad_theta, grad_bias = torch.zeros_like(theta), torch.zeros_like(book.bias)
+    for part, logp, values, distances, k in _chosen_chunks(book, v, task.rates, task.weight, task.rate_factor):
         bits = -logp.gather(-1, k[..., None])[..., 0]
         indices[:, part], spent[:, part] = k.T, bits.T
         if grad_v is not None:
             grad_v[:, part] = _pull(logp, distances, vectors[part]) * task.share[:, None, None]
         if task.learns:
+            assert values is not None
             other = ((k > 0) & (bits < MOST_BITS)).float() * task.share
             values *= other[..., None]
             values.scatter_add_(-1, k[..., None], -other[..., None])  # now d bits / d logits
             grad_theta[:, part] = torch.bmm(values, features[part]).transpose(0, 1)
             grad_bias[part] = values.sum(1)
     return indices, spent, grad_v, grad_theta, grad_bias
+
+
+def _chosen_chunks(
+    book: Codebook, v: Tensor, rates: Rates | RowRates, weight: Tensor, rate_factor: float | Tensor
+) -> Iterator[tuple[slice, Tensor, Tensor | None, Tensor, Tensor]]:
+    """The choice for all symbols alike, plane by plane.
+
+    Yields:
+        Some planes, both results of `Rates.all`, `negative_distances`, and the chosen codes, int64 (p, N).
+    """
+    for planes in plane_chunks(len(v), book.config):
+        logp, values = rates.all(book, planes)
+        distances = negative_distances(v[:, planes], book.vectors.detach()[planes])
+        k = torch.addcmul(logp * rate_factor, distances, weight.T[planes, :, None]).argmax(-1)
+        yield planes, logp, values, distances, k
 
 
 def _pull(logp: Tensor, distances: Tensor, vectors: Tensor) -> Tensor:
@@ -198,3 +254,17 @@ def _pull(logp: Tensor, distances: Tensor, vectors: Tensor) -> Tensor:
     w = torch.softmax(distances.mul_(1 / TEMPERATURE), -1)
     logp -= torch.linalg.vecdot(w, logp)[..., None]
     return torch.bmm(w.mul_(logp), vectors).transpose(0, 1) * (-2 / TEMPERATURE)
+
+
+def _pull_parts(logp: Tensor, distances: Tensor, vectors: Tensor, parts: Parts, out: Tensor) -> None:
+    """`_pull` for a block of symbols that are sorted by plane.
+
+    Args:
+        logp, distances: (M, K), overwritten. vectors: (P, K, D). parts: the planes of the block. out: float (M, D).
+    """
+    w = torch.softmax(distances.mul_(1 / TEMPERATURE), -1)
+    logp -= torch.linalg.vecdot(w, logp)[:, None]
+    w *= logp
+    for plane, _, here in parts:
+        torch.mm(w[here], vectors[plane], out=out[here])
+    out *= -2 / TEMPERATURE
