@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time and peak memory over picture sizes, beside JPEG XL.")
     parser.add_argument("-o", "--output", type=Path, default=Path("out/speed.json"), help="default: %(default)s")
-    parser.add_argument("--sizes", type=_sizes, default=SIZES, help="WIDTHxHEIGHT,...; default: %(default)s")
+    parser.add_argument("--sizes", type=sizes, default=SIZES, help="WIDTHxHEIGHT,...; default: %(default)s")
     parser.add_argument("--weights", type=Path, help="weights file of vqcodec (default: the packaged one)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of vqcodec (default: auto)")
     parser.add_argument(
@@ -125,7 +125,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _sizes(text: str) -> list[tuple[int, int]]:
+def sizes(text: str) -> list[tuple[int, int]]:
     """Pairs of width and height out of "768x512,..."."""
     sizes = []
     for part in text.split(","):

@@ -26,7 +26,20 @@ pytest.importorskip("imagecodecs", reason="needs the extra 'bench': pip install 
 
 from models import TINY
 
-from bench import codecs, curves, effort, measures, plots, rate_distortion, report, sensitivity, speed, strip, targets
+from bench import (
+    codecs,
+    curves,
+    effort,
+    launches,
+    measures,
+    plots,
+    rate_distortion,
+    report,
+    sensitivity,
+    speed,
+    strip,
+    targets,
+)
 from bench.bd_rate import Curve, bd_rate, pchip
 from vqcodec import tuning
 from vqcodec import weights as weights_files
@@ -470,6 +483,35 @@ def test_report_escapes_text() -> None:
     page = report.render("T<t>", "lead", [report.Section("S", ["p <b>"], tables=[("", table)])])
     assert "T&lt;t&gt;" in page and "p &lt;b&gt;" in page and "<small>&lt;2&gt;</small>" in page
     assert "<a>" not in page
+
+
+def test_launches_are_counted(fast_weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of operators that compute, and of what a host waits for; the codec is asked as if it were on a GPU."""
+    mask = torch.tensor([True, False])
+
+    def work() -> None:
+        x = torch.ones(2)
+        assert x.is_cuda
+        (x.view(2, 1) + 1).relu()[mask].to("cpu").tolist()
+
+    computed, waited = launches.count(work)
+    assert computed == {"aten.ones.default": 1, "aten.add.Tensor": 1, "aten.relu.default": 1, "aten.index.Tensor": 1}
+    assert waited == {"mask": 1, "to": 1, "tolist": 1}
+    arguments = ["--weights", str(fast_weights), "--sizes", "128x64", "--all"]
+    assert launches.main(arguments) == 0
+    output = capsys.readouterr().out
+    assert "128x64 encode: " in output and "128x64 decode: " in output and "aten.im2col.default" in output
+    assert launches.main(["--weights", "missing"]) == 1
+
+
+def test_batches_of_tiles_are_launched_once(fast_weights: Path) -> None:
+    """Four equal tiles do not cost a GPU four times the launches of one."""
+    counted = []
+    for size in (64, 128):
+        pixels = speed.sample(size, size)
+        seen, _ = launches.count(lambda pixels=pixels: vqcodec.compress(pixels, weights=fast_weights, tile=64))
+        counted.append(seen.total())
+    assert counted[0] < counted[1] < 2 * counted[0]
 
 
 def test_speed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

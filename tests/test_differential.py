@@ -214,7 +214,7 @@ def bits_of(model: Model, codes: list[Tensor], quality: int) -> float:
     with coding.exact(model):
         for piece in walk(model.levels, context):
             for one in context.passes(codes[piece.level][None, :, :, piece.planes].long()):
-                coding.put(Counting(), piece, one)  # type: ignore[arg-type]
+                coding.put([Counting()], piece, one)  # type: ignore[arg-type]
     return bits
 
 

@@ -16,6 +16,9 @@ from vqcodec.models.model import Context, Level, Model, Pass, Slice, walk
 from vqcodec.models.quantizer import row_of
 from vqcodec.spans import span, timed
 
+# Pixels of the tiles of a batch, unless one has more. A CPU is busy with one usual tile; a GPU waits for launches.
+BATCH_PIXELS = {"cpu": 1 << 20, "cuda": 1 << 24}
+
 
 @contextlib.contextmanager
 def exact(model: Model) -> Iterator[None]:
@@ -24,25 +27,27 @@ def exact(model: Model) -> Iterator[None]:
         yield
 
 
-class Tile(Context):
-    """The prior's context in one tile, and the place of the tile.
+class Tiles(Context):
+    """The prior's context in a batch of tiles of one size, which the networks see together.
 
     Attributes:
-        window: rows and columns of the tile on the present level's grid.
+        numbers: of the tiles, in file order.
+        windows: rows and columns of each tile on the present level's grid.
     """
 
-    window: tuple[slice, slice]
+    windows: list[tuple[slice, slice]]
 
-    def __init__(self, quality: Tensor, box: Box) -> None:
-        """quality: (1,), 1..100. box: of the tile in pixels, multiples of `Config.multiple`."""
-        self.top, self.left, height, width = box
-        super().__init__(quality, height, width)
+    def __init__(self, quality: Tensor, numbers: list[int], boxes: list[Box]) -> None:
+        """quality: (1,), 1..100. boxes: of the tiles in pixels, multiples of `Config.multiple`, all of one size."""
+        self.numbers, self._corners = numbers, [box[:2] for box in boxes]
+        super().__init__(quality.expand(len(boxes)), *boxes[0][2:])
 
     def begin(self, level: Level) -> None:
         super().begin(level)
-        top, left = self.top // level.stage.stride, self.left // level.stage.stride
-        height, width = (side // level.stage.stride for side in self.size)
-        self.window = slice(top, top + height), slice(left, left + width)
+        stride = level.stage.stride
+        height, width = (side // stride for side in self.size)
+        corners = [(top // stride, left // stride) for top, left in self._corners]
+        self.windows = [(slice(top, top + height), slice(left, left + width)) for top, left in corners]
 
     def passes(self, given: Tensor | None = None) -> Iterator[Pass]:
         """See `Context.passes`; counts the time as the prior's."""
@@ -55,10 +60,20 @@ class Tile(Context):
             yield one
 
 
-def tiles_of(model: Model, frame: Frame) -> list[Tile]:
-    """The tiles of a picture in file order."""
+def batches_of(model: Model, frame: Frame) -> list[Tiles]:
+    """All tiles of a picture, in batches of equal ones."""
     quality = torch.tensor([frame.quality], device=model.device)
-    return [Tile(quality, box) for box in frame.padded_tiles(model.config.multiple)]
+    boxes = frame.padded_tiles(model.config.multiple)
+    sizes: dict[tuple[int, int], list[int]] = {}
+    for number, (_, _, height, width) in enumerate(boxes):
+        sizes.setdefault((height, width), []).append(number)
+    batches = []
+    for (height, width), numbers in sizes.items():
+        count = max(1, BATCH_PIXELS[model.device.type] // (height * width))
+        for start in range(0, len(numbers), count):
+            some = numbers[start : start + count]
+            batches.append(Tiles(quality, some, [boxes[number] for number in some]))
+    return batches
 
 
 def no_codes(config: Config, frame: Frame) -> list[Tensor]:
@@ -73,67 +88,93 @@ def no_codes(config: Config, frame: Frame) -> list[Tensor]:
 
 
 @timed("range coder")
-def put(coder: Encoder, piece: Slice, one: Pass) -> None:
-    """Range-code the codes of one pass.
+def put(coders: Sequence[Encoder], piece: Slice, one: Pass) -> None:
+    """Range-code the codes of one pass; `coders` has one for each tile of the batch.
 
     A prior in raster order has one pass, but the decoder needs its codes position by position.
     """
-    assert piece.prior is not None and piece.tables is not None and one.codes is not None
-    count = 1 if piece.prior.at_once else len(one.codes)
-    for start in range(0, len(one.codes), count):
-        part = slice(start, start + count)
-        _put(coder, piece.tables, one.parameters[part], one.codes[part])
-
-
-def _put(coder: Encoder, tables: CodeTables | RowTables, parameters: Tensor, k: Tensor) -> None:
-    """Range-code symbols k, int64 (N, P): in order of their table rows, or all flags, then values plane by plane."""
+    tables = piece.tables
+    assert piece.prior is not None and one.codes is not None
     if isinstance(tables, RowTables):
-        rows, order = _by_row(tables, parameters)
-        coder.put_rows(k.flatten().cpu().numpy()[order], rows[order], tables.table)
+        rows, order = _by_row(tables, one.parameters, len(coders))
+        symbols = one.codes.reshape(len(coders), -1).cpu().numpy()
+        for number, coder in enumerate(coders):
+            coder.put_rows(symbols[number][order[number]], rows[number][order[number]], tables.table)
         return
+    assert tables is not None
+    parts = (_by_tile(x, coders) for x in (one.parameters, one.codes))
+    for coder, parameters, codes in zip(coders, *parts, strict=True):
+        count = 1 if piece.prior.at_once else len(codes)
+        for start in range(0, len(codes), count):
+            _put(coder, tables, parameters[start : start + count], codes[start : start + count])
+
+
+def _put(coder: Encoder, tables: CodeTables, parameters: Tensor, k: Tensor) -> None:
+    """Range-code symbols k, int64 (N, P): all flags, then values plane by plane."""
     other = k > 0
     coder.put(other.reshape(-1).cpu().numpy(), flag_counts(parameters))
     coder.put(k.T[other.T].cpu().numpy() - 1, tables.value_counts(parameters, other))
 
 
 @timed("range coder")
-def get(coder: Source, piece: Slice, one: Pass) -> Tensor:
-    """Decode the codes of one pass, int64 (N, P). The inverse of `put`."""
-    assert piece.tables is not None
-    if isinstance(piece.tables, RowTables):
-        rows, order = _by_row(piece.tables, one.parameters)
-        symbols = np.empty(len(rows), np.int64)
-        symbols[order] = coder.get_rows(rows[order], piece.tables.table)
+def get(coders: Sequence[Source | None], piece: Slice, one: Pass) -> Tensor:
+    """Decode the codes of one pass, int64 (N, P). The inverse of `put`; a tile without a coder gets codes 0."""
+    tables = piece.tables
+    if isinstance(tables, RowTables):
+        rows, order = _by_row(tables, one.parameters, len(coders))
+        symbols = np.zeros(rows.shape, np.int64)
+        for number, coder in enumerate(coders):
+            if coder is not None:
+                symbols[number][order[number]] = coder.get_rows(rows[number][order[number]], tables.table)
         return torch.from_numpy(symbols).reshape(one.parameters.shape[:2]).to(one.parameters.device)
-    flags = coder.get(flag_counts(one.parameters))
-    k = torch.from_numpy(flags.astype(np.int64)).reshape(one.parameters.shape[:2]).to(one.parameters.device)
+    assert tables is not None
+    codes = []
+    for coder, parameters in zip(coders, _by_tile(one.parameters, coders), strict=True):
+        zeros = torch.zeros(parameters.shape[:2], dtype=torch.int64, device=parameters.device)
+        codes.append(zeros if coder is None else _get(coder, tables, parameters))
+    return torch.cat(codes)
+
+
+def _get(coder: Source, tables: CodeTables, parameters: Tensor) -> Tensor:
+    """The inverse of `_put`."""
+    flags = coder.get(flag_counts(parameters))
+    k = torch.from_numpy(flags.astype(np.int64)).reshape(parameters.shape[:2]).to(parameters.device)
     other = k > 0
-    values = coder.get(piece.tables.value_counts(one.parameters, other))
+    values = coder.get(tables.value_counts(parameters, other))
     k.T[other.T] += torch.from_numpy(values.astype(np.int64)).to(k.device)
     return k
 
 
-def _by_row(tables: RowTables, parameters: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The table rows of the N P symbols of a pass, and the order in which symbols are coded.
+def _by_tile(x: Tensor, coders: Sequence[object]) -> tuple[Tensor, ...]:
+    """Split the rows of a pass by tiles: (N, ...) -> (N / tiles, ...) each."""
+    return x.reshape(len(coders), -1, *x.shape[1:]).unbind()
 
-    Both are (N P,). Symbols are numbered position by position, and within a position plane by plane. They are coded in
-    ascending order of their rows, and in the order of their numbers within a row.
+
+def _by_row(tables: RowTables, parameters: Tensor, tiles: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The table rows of the symbols of a pass, and the order in which the symbols of a tile are coded.
+
+    Both are (tiles, N P / tiles). The symbols of a tile are numbered position by position, and within a position plane
+    by plane. They are coded in ascending order of their rows, and in the order of their numbers within a row.
     """
-    rows = row_of(parameters, tables.piece.rows).flatten().cpu().numpy()
-    return rows, np.argsort(rows, kind="stable")
+    rows = row_of(parameters.cpu(), tables.piece.rows).reshape(tiles, -1).numpy()
+    return rows, np.argsort(rows, 1, kind="stable")
 
 
 def encode(model: Model, frame: Frame, codes: list[Tensor]) -> list[bytes]:
     """Range-code codes, in the form that `decode` returns, to segments in file order. The inverse of `decode`."""
-    tiles = tiles_of(model, frame)
-    coders = [[Encoder() for _ in range(model.config.layers)] for _ in tiles]
-    for tile, own in zip(tiles, coders, strict=True):
-        for piece in walk(model.levels, tile):
-            given = codes[piece.level][(*tile.window, piece.planes)][None].to(model.device, torch.int64)
-            for one in tile.passes(given):
-                put(own[piece.config.layer], piece, one)
-        tile.release()
+    coders = new_coders(model, frame)
+    for batch in batches_of(model, frame):
+        for piece in walk(model.levels, batch):
+            given = torch.stack([codes[piece.level][(*window, piece.planes)] for window in batch.windows])
+            for one in batch.passes(given.to(model.device, torch.int64)):
+                put([coders[number][piece.config.layer] for number in batch.numbers], piece, one)
+        batch.release()
     return in_file_order(coders)
+
+
+def new_coders(model: Model, frame: Frame) -> list[list[Encoder]]:
+    """Encoders by tile and layer."""
+    return [[Encoder() for _ in range(model.config.layers)] for _ in frame.tiles()]
 
 
 def in_file_order(coders: list[list[Encoder]]) -> list[bytes]:
@@ -155,19 +196,24 @@ def decode(model: Model, frame: Frame, segments: Sequence[bytes | None]) -> list
         ChecksumError: a segment is not what an encoder wrote.
     """
     codes = no_codes(model.config, frame)
-    tiles = tiles_of(model, frame)
-    for number, tile in enumerate(tiles):
-        own = segments[number :: len(tiles)]
-        coders: dict[int, Decoder] = {}
-        for piece in walk(model.levels, tile):
+    count = len(segments) // model.config.layers
+    for batch in batches_of(model, frame):
+        left = {number: segments[number::count] for number in batch.numbers}
+        coders: dict[tuple[int, int], Decoder] = {}
+        for piece in walk(model.levels, batch):
             layer = piece.config.layer
-            data = own[layer]
-            if data is None:
+            for number, own in list(left.items()):
+                if (data := own[layer]) is None:
+                    del left[number]
+                elif (number, layer) not in coders:
+                    coders[number, layer] = Decoder(data)
+            if not left:
                 break
-            if layer not in coders:
-                coders[layer] = Decoder(data)
-            for one in tile.passes():
-                one.codes = get(coders[layer], piece, one)
-            codes[piece.level][(*tile.window, piece.planes)] = tile.take_codes()[0].to("cpu", torch.int16)
-        tile.release()
+            sources = [coders[number, layer] if number in left else None for number in batch.numbers]
+            for one in batch.passes():
+                one.codes = get(sources, piece, one)
+            chosen = batch.take_codes().to("cpu", torch.int16)
+            for window, own_codes in zip(batch.windows, chosen, strict=True):
+                codes[piece.level][(*window, piece.planes)] = own_codes
+        batch.release()
     return codes

@@ -6,7 +6,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vqcodec import coding, synthesis, tuning
-from vqcodec.entropy import Encoder
 from vqcodec.frame import Frame
 from vqcodec.models.model import Model, Pass, Slice, walk
 from vqcodec.models.quantizer import rows
@@ -31,46 +30,50 @@ def encode(
     latents = synthesis.analyse(model, pixels, quality)
     codes = coding.no_codes(model.config, frame)
     estimate = synthesis.GridEstimate(model, frame)
-    tiles = coding.tiles_of(model, frame)
-    coders = [[Encoder() for _ in range(model.config.layers)] for _ in tiles]
-    for piece in walk(model.levels, estimate, *tiles):
+    batches = coding.batches_of(model, frame)
+    coders = coding.new_coders(model, frame)
+    for piece in walk(model.levels, estimate, *batches):
         step_cost = piece.error_weight(importance.weight, quality) * importance.of_planes(piece.level, piece.planes)
-        for tile, own in zip(tiles, coders, strict=True):
-            window = (slice(None), piece.channels, *tile.window)
-            v = (latents[piece.level][window] - estimate.values[window]) / estimate.step
-            factors = importance.of_places(piece.level == len(latents) - 1, tile.window)
-            for one in tile.passes(_nearest(piece, v)):
+        whole = latents[piece.level][:, piece.channels]
+        for batch in batches:
+            cuts = [(slice(None), slice(None), *window) for window in batch.windows]
+            v = torch.cat([(whole[cut] - estimate.here[cut]) / estimate.step for cut in cuts])
+            finest = piece.level == len(latents) - 1
+            factors = [importance.of_places(finest, window) for window in batch.windows]
+            for one in batch.passes(_nearest(piece, v)):
                 if one.codes is None:
                     one.codes = _choose(piece, one, v, step_cost, factors, model.config.rate_factor)
-                coding.put(own[piece.config.layer], piece, one)
-            chosen = tile.take_codes()
-            estimate.add_at(tile.window, piece.vectors(chosen))
-            codes[piece.level][(*tile.window, piece.planes)] = chosen[0].to("cpu", torch.int16)
+                coding.put([coders[number][piece.config.layer] for number in batch.numbers], piece, one)
+            chosen = batch.take_codes()
+            vectors, narrow = piece.vectors(chosen), chosen.to("cpu", torch.int16)
+            for tile, window in enumerate(batch.windows):
+                estimate.add_at(window, vectors[tile : tile + 1])
+                codes[piece.level][(*window, piece.planes)] = narrow[tile]
     return coding.in_file_order(coders), codes
 
 
 def _nearest(piece: Slice, v: Tensor) -> Tensor | None:
-    """The codes nearest to v, int64 (1, h, w, P), for a prior in raster order; None for any other.
+    """The codes nearest to v, int64 (B, h, w, P), for a prior in raster order; None for any other.
 
     A raster prior takes a single pass if all codes are known before it.
     """
     assert piece.prior is not None
     if not piece.prior.at_once:
         return None
-    return piece.codebook.nearest(rows(v, piece.config.planes)).reshape(1, *v.shape[2:], -1)
+    return piece.codebook.nearest(rows(v, piece.config.planes)).reshape(len(v), *v.shape[2:], -1)
 
 
 @timed("choice")
 def _choose(
-    piece: Slice, one: Pass, v: Tensor, step_cost: Tensor, factors: Tensor | None, rate_factor: float
+    piece: Slice, one: Pass, v: Tensor, step_cost: Tensor, factors: list[Tensor | None], rate_factor: float
 ) -> Tensor:
     """Choose the codes of one pass by bits and weighted error.
 
     Args:
         piece: the slice. one: the pass.
-        v: float (1, P D, h, w), the residual of the tile in steps.
+        v: float (B, P D, h, w), the residuals of the tiles in steps.
         step_cost: float (1, P), bits per squared step.
-        factors: float (h, w), what the error of each position is multiplied by; None for 1.
+        factors: for each tile float (h, w), what the error of each position is multiplied by, or None for 1.
         rate_factor: see `Codebook.choose`.
 
     Returns:
@@ -78,6 +81,7 @@ def _choose(
     """
     target = rows(v[(slice(None), slice(None), *one.places)], piece.config.planes)
     costs = step_cost.expand(len(target), -1)
-    if factors is not None:
-        costs = costs * factors[one.places].reshape(-1, 1)
+    known = [here[one.places].flatten() for here in factors if here is not None]
+    if known:
+        costs = costs * torch.cat(known)[:, None]
     return piece.codebook.choose(target, piece.rates(one.parameters), costs, rate_factor)

@@ -117,11 +117,11 @@ def draw(model: Model, frame: Frame, dice: Dice, given: list[Tensor] | None = No
     """
     finest = model.config.levels[-1].stride
     codes = coding.no_codes(model.config, frame)
-    (tile,) = coding.tiles_of(model, frame)
+    (tile,) = coding.batches_of(model, frame)
     for piece in walk(model.levels, tile):
         kept = rows * finest // piece.stage.stride
         for one in tile.passes():
-            one.codes = coding.get(dice, piece, one)
+            one.codes = coding.get([dice], piece, one)
             if given is not None:
                 known = given[piece.level][:kept, :, piece.planes][one.places].to(one.codes).flatten(0, 1)
                 one.codes[: len(known)] = known

@@ -82,6 +82,14 @@ class IntegerConv(nn.Conv2d):
         # 2^(bits - exponent) as a table, because exp2 and pow need not be exact on every device.
         powers = torch.tensor([2.0 ** (bits - e) for e in range(MAX_EXPONENT + 1)])
         self.register_buffer("powers", powers, persistent=False)
+        self._scaled: Tensor | None = None
+
+    def _scaled_weight(self) -> Tensor:
+        """The frozen weights times 2^(bits - exponent), which is exact; made once."""
+        if self._scaled is None:
+            with torch.inference_mode(False):  # the search's gradients refuse inference tensors
+                self._scaled = self.weight.detach() * self.powers[self.exponent.long()][:, None, None, None]
+        return self._scaled
 
     def _integers(self) -> tuple[Tensor, Tensor]:
         """The 8-bit integer weights, as float32, and the exponent of each output channel."""
@@ -97,7 +105,7 @@ class IntegerConv(nn.Conv2d):
             assert self.bias is not None
             self.weight.data, self.bias.data = integers, self.bias.data.round()
             self.exponent = exponent.int()
-            self.frozen = True
+            self.frozen, self._scaled = True, None
 
     def thaw(self) -> None:
         """Restore trainable floats, which round to the same integers, in place."""
@@ -120,9 +128,7 @@ class IntegerConv(nn.Conv2d):
         pad = self.kernel_size[0] // 2 if padding is None else padding
         assert self.bias is not None
         if self.frozen:
-            out = _convolve_exactly(x, self.weight, stride, pad)
-            multiplier = self.powers[self.exponent.long()]
-            return floor(out * multiplier[:, None, None]) + self.bias[:, None, None]
+            return floor(_convolve_exactly(x, self._scaled_weight(), stride, pad)) + self.bias[:, None, None]
         integers, exponent = self._integers()
         rounded = integers * self.powers[exponent.long()][:, None, None, None] * 2.0**-self.bits
         weight = self.weight + (rounded - self.weight.detach())

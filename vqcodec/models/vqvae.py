@@ -153,7 +153,7 @@ class VQVAE(nn.Module):
         """The condition for qualities, int64 or float (B,), in 1..100."""
         t = (quality.float() - 1) / 99
         angles = torch.acos((2 * t - 1).clamp(-1, 1))
-        basis = torch.stack([torch.cos(n * angles) for n in range(6)], 1)
+        basis = torch.cos(angles[:, None] * torch.arange(6, device=angles.device))
         return Condition(basis, self.config.residual_unit * usual_step(self.config, t))
 
     def analyse(self, pixels: Tensor, quality: Tensor) -> list[Tensor]:
