@@ -3,14 +3,16 @@
     python -m bench.ablate PICTURES... [--variants photo,scalar] [--minutes 5] [-o out/ablate] [--jobs 1]
 
 Every variant trains for the same minutes, from the same seed, on the same pictures, in a process of one thread, and is
-validated on the same crops (`vqcodec train` sets them aside). Printed: steps done, bits per pixel and PSNR at five
-qualities, and the cost, the geometric mean over these qualities of bpp + lambda * squared error. Runs whose weights are
-there already are not repeated. Nothing else should keep the machine busy: the clock ends the runs.
+validated on the same crops (`vqcodec train` sets them aside). Printed: steps and minutes, bits per pixel, PSNR and
+SSIMULACRA2 at five qualities, and the cost, the geometric mean over these qualities of bpp + lambda * squared error.
+Runs whose weights are there already are not repeated. Nothing else should keep the machine busy: the clock ends the
+runs. On a busy machine, `--crops` gives all of them the same number of crops instead.
 """
 
 import argparse
 import csv
 import json
+import math
 import os
 import subprocess
 import sys
@@ -116,9 +118,15 @@ VARIANTS = {
     # Depth
     "shallow": Variant("half of the residual blocks", _shallow()),
     # The fast model, rounding to the end, at about equal work
-    "fast": Variant("the fast model: dense 3x3 of 128", PHOTO_FAST, ROUNDING),
+    "fast": Variant("the fast model: 3x3 of 256 in 8 groups", PHOTO_FAST, ROUNDING),
     "fast-mse": Variant("on squared error alone", PHOTO_FAST, replace(ROUNDING, visual_share=0.0)),
-    "fast-groups": Variant("3x3 of 256 in 8 groups", _fast(hidden=256, groups=8), ROUNDING),
+    "fast-muon": Variant("kernels by Muon", PHOTO_FAST, replace(ROUNDING, kernel_rate=5e-3)),
+    "fast-dense": Variant("dense 3x3 of 128", _fast(hidden=128, groups=1), ROUNDING),
+    "fast-deep": Variant(
+        "twice the blocks of half the work",
+        _fast(hidden=128, groups=4, encoder_blocks=16, decoder_blocks=6, refine_blocks=2),
+        ROUNDING,
+    ),
     "fast-depthwise": Variant("depthwise 3x3 of 384", _fast(hidden=384, groups=384), ROUNDING),
     "fast-no-renderer": Variant("five decoder blocks and no renderer", _fast(decoder_blocks=5, renderer=0), ROUNDING),
     "fast-encoder": Variant("sixteen encoder blocks", _fast(encoder_blocks=16), ROUNDING),
@@ -136,7 +144,7 @@ VARIANTS = {
 }
 
 
-def run(name: str, pictures: list[Path], minutes: float, folder: Path) -> None:
+def run(name: str, pictures: list[Path], minutes: float, crops: int | None, folder: Path) -> None:
     """Train one variant in this process."""
     variant = VARIANTS[name]
     training.train(
@@ -144,7 +152,8 @@ def run(name: str, pictures: list[Path], minutes: float, folder: Path) -> None:
         folder / f"{name}.safetensors",
         config=variant.config,
         schedule=variant.schedule,
-        minutes=minutes,
+        minutes=math.inf if crops else minutes,
+        crops=crops,
         device="cpu",
     )
 
@@ -156,8 +165,12 @@ def row(name: str, folder: Path) -> str:
         return f"| {name} | failed |"
     with path.open(newline="") as file:
         last = list(csv.DictReader(file))[-1]
-    pairs = [f"{float(last[f'bpp_{q}']):.3f}/{float(last[f'psnr_{q}']):.2f}" for q in VALIDATION_QUALITIES]
-    return f"| {name} | {VARIANTS[name].about} | {last['step']} | {' | '.join(pairs)} | {float(last['cost']):.4f} |"
+    points = [
+        f"{float(last[f'bpp_{q}']):.3f}/{float(last[f'psnr_{q}']):.2f}/{float(last[f'ssimulacra2_{q}']):.1f}"
+        for q in VALIDATION_QUALITIES
+    ]
+    cells = [name, VARIANTS[name].about, last["step"], last["minutes"], *points, f"{float(last['cost']):.4f}"]
+    return f"| {' | '.join(cells)} |"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -165,6 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("pictures", nargs="+", type=Path, help="pictures to train on, or folders of them")
     parser.add_argument("--variants", default="photo,scalar", help=f"some of {', '.join(VARIANTS)}, or all")
     parser.add_argument("--minutes", type=float, default=5.0, help="of each run")
+    parser.add_argument("--crops", type=int, help="of each run, however long they take")
     parser.add_argument("-o", "--output", type=Path, default=Path("out/ablate"))
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time: at most one a core")
     options = parser.parse_args(arguments)
@@ -177,11 +191,16 @@ def main(arguments: list[str] | None = None) -> int:
     def start(name: str) -> None:
         if (options.output / f"{name}.safetensors").exists():
             return
-        call = {"name": name, "minutes": options.minutes, "folder": str(options.output.resolve())}
+        call = {
+            "name": name,
+            "minutes": options.minutes,
+            "crops": options.crops,
+            "folder": str(options.output.resolve()),
+        }
         call["pictures"] = [str(p.resolve()) for p in options.pictures]
         program = (
             "import json, sys; from pathlib import Path; from bench import ablate; c = json.loads(sys.argv[1]);"
-            "ablate.run(c['name'], [Path(p) for p in c['pictures']], c['minutes'], Path(c['folder']))"
+            "ablate.run(c['name'], [Path(p) for p in c['pictures']], c['minutes'], c['crops'], Path(c['folder']))"
         )
         subprocess.run(
             [sys.executable, "-c", program, json.dumps(call)],
@@ -191,7 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
 
     qualities = " | ".join(f"q {q}" for q in VALIDATION_QUALITIES)
-    print(f"| variant | what | steps | {qualities} | cost |\n|{'---|' * (4 + len(VALIDATION_QUALITIES))}")
+    print(f"| variant | what | steps | minutes | {qualities} | cost |\n|{'---|' * (5 + len(VALIDATION_QUALITIES))}")
     with ThreadPoolExecutor(options.jobs) as pool:
         for name, _ in zip(names, pool.map(start, names), strict=True):
             print(row(name, options.output), flush=True)

@@ -30,10 +30,10 @@ def test_a_run_gives_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(VARIANTS, "tiny", variant)
     assert "failed" in ablate.row("tiny", tmp_path)
     with small_runs(VALIDATION_QUALITIES):
-        ablate.run("tiny", [tmp_path], 0.3 / 60, tmp_path)
+        ablate.run("tiny", [tmp_path], 0.3 / 60, None, tmp_path)
     cells = ablate.row("tiny", tmp_path).strip("| ").split(" | ")
     assert cells[:2] == ["tiny", "in miniature"] and int(cells[2]) > 0
-    assert len(cells) == 4 + len(VALIDATION_QUALITIES)
+    assert len(cells) == 5 + len(VALIDATION_QUALITIES)
     assert 0 < float(cells[-1]) < 100
 
 

@@ -15,6 +15,7 @@ import vqcodec
 from vqcodec import coding, synthesis, weights
 from vqcodec.encoder import encode
 from vqcodec.frame import Frame
+from vqcodec.models import pixels as pixels_module
 from vqcodec.models.pixels import CELL, Renderer, SeparableLap
 from vqcodec.models.vqvae import VQVAE
 from vqcodec.train.start import lapped_filter, start_from_pictures
@@ -76,23 +77,32 @@ def test_a_pixel_is_rendered_from_its_cell_and_its_patch(place: tuple[int, int])
 
 def test_operations_of_the_renderer_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     done = 0
-    linear = functional.linear
 
     def convolve(self: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         nonlocal done
         done += weight.numel() * x.shape[2] * x.shape[3]
         return functional.conv2d(x, weight, bias)
 
-    def multiply(x: Tensor, weight: Tensor) -> Tensor:
-        nonlocal done
-        done += weight.numel() * x.shape[1] * x.shape[2]
-        return linear(x, weight)
-
     monkeypatch.setattr(nn.Conv2d, "_conv_forward", convolve)
-    monkeypatch.setattr(functional, "linear", multiply)
     found = renderer()
     found(torch.randn(1, 3, 32, 48), torch.randn(1, 6, 2, 3), torch.ones(1))
     assert done / (32 * 48) == pytest.approx(found.macs_per_pixel())
+
+
+@pytest.mark.parametrize("strip", [1, 100, 1000])
+def test_one_picture_is_rendered_as_many_are(strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strip by strip, with folded matrices."""
+    monkeypatch.setattr(pixels_module, "STRIP", strip)
+    found = renderer()
+    with torch.no_grad():
+        found.basis.copy_(torch.linalg.qr(torch.randn(48, 48)).Q)
+        found.deviation.uniform_(0.5, 2)
+        found.detail.uniform_(0.5, 2)
+        pixels, features = torch.randn(1, 3, 80, 48), torch.randn(1, 6, 5, 3)
+        one = found(pixels, features, torch.tensor([0.7]))
+    many = found(pixels, features, torch.tensor([0.7]))
+    assert one.grad_fn is None and many.grad_fn is not None
+    torch.testing.assert_close(one, many.detach(), atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ def test_what_is_evaluated_is_what_files_cost() -> None:
     data = compress(pixels)
     model = models.tiny_model()
     codes = [c.long() for c in codec.decode_codes(bitstream.read(data), model)]
-    padded = synthesis.cut(model, pixels, (slice(0, 3), slice(0, 4)))
+    padded = synthesis.cut(model, pixels, (slice(0, 3), slice(0, 4)), model.config.multiple)
     point = search._evaluate(model, padded, codes, QUALITY, tuning.flat(model.config, QUALITY))
     assert point.total / (96 * 128) == pytest.approx(cost(pixels, data), rel=0.02)
     assert torch.equal(torch.cat([s.indices for s in point.symbols[1:]], 1), codes[1].flatten(0, 1))
@@ -83,7 +83,7 @@ def test_a_visual_tuning_is_what_the_search_is_after() -> None:
     with coding.exact(model):
         segments, codes = encoder.encode(model, header.frame, pixels, what)
     start = visual_cost(pixels, segments, codes, what)
-    padded = synthesis.cut(model, pixels, (slice(0, 3), slice(0, 4)))
+    padded = synthesis.cut(model, pixels, (slice(0, 3), slice(0, 4)), model.config.multiple)
     point = search._evaluate(model, padded, [c.long() for c in codes], QUALITY, what)
     assert point.total / (96 * 128) == pytest.approx(start, rel=0.02)
 
@@ -96,7 +96,7 @@ def test_steps_weigh_planes_by_their_sensitivity() -> None:
     pixels = picture(64, 64, seed=8)
     model = models.tiny_model()
     codes = [torch.zeros(2, 2, 12, dtype=torch.int64), torch.zeros(8, 8, 12, dtype=torch.int64)]
-    padded = synthesis.cut(model, pixels, (slice(0, 2), slice(0, 2)))
+    padded = synthesis.cut(model, pixels, (slice(0, 2), slice(0, 2)), model.config.multiple)
     what = models.visual_tuning().importance(model.config, pixels, QUALITY)
     plain = search._evaluate(model, padded, codes, QUALITY, tuning.Importance(what.weight))
     tuned = search._evaluate(model, padded, codes, QUALITY, what)

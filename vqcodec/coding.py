@@ -13,7 +13,6 @@ from vqcodec.frame import Box, Frame
 from vqcodec.models.config import Config
 from vqcodec.models.counts import CodeTables, RowTables, flag_counts
 from vqcodec.models.model import Context, Level, Model, Pass, Slice, walk
-from vqcodec.models.quantizer import row_of
 from vqcodec.spans import span, timed
 
 # Pixels of the tiles of a batch, unless one has more. A CPU is busy with one usual tile; a GPU waits for launches.
@@ -150,14 +149,15 @@ def _by_tile(x: Tensor, coders: Sequence[object]) -> tuple[Tensor, ...]:
     return x.reshape(len(coders), -1, *x.shape[1:]).unbind()
 
 
-def _by_row(tables: RowTables, parameters: Tensor, tiles: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _by_row(tables: RowTables, parameters: Tensor, tiles: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """The table rows of the symbols of a pass, and the order in which the symbols of a tile are coded.
 
     Both are (tiles, N P / tiles). The symbols of a tile are numbered position by position, and within a position plane
     by plane. They are coded in ascending order of their rows, and in the order of their numbers within a row.
     """
-    rows = row_of(parameters.cpu(), tables.piece.rows).reshape(tiles, -1).numpy()
-    return rows, np.argsort(rows, 1, kind="stable")
+    given = parameters.to(torch.int8).cpu().numpy().reshape(tiles, -1)
+    rows = np.take(tables.row_of_given, given.view(np.uint8))
+    return rows, np.argsort(rows, 1, kind="stable")  # a radix sort, for numbers of one byte
 
 
 def encode(model: Model, frame: Frame, codes: list[Tensor]) -> list[bytes]:

@@ -168,7 +168,7 @@ def improve(
         for level, stage in enumerate(model.config.levels):
             box = synthesis.finer(outer, unit // stage.stride)[2:]
             given.append(codes[level][box].to(model.device, torch.int64))
-        seen = synthesis.cut(model, pixels, outer)
+        seen = synthesis.cut(model, pixels, outer, unit)
         finest = synthesis.finer(outer, unit // model.config.levels[-1].stride)[2:]
         local = replace(importance, places=importance.of_places(True, finest))
         improved = _improve(model, seen, given, frame.quality, local, rounds, done)

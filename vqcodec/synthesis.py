@@ -4,7 +4,7 @@ The networks run in windows, which bounds memory. Windows overlap by at least th
 so leave no seams in the picture.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -14,9 +14,12 @@ from torch.nn import functional
 
 from vqcodec.frame import Frame
 from vqcodec.models.model import Estimate, Level, Model, Slice, walk
+from vqcodec.models.vqvae import VQVAE
 from vqcodec.spans import timed
 
 WINDOW = 2048  # side of the windows in pixels
+# Pixels that the networks' first and last step, which are local, work on at a time: what fits the cache of a CPU.
+BAND_PIXELS = {"cpu": 1 << 19, "cuda": 1 << 24}
 
 
 def reconstruct(model: Model, frame: Frame, codes: list[Tensor]) -> NDArray[np.uint8]:
@@ -86,19 +89,43 @@ class GridEstimate(Estimate):
         """
         pixels = np.empty((self.frame.height, self.frame.width, 3), np.uint8)
         level = len(self.model.config.levels) - 1
-        stride = self.model.config.levels[level].stride
+        stride, finest = self.model.config.levels[level].stride, self.model.config.stages[0].stride
         reach = -(-self.vqvae.decoder_reach(level) // stride)
         height, width = self.values.shape[2:]
         for inner, outer, part in windows(height, width, max(1, WINDOW // stride), reach):
-            decoded = self.vqvae.descend(level, self.values[(slice(None), slice(None), *outer)], self.quality)[0]
-            ys, xs = (slice(s.start * stride, s.stop * stride) for s in part)
-            ready = decoded[:, ys, xs].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-            top, left = inner[0].start * stride, inner[1].start * stride
-            target = pixels[top : top + ready.shape[0], left : left + ready.shape[1]]
-            target[...] = ready[: target.shape[0], : target.shape[1]]
-            if self.frame.grey:
-                target[...] = np.rint(target.mean(2, keepdims=True, dtype=np.float32))
+            features = self.vqvae.features(self.values[(slice(None), slice(None), *outer)], self.quality)
+            rows, columns = finer(part, stride // finest)[2:]
+            left = inner[1].start * stride
+            for band, around, own in _bands(self.vqvae, features.shape, rows, self.model.device):
+                decoded = self.vqvae.render(features[:, :, around], self.quality)[0]
+                ys, xs = (slice(s.start * finest, s.stop * finest) for s in (own, columns))
+                ready = decoded[:, ys, xs].round().clamp_(0, 255).permute(1, 2, 0).to("cpu", torch.uint8).numpy()
+                top = inner[0].start * stride + (band.start - rows.start) * finest
+                target = pixels[top : top + len(ready), left : left + ready.shape[1]]
+                target[...] = ready[: len(target), : target.shape[1]]
+                if self.frame.grey:
+                    target[...] = np.rint(target.mean(2, keepdims=True, dtype=np.float32))
         return pixels
+
+
+def _bands(
+    vqvae: VQVAE, shape: Sequence[int], rows: slice, device: torch.device
+) -> Iterator[tuple[slice, slice, slice]]:
+    """Split rows of the grid of the finest stage into bands whose pixels fit the cache of a CPU.
+
+    Args:
+        vqvae: the networks. shape: of maps over the grid, (B, C, h, w). rows: what to split. device: that they run on.
+
+    Yields:
+        The rows of a band; the same with those that `VQVAE.transform` and `VQVAE.render` need above and below; and the
+        place of the former in the latter.
+    """
+    height, width = shape[2:]
+    count = max(1, BAND_PIXELS[device.type] // (width * vqvae.config.stages[0].stride ** 2))
+    for start in range(rows.start, rows.stop, count):
+        stop = min(start + count, rows.stop)
+        low, high = max(0, start - vqvae.local_reach()), min(height, stop + vqvae.local_reach())
+        yield slice(start, stop), slice(low, high), slice(start - low, stop - low)
 
 
 def finer(box: "Box", ratio: int) -> tuple[slice, slice, slice, slice]:
@@ -129,7 +156,7 @@ def analyse(model: Model, pixels: NDArray[np.uint8], quality: Tensor) -> list[Te
     coarse = (height + down) // unit, (width + right) // unit
     latents: list[Tensor] = []
     for inner, outer, part in windows(*coarse, max(1, WINDOW // unit), -(-model.vqvae.encoder_reach() // unit)):
-        local = model.vqvae.analyse(cut(model, pixels, outer), quality)
+        local = model.vqvae.encode(_transform(model, pixels, outer), quality)
         if not latents:
             if outer == (slice(0, coarse[0]), slice(0, coarse[1])):
                 return local
@@ -142,14 +169,27 @@ def analyse(model: Model, pixels: NDArray[np.uint8], quality: Tensor) -> list[Te
     return latents
 
 
-def cut(model: Model, pixels: NDArray[np.uint8], box: "Box") -> Tensor:
-    """Cut out the pixels under a box of positions of the coarsest grid: float (1, 3, h, w), 0..255.
+def _transform(model: Model, pixels: NDArray[np.uint8], box: "Box") -> Tensor:
+    """`VQVAE.transform` under a box of positions of the coarsest grid: float (1, C, h, w)."""
+    finest = model.config.stages[0]
+    rows, columns = finer(box, model.config.multiple // finest.stride)[2:]
+    shape = (1, finest.channels, rows.stop - rows.start, columns.stop - columns.start)
+    x = torch.empty(shape, device=model.device).contiguous(memory_format=torch.channels_last)
+    for band, around, own in _bands(model.vqvae, shape, slice(0, shape[2]), model.device):
+        under = slice(rows.start + around.start, rows.start + around.stop)
+        x[:, :, band] = model.vqvae.transform(cut(model, pixels, (under, columns), finest.stride))[:, :, own]
+    return x
+
+
+def cut(model: Model, pixels: NDArray[np.uint8], box: "Box", stride: int) -> Tensor:
+    """Cut out the pixels under a box of positions of a grid: float (1, 3, h, w), 0..255.
 
     Beyond the picture its last row and column are repeated.
     """
-    unit = model.config.multiple
-    ys, xs = (slice(s.start * unit, s.stop * unit) for s in box)
-    part = torch.from_numpy(np.array(pixels[ys, xs])).to(model.device).permute(2, 0, 1)[None].float()
+    ys, xs = (slice(s.start * stride, s.stop * stride) for s in box)
+    bottom, right = (length - 1 for length in pixels.shape[:2])
+    known = np.array(pixels[min(ys.start, bottom) : ys.stop, min(xs.start, right) : xs.stop])
+    part = torch.from_numpy(known).to(model.device).permute(2, 0, 1)[None].float()
     pad = (0, xs.stop - xs.start - part.shape[3], 0, ys.stop - ys.start - part.shape[2])
     return functional.pad(part, pad, mode="replicate").contiguous(memory_format=torch.channels_last)
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from vqcodec.entropy import Table
 from vqcodec.models.config import Config, SliceConfig
-from vqcodec.models.quantizer import CHUNK, Codebook, RowTable, plane_blocks
+from vqcodec.models.quantizer import CHUNK, Codebook, RowTable, plane_blocks, row_of
 
 # The range coder's precision. It adds 1 to every count, so n counts sum to TOTAL - n.
 TOTAL = 1 << 24
@@ -191,6 +191,14 @@ class RowTables(nn.Module):
     def table(self) -> Table:
         """The counts in the range coder's form. They are cached: fill or load the counts first."""
         return Table(self.counts.cpu().numpy())
+
+    @functools.cached_property
+    def row_of_given(self) -> NDArray[np.uint8]:
+        """The row that each number of the prior chooses, by its lowest eight bits: uint8 (256,)."""
+        every = torch.arange(-127, 128)
+        rows = np.zeros(256, np.uint8)
+        rows[every.numpy().astype(np.uint8)] = row_of(every, self.piece.rows).numpy()
+        return rows
 
     @functools.cached_property
     def rates(self) -> RowTable:

@@ -10,6 +10,7 @@ computes the same integers.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +84,11 @@ class IntegerConv(nn.Conv2d):
         powers = torch.tensor([2.0 ** (bits - e) for e in range(MAX_EXPONENT + 1)])
         self.register_buffer("powers", powers, persistent=False)
         self._scaled: Tensor | None = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "IntegerConv":
+        self._scaled = None  # it would be left behind
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def _scaled_weight(self) -> Tensor:
         """The frozen weights times 2^(bits - exponent), which is exact; made once."""

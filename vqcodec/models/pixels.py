@@ -12,6 +12,7 @@ from torch.nn import functional
 
 CELL = 4  # side of the renderer's cells in pixels
 FEATURES = 24  # features that each cell gets from its patch
+STRIP = 1536  # cells that a CPU processes at a time
 
 
 class SeparableLap(nn.Module):
@@ -28,21 +29,22 @@ class SeparableLap(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Filter float (B, 3, H, W), H and W multiples of `size`: float32 of the same shape, whatever autocast says."""
+        half = self.size // 2
         with torch.autocast(x.device.type, enabled=False):
-            for _ in range(2):
-                x = self._along_rows(x.float()).transpose(2, 3)
+            x = x.float()
+            if x.shape[3] > self.size:
+                lines = x[..., half:-half].reshape(*x.shape[:3], -1, self.size)
+                inner = functional.linear(lines, self.weight).flatten(3)
+                x = torch.cat([x[..., :half], inner, x[..., -half:]], 3)
+            if x.shape[2] > self.size:
+                lines = x[:, :, half:-half].reshape(*x.shape[:2], -1, self.size, x.shape[3])
+                inner = torch.matmul(self.weight, lines).flatten(2, 3)
+                x = torch.cat([x[:, :, :half], inner, x[:, :, -half:]], 2)
         return x
 
     def macs(self) -> int:
         """Multiply-accumulate operations for each patch: `size` for a value, along rows and along columns."""
         return 2 * self.size * 3 * self.size**2
-
-    def _along_rows(self, x: Tensor) -> Tensor:
-        if x.shape[3] <= self.size:
-            return x
-        half = self.size // 2
-        inner = x[:, :, :, half:-half].reshape(*x.shape[:3], -1, self.size)
-        return torch.cat([x[:, :, :, :half], functional.linear(inner, self.weight).flatten(3), x[:, :, :, -half:]], 3)
 
 
 class Renderer(nn.Module):
@@ -88,25 +90,73 @@ class Renderer(nn.Module):
         Returns:
             float (B, 3, H, W).
         """
+        if len(pixels) == 1 and not (torch.is_grad_enabled() or pixels.is_cuda):
+            return self._of_one(pixels, x, unit)
         x = x * (1 / torch.maximum(self.deviation, unit[:, None]))[:, :, None, None].to(x.dtype)
         cells = _pointwise(functional.pixel_unshuffle(pixels, CELL), self.basis)
         normalised = cells * (1 / torch.maximum(self.detail, unit[:, None]))[:, :, None, None]
         own = functional.pixel_shuffle(self.features(x), self.ratio)
-        gain, shift = self._spread(self.modulation(functional.leaky_relu(x, 0.1))).chunk(2, 1)
+        gain, shift = self.modulation(functional.leaky_relu(x, 0.1))[:, :, :, None, :, None].chunk(2, 1)
         y = functional.leaky_relu(self.reduce(torch.cat([normalised.to(own.dtype), own], 1)), 0.1)
-        y = functional.leaky_relu(torch.addcmul(shift, self.mix(y), 1 + gain), 0.1)
+        y = self.mix(y)
+        shape = y.shape
+        y = y.view(*shape[:2], x.shape[2], self.ratio, x.shape[3], self.ratio)  # the cells of each patch
+        y = functional.leaky_relu(torch.addcmul(shift, y, 1 + gain), 0.1).view(shape)
         y = _pointwise(self.expand(y), self.basis.T) * unit[:, None, None, None]
         return pixels + functional.pixel_shuffle(y, CELL)
 
-    def _spread(self, x: Tensor) -> Tensor:
-        """Copy the values of each patch to its cells: (B, C, h, w) -> (B, C, H / 4, W / 4)."""
-        return functional.interpolate(x, scale_factor=float(self.ratio), mode="nearest")
+    def _of_one(self, pixels: Tensor, x: Tensor, unit: Tensor) -> Tensor:
+        """`forward` for one picture without gradients, with bases and sizes folded into the matrices.
+
+        A CPU processes strips of patches whose cells fit the cache.
+        """
+        with torch.autocast(pixels.device.type, enabled=False):
+            size = 1 / torch.maximum(self.deviation, unit)
+            features, reduce, mix, expand = (
+                part.weight.flatten(1) for part in (self.features, self.reduce, self.mix, self.expand)
+            )
+            assert self.features.bias is not None and self.expand.bias is not None
+            # Features in the order of the cells of a patch, not of `pixel_shuffle`.
+            order = torch.arange(len(features), device=x.device).reshape(FEATURES, -1).T.flatten()
+            from_cells, from_features = reduce[:, :-FEATURES], reduce[:, -FEATURES:]
+            from_cells = (from_cells / torch.maximum(self.detail, unit)) @ self.basis
+            expand, expand_bias = unit * (self.basis.T @ expand), unit * (self.basis.T @ self.expand.bias)
+
+            height, width = x.shape[2:]
+            patches = x[0].permute(1, 2, 0).float()
+            out = torch.empty_like(pixels)
+            rows = max(1, STRIP // (width * self.ratio**2))
+            for start in range(0, height, rows):
+                some = patches[start : start + rows] * size
+                count = len(some)
+                own = functional.linear(some, features[order], self.features.bias[order])
+                own = own.view(count, width, self.ratio, -1).transpose(1, 2).reshape(-1, FEATURES)
+                modulation = functional.linear(
+                    functional.leaky_relu(some, 0.1), self.modulation.weight.flatten(1), self.modulation.bias
+                )
+                gain, shift = modulation[:, None, :, None].chunk(2, -1)
+                side = CELL * self.ratio
+                strip = slice(start * side, (start + count) * side)
+                before, after = (_cells(p[0, :, strip]) for p in (pixels, out))
+                y = functional.linear(before.reshape(-1, len(self.basis)), from_cells, self.reduce.bias)
+                y = functional.leaky_relu_(y.addmm_(own, from_features.T), 0.1)
+                y = functional.linear(y, mix, self.mix.bias).reshape(count, self.ratio, width, self.ratio, -1)
+                y = functional.leaky_relu_(torch.addcmul(shift, y, 1 + gain), 0.1)
+                y = functional.linear(y.reshape(-1, len(mix)), expand, expand_bias)
+                torch.add(before, y.reshape(before.shape), out=after)
+        return out
 
     def macs_per_pixel(self) -> float:
-        """Multiply-accumulate operations per picture pixel."""
+        """Multiply-accumulate operations per picture pixel in decoding; see `_of_one`."""
         patch = (self.features.weight.numel() + self.modulation.weight.numel()) / (CELL * self.ratio) ** 2
-        cell = 2 * self.basis.numel() + sum(part.weight.numel() for part in (self.reduce, self.mix, self.expand))
+        cell = sum(part.weight.numel() for part in (self.reduce, self.mix, self.expand))
         return patch + cell / CELL**2
+
+
+def _cells(pixels: Tensor) -> Tensor:
+    """A view of pixels (3, H, W) by cells: (H / CELL, W / CELL, 3, CELL, CELL)."""
+    _, height, width = pixels.shape
+    return pixels.view(3, height // CELL, CELL, width // CELL, CELL).permute(1, 3, 0, 2, 4)
 
 
 def _pointwise(x: Tensor, matrix: Tensor) -> Tensor:

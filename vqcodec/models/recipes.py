@@ -49,7 +49,7 @@ PHOTO_FAST = Config(
         StageConfig(
             stride=16,
             channels=288,
-            hidden=128,
+            hidden=256,
             encoder_blocks=8,
             decoder_blocks=3,
             slices=(
@@ -59,6 +59,7 @@ PHOTO_FAST = Config(
             ),
             lapped=True,
             renderer=64,
+            groups=8,
         ),
         StageConfig(
             stride=64,

@@ -67,22 +67,25 @@ class Stage(nn.Module):
         return Lap(config.stride // finer.stride, finer.channels) if finer else SeparableLap(config.stride)
 
     def analyse(self, x: Tensor) -> Tensor:
-        """The linear part of `encode`: (B, C', h * ratio, w * ratio) -> (B, C, h, w)."""
+        """The next finer stage's features (B, C', h * ratio, w * ratio), or pixels, -> (B, C, h, w); linear."""
         x = x if self.lap is None else self.lap(x)
         y: Tensor = self.analysis(functional.pixel_unshuffle(x, self.ratio))
         return y
 
     def encode(self, x: Tensor, cond: Condition) -> Tensor:
-        """The next finer stage's features (B, C', h * ratio, w * ratio), or pixels, -> (B, C, h, w)."""
-        x = self.analyse(x)
+        """What `analyse` gave -> the stage's features, (B, C, h, w) each."""
         for block in self.encoder:
             x = block(x, cond)
         return x
 
     def decode(self, x: Tensor, cond: Condition) -> Tensor:
-        """(B, C, h, w) -> the next finer stage's features (B, C', h * ratio, w * ratio), or pixels."""
+        """The stage's features, (B, C, h, w) -> what `synthesise` takes, of the same shape."""
         for block in self.decoder:
             x = block(x, cond)
+        return x
+
+    def synthesise(self, x: Tensor, cond: Condition) -> Tensor:
+        """(B, C, h, w) -> the next finer stage's features (B, C', h * ratio, w * ratio), or pixels."""
         finer = functional.pixel_shuffle(self.synthesis(x), self.ratio)
         finer = finer if self.unlap is None else self.unlap(finer)
         return finer if self.renderer is None else self.renderer(finer, x, cond.unit)
@@ -165,12 +168,19 @@ class VQVAE(nn.Module):
         Returns:
             For each level, coarse first, float (B, C, h, w).
         """
+        return self.encode(self.transform(pixels), quality)
+
+    def transform(self, pixels: Tensor) -> Tensor:
+        """The first step of `analyse`, linear and local: pixels -> (B, C, h, w) of the finest stage."""
+        return self.stage(0).analyse((pixels - PIXEL_CENTRE) / PIXEL_SCALE)
+
+    def encode(self, x: Tensor, quality: Tensor) -> list[Tensor]:
+        """The other steps of `analyse`: what `transform` gives -> the latents of every level."""
         cond = self.condition(quality)
-        x = (pixels - PIXEL_CENTRE) / PIXEL_SCALE
         latents = []
-        for stage, config in zip(self.stages, self.config.stages, strict=True):
-            assert isinstance(stage, Stage)
-            x = stage.encode(x, cond)
+        for index, config in enumerate(self.config.stages):
+            stage = self.stage(index)
+            x = stage.encode(stage.analyse(x) if index else x, cond)
             if config.slices:
                 latents.append(x)
         return latents[::-1]
@@ -188,12 +198,27 @@ class VQVAE(nn.Module):
         Returns:
             The first estimate of the next finer level; from the finest level pixels (B, 3, H, W), 0..255, not clipped.
         """
+        if level == len(self.config.levels) - 1:
+            return self.render(self.features(estimate, quality), quality)
+        return self._decode(self._below(level), estimate, quality)
+
+    def features(self, estimate: Tensor, quality: Tensor) -> Tensor:
+        """The first steps of `descend` from the finest level: its estimate -> features of the finest stage."""
         cond = self.condition(quality)
-        x = estimate
-        for index in self._below(level):
-            x = self.stage(index).decode(x, cond)
-        finest = level == len(self.config.levels) - 1
-        return x * PIXEL_SCALE + PIXEL_CENTRE if finest else x
+        x = self._decode(self._below(len(self.config.levels) - 1)[:-1], estimate, quality)
+        return self.stage(0).decode(x, cond)
+
+    def render(self, features: Tensor, quality: Tensor) -> Tensor:
+        """The last step of `descend`, local: features of the finest stage -> pixels."""
+        x = self.stage(0).synthesise(features, self.condition(quality))
+        return x * PIXEL_SCALE + PIXEL_CENTRE
+
+    def _decode(self, stages: range, x: Tensor, quality: Tensor) -> Tensor:
+        cond = self.condition(quality)
+        for index in stages:
+            stage = self.stage(index)
+            x = stage.synthesise(stage.decode(x, cond), cond)
+        return x
 
     def renderer(self) -> dict[str, nn.Module]:
         """The modules, by name, that only decode the finest level's estimate to pixels: what a look replaces."""
@@ -228,6 +253,10 @@ class VQVAE(nn.Module):
         """The reach of `descend`: how many pixels away its result still depends on a position of a level's estimate."""
         stages = (self.config.stages[i] for i in self._below(level))
         return sum(c.decoder_blocks * c.stride + c.lapped * c.stride // 2 for c in stages)
+
+    def local_reach(self) -> int:
+        """The reach of `transform` and of `render`, in positions of the finest stage."""
+        return int(self.config.stages[0].lapped)
 
     def _below(self, level: int) -> range:
         """The stages that `descend` runs, in order: from the level's own down to the next finer level, exclusive."""
