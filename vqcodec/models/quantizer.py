@@ -238,6 +238,11 @@ class RowRates:
         """See `Rates.some`."""
         return RowRates(self.given.T[mask], self.table)
 
+    def first(self, count: int) -> "RowRates":
+        """The same of the first codes of every row."""
+        logp, slope = (part[:, :count].contiguous() for part in (self.table.logp, self.table.slope))
+        return RowRates(self.given, RowTable(logp, slope))
+
     def blocks(self, book: "Codebook", members: list[int]) -> "Iterator[tuple[slice, Parts, Tensor, None]]":
         """As `Rates.blocks`, without its last result."""
         logp, row = self.table.logp.detach(), self.row
@@ -362,19 +367,20 @@ class Codebook(nn.Module):
         with torch.autocast(v.device.type, enabled=False):
             return self._choose(v.float(), rates, weight, rate_factor)
 
-    def open_symbols(self, v: Tensor, zero: Tensor, weight: Tensor, rate_factor: float | Tensor) -> Tensor:
-        """Where a code other than 0 may win the choice: bool (N, P).
+    def reach(self, v: Tensor, zero: Tensor, weight: Tensor, rate_factor: float | Tensor) -> Tensor:
+        """The length up to which codes may win the choice: float (N, P).
 
-        Code 0 wins for certain where it costs less than a code of zero bits at the least distance that the other codes
-        can have.
+        A longer code costs more than code 0 even if it takes no bits.
 
         Args: as `choose`; zero: see `Rates`.
         """
-        vectors = self.vectors.detach()
-        length = v.norm(dim=-1)
-        nearest = vectors[:, 1:].norm(dim=-1).amin(1)
-        cost = weight * (v - vectors[:, 0]).square().sum(-1) + rate_factor * (softplus2(zero) - zero)
-        return cost >= weight * (nearest - length).clamp(min=0).square()
+        gap = (v - self.vectors.detach()[:, 0]).square().sum(-1)
+        return v.norm(dim=-1) + (gap + rate_factor * (softplus2(zero) - zero) / weight).sqrt()
+
+    def open_symbols(self, v: Tensor, zero: Tensor, weight: Tensor, rate_factor: float | Tensor) -> Tensor:
+        """Where a code other than 0 may win the choice: bool (N, P). Args: as `reach`."""
+        nearest = self.vectors.detach()[:, 1:].norm(dim=-1).amin(1)
+        return self.reach(v, zero, weight, rate_factor) >= nearest
 
     def _choose(self, v: Tensor, rates: Rates | RowRates, weight: Tensor, rate_factor: float) -> Tensor:
         vectors, weight = self.vectors.detach(), weight[..., None]
@@ -388,16 +394,34 @@ class Codebook(nn.Module):
                 scores = logp.baddbmm_(symbols[planes], codes[planes], beta=rate_factor)
                 indices[:, planes] = scores.argmax(-1).T
             return indices
-        mask = self.open_symbols(v, rates.zero, weight[..., 0], rate_factor).T
-        # One row for each open symbol, plane after plane.
-        symbols, members = symbols[mask], mask.sum(1).tolist()
-        chosen = []
-        for _, parts, scores, _ in rates.some(mask).blocks(self, members):
-            for plane, part, here in parts:
-                scores[here].addmm_(symbols[part], codes[plane], beta=rate_factor)
-            chosen.append(scores.max(-1)[1])
-        indices.T[mask] = torch.cat(chosen) if chosen else indices.new_zeros(0)
+        lengths = vectors.norm(dim=-1)
+        reach = self.reach(v, rates.zero, weight[..., 0], rate_factor).T
+        left = reach >= lengths[:, 1:].amin(1, keepdim=True)
+        for count in self._numbers_of_codes(rates):
+            mask = left
+            if count < self.config.codes:
+                mask = left & (reach < lengths[:, count:].amin(1, keepdim=True))
+                left = left & ~mask
+            # One row for each symbol, plane after plane.
+            some, members = symbols[mask], mask.sum(1).tolist()
+            given = rates.some(mask)
+            if isinstance(given, RowRates):
+                given = given.first(count)
+            chosen = []
+            for _, parts, scores, _ in given.blocks(self, members):
+                for plane, part, here in parts:
+                    scores[here].addmm_(some[part], codes[plane, :, :count], beta=rate_factor)
+                chosen.append(scores.max(-1)[1])
+            indices.T[mask] = torch.cat(chosen) if chosen else indices.new_zeros(0)
         return indices
+
+    def _numbers_of_codes(self, rates: Rates | RowRates) -> list[int]:
+        """How many codes to look at, from few, which do for most symbols, to all: the short ones come first.
+
+        Without a stored table probabilities are normalised over all codes anyway.
+        """
+        count = self.config.codes
+        return [count] if isinstance(rates, Rates) else [max(2, count // 8), max(2, count // 2), count]
 
 
 # The planes of a block: the number of each, its rows, and its rows within the block.
