@@ -127,12 +127,18 @@ def test_files_decode(size: tuple[int, int], fast_weights: Path) -> None:
         assert np.abs(restored.astype(int) - pixels).mean() < 8
 
 
-def test_windows_leave_no_seams(fast_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = vqcodec.compress(models.picture(200, 232, seed=4), weights=fast_weights, quality=60)
+def test_bands_leave_no_seams(fast_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, pixels, quality = weights.load(fast_weights), models.picture(200, 232, seed=4), torch.tensor([60])
+    data = vqcodec.compress(pixels, weights=fast_weights, quality=60)
     whole = np.asarray(vqcodec.decompress(data, weights=fast_weights)).astype(int)
-    monkeypatch.setattr(synthesis, "WINDOW", 64)
+    with coding.exact(model):
+        latents = synthesis.analyse(model, pixels, quality)
+    monkeypatch.setitem(synthesis.BAND_PIXELS, "cpu", 232 * 16 * 3)
     parts = np.asarray(vqcodec.decompress(data, weights=fast_weights)).astype(int)
     assert np.abs(parts - whole).max() <= 1
+    with coding.exact(model):
+        for found, expected in zip(synthesis.analyse(model, pixels, quality), latents, strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("quality", [1, 60])

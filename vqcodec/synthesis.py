@@ -1,9 +1,11 @@
 """Runs the float networks over whole pictures: pixels -> latents, codes -> pixels.
 
 The networks run in windows, which bounds memory. Windows overlap by at least the receptive field of the networks and
-so leave no seams in the picture.
+so leave no seams in the picture. A model without stages finer than its codes needs none: its maps are no larger than
+the latents, and pixels are transformed and rendered in bands.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -13,11 +15,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from vqcodec.frame import Frame
+from vqcodec.models.config import Config
 from vqcodec.models.model import Estimate, Level, Model, Slice, walk
 from vqcodec.models.vqvae import VQVAE
 from vqcodec.spans import timed
 
-WINDOW = 2048  # side of the windows in pixels
+WINDOW = 2048  # side of the windows in pixels, where there are any
 # Pixels that the networks' first and last step, which are local, work on at a time: what fits the cache of a CPU.
 BAND_PIXELS = {"cpu": 1 << 19, "cuda": 1 << 24}
 
@@ -51,7 +54,9 @@ class GridEstimate(Estimate):
             ratio = stride // level.stage.stride
             reach = -(-self.vqvae.decoder_reach(level.number - 1) // stride)
             coarser = self.values
-            for inner, outer, part in windows(coarser.shape[2], coarser.shape[3], max(1, WINDOW // stride), reach):
+            for inner, outer, part in windows(
+                coarser.shape[2], coarser.shape[3], _window(self.vqvae.config, stride), reach
+            ):
                 box = coarser[(slice(None), slice(None), *outer)]
                 start = self.vqvae.descend(level.number - 1, box, self.quality)
                 values[finer(inner, ratio)] = start[finer(part, ratio)]
@@ -61,7 +66,7 @@ class GridEstimate(Estimate):
     def enter(self, piece: Slice) -> None:
         """See `Estimate.enter`; a large grid is refined in place, strip by strip."""
         height, width = self.values.shape[2:]
-        strips = _strips(height, width, WINDOW // piece.stage.stride)
+        strips = _strips(height, width, max(1, WINDOW // piece.stage.stride))
         if len(strips) == 1:
             super().enter(piece)
             return
@@ -92,7 +97,7 @@ class GridEstimate(Estimate):
         stride, finest = self.model.config.levels[level].stride, self.model.config.stages[0].stride
         reach = -(-self.vqvae.decoder_reach(level) // stride)
         height, width = self.values.shape[2:]
-        for inner, outer, part in windows(height, width, max(1, WINDOW // stride), reach):
+        for inner, outer, part in windows(height, width, _window(self.vqvae.config, stride), reach):
             features = self.vqvae.features(self.values[(slice(None), slice(None), *outer)], self.quality)
             rows, columns = finer(part, stride // finest)[2:]
             left = inner[1].start * stride
@@ -128,6 +133,11 @@ def _bands(
         yield slice(start, stop), slice(low, high), slice(start - low, stop - low)
 
 
+def _window(config: Config, stride: int) -> int:
+    """The side of the windows, in positions of a grid of this stride."""
+    return max(1, WINDOW // stride) if config.stages[0].stride < config.levels[-1].stride else sys.maxsize
+
+
 def finer(box: "Box", ratio: int) -> tuple[slice, slice, slice, slice]:
     """Scale a box of grid positions up to a grid that is `ratio` times finer: an index into maps (B, C, h, w)."""
     rows, columns = (slice(s.start * ratio, s.stop * ratio) for s in box)
@@ -155,7 +165,7 @@ def analyse(model: Model, pixels: NDArray[np.uint8], quality: Tensor) -> list[Te
     down, right = -height % unit, -width % unit
     coarse = (height + down) // unit, (width + right) // unit
     latents: list[Tensor] = []
-    for inner, outer, part in windows(*coarse, max(1, WINDOW // unit), -(-model.vqvae.encoder_reach() // unit)):
+    for inner, outer, part in windows(*coarse, _window(model.config, unit), -(-model.vqvae.encoder_reach() // unit)):
         local = model.vqvae.encode(_transform(model, pixels, outer), quality)
         if not latents:
             if outer == (slice(0, coarse[0]), slice(0, coarse[1])):
