@@ -54,9 +54,9 @@ class GridEstimate(Estimate):
             ratio = stride // level.stage.stride
             reach = -(-self.vqvae.decoder_reach(level.number - 1) // stride)
             coarser = self.values
-            for inner, outer, part in windows(
-                coarser.shape[2], coarser.shape[3], _window(self.vqvae.config, stride), reach
-            ):
+            coarser = self.values
+            height, width = coarser.shape[2:]
+            for inner, outer, part in windows(height, width, max(1, WINDOW // stride), reach):
                 box = coarser[(slice(None), slice(None), *outer)]
                 start = self.vqvae.descend(level.number - 1, box, self.quality)
                 values[finer(inner, ratio)] = start[finer(part, ratio)]
