@@ -27,8 +27,12 @@ from vqcodec.errors import (
 )
 
 GOLDEN = Path(__file__).parent / "golden"
-WEIGHTS = GOLDEN / "tiny.safetensors"
-NAMES = ("tiny", "grey")
+# The files, and the weights of each.
+WEIGHTS = {
+    "tiny": GOLDEN / "tiny.safetensors",
+    "grey": GOLDEN / "tiny.safetensors",
+    "rows": GOLDEN / "rows.safetensors",
+}
 
 BAD: dict[str, tuple[type[VqcodecError], str]] = {
     "alpha-of-another-size": (ChecksumError, "alpha is L 9 x 9, the picture 72 x 40"),
@@ -65,7 +69,7 @@ def golden_files(folder: Path) -> set[str]:
     return {str(path) for path in paths if path.parts[0] != "photo"}
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=WEIGHTS)
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -76,7 +80,7 @@ def data(name: str) -> bytes:
 
 
 def test_codes(name: str, data: bytes) -> None:
-    found = codec.decode_codes(bitstream.read(data), weights.load(WEIGHTS))
+    found = codec.decode_codes(bitstream.read(data), weights.load(WEIGHTS[name]))
     expected = golden_codes(name)
     assert [c.shape for c in found] == [c.shape for c in expected]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -87,7 +91,7 @@ def test_codes_by_the_second_reader(name: str, data: bytes) -> None:
     """FORMAT.md, followed with whole numbers and nothing of the package, comes to the same codes."""
     container = bitstream.read(data)
     header = container.header
-    loaded = reference.Weights(WEIGHTS)
+    loaded = reference.Weights(WEIGHTS[name])
     unit = loaded.levels[0]["stride"]
     boxes = header.frame.tiles()
     for number, (top, left, height, width) in enumerate(boxes):
@@ -103,12 +107,12 @@ def test_codes_by_the_second_reader(name: str, data: bytes) -> None:
 def test_encoding_the_codes_gives_the_file(name: str, data: bytes) -> None:
     """Byte for byte, on every machine; only the choice of codes is made with floats."""
     container = bitstream.read(data)
-    segments = models.encode_codes(weights.load(WEIGHTS), container.header, golden_codes(name))
+    segments = models.encode_codes(weights.load(WEIGHTS[name]), container.header, golden_codes(name))
     assert bitstream.write(container.header, container.chunks, segments) == data
 
 
 def test_pixels(name: str, data: bytes) -> None:
-    found = codec.decompress(data, weights=WEIGHTS)
+    found = codec.decompress(data, weights=WEIGHTS[name])
     with Image.open(GOLDEN / f"{name}.png") as expected:
         assert (found.mode, found.size) == (expected.mode, expected.size)
         gap = np.abs(np.asarray(found).astype(int) - np.asarray(expected))
@@ -117,11 +121,11 @@ def test_pixels(name: str, data: bytes) -> None:
 
 
 def test_metadata() -> None:
-    found = codec.decode_picture((GOLDEN / "tiny.vqz").read_bytes(), weights=WEIGHTS)
+    found = codec.decode_picture((GOLDEN / "tiny.vqz").read_bytes(), weights=WEIGHTS["tiny"])
     assert found.xmp == b"<x:xmpmeta/>"
     header = bitstream.read_header((GOLDEN / "tiny.vqz").read_bytes())
     assert (header.width, header.height, header.tiles, header.layers) == (72, 40, (1, 2), 3)
-    found = codec.decode_picture((GOLDEN / "grey.vqz").read_bytes(), weights=WEIGHTS)
+    found = codec.decode_picture((GOLDEN / "grey.vqz").read_bytes(), weights=WEIGHTS["tiny"])
     assert found.grey and found.alpha is not None
     assert (found.alpha == np.arange(33) * 7).all()
 
@@ -131,7 +135,7 @@ def test_bad_files(file: str) -> None:
     error, message = BAD[file]
     data = (GOLDEN / "bad" / f"{file}.vqz").read_bytes()
     with pytest.raises(error, match=message) as caught:
-        codec.decode_picture(data, weights=WEIGHTS)
+        codec.decode_picture(data, weights=WEIGHTS["tiny"])
     assert caught.type is error
     assert "\n" not in str(caught.value)
 
@@ -141,8 +145,8 @@ def test_every_bad_file_is_tried() -> None:
 
 
 def test_files_are_small() -> None:
-    assert WEIGHTS.stat().st_size < 300_000
-    assert sum((GOLDEN / name).stat().st_size for name in golden_files(GOLDEN)) < 400_000
+    assert all(path.stat().st_size < 250_000 for path in WEIGHTS.values())
+    assert sum((GOLDEN / name).stat().st_size for name in golden_files(GOLDEN)) < 450_000
 
 
 def test_renewing_makes_every_file(tmp_path: Path) -> None:

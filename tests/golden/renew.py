@@ -48,14 +48,38 @@ GOLDEN: Config = dataclasses.replace(
     prior=PriorConfig(channels=12, embedding=8, blocks=1),
 )
 
+# With what only models of the fast kind have: stored tables, a separable lap, a renderer and grouped convolutions.
+GOLDEN_ROWS: Config = dataclasses.replace(
+    GOLDEN,
+    name="golden-rows",
+    stages=(
+        StageConfig(
+            8,
+            48,
+            8,
+            1,
+            1,
+            (SliceConfig(16, 1, 32, layer=1, rows=100), SliceConfig(16, 2, 48, layer=2, outposts="near", rows=7)),
+            lapped=True,
+            renderer=8,
+            groups=2,
+        ),
+        StageConfig(32, 8, 8, 1, 1, (SliceConfig(8, 1, 64, layer=0, rows=40),)),
+    ),
+)
+CONFIGS = {"tiny": GOLDEN, "rows": GOLDEN_ROWS}
+
+# Pictures, the weights for each, and options.
 PICTURES = {
-    "tiny": (Picture(models.picture(40, 72, seed=1), xmp=b"<x:xmpmeta/>"), {"quality": 30, "tile": 64}),
+    "tiny": (Picture(models.picture(40, 72, seed=1), xmp=b"<x:xmpmeta/>"), "tiny", {"quality": 30, "tile": 64}),
+    "rows": (Picture(models.picture(75, 90, seed=3)), "rows", {"quality": 60, "tile": 64}),
     "grey": (
         Picture(
             np.repeat(models.picture(17, 33, seed=2)[..., :1], 3, 2),
             grey=True,
             alpha=np.tile(np.arange(33, dtype=np.uint8) * 7, (17, 1)),
         ),
+        "tiny",
         {"quality": 90, "tile": 0},
     ),
 }
@@ -79,9 +103,11 @@ PHOTOS = {
 def renew(folder: Path) -> None:
     """Write weights, good files with their codes and pixels, and bad files."""
     (folder / "bad").mkdir(parents=True, exist_ok=True)
-    weights_file = models.save(models.tiny(GOLDEN), folder / "tiny.safetensors")
-    model = weights.load(weights_file)
-    for name, (picture, options) in PICTURES.items():
+    for name, config in CONFIGS.items():
+        models.save(models.tiny(config), folder / f"{name}.safetensors")
+    for name, (picture, made_with, options) in PICTURES.items():
+        weights_file = folder / f"{made_with}.safetensors"
+        model = weights.load(weights_file)
         data = codec.compress(picture, weights=weights_file, device="cpu", verify=True, **options)
         (folder / f"{name}.vqz").write_bytes(data)
         codes = codec.decode_codes(bitstream.read(data), model)
