@@ -15,7 +15,8 @@ from vqcodec.models import counts
 from vqcodec.models.config import SliceConfig
 from vqcodec.models.counts import TOTAL, CodeTables, Tables, flag_counts, power
 from vqcodec.models.prior import rates
-from vqcodec.models.quantizer import Codebook, log_probabilities
+from vqcodec.models.quantizer import Codebook
+from vqcodec.models.rates import log_probabilities
 
 SLICES = [SliceConfig(2, 1, 64, 0), SliceConfig(3, 2, 40, 0), SliceConfig(1, 4, 160, 0), SliceConfig(1, 1, 3, 0)]
 SLICES += [SliceConfig(3, 2, 40, 0, scales=2), SliceConfig(1, 4, 60, 0, scales=4)]

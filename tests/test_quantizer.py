@@ -13,18 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from vqcodec.models import quantizer
+from vqcodec.models import rates as rates_module
 from vqcodec.models.config import SliceConfig
-from vqcodec.models.quantizer import (
-    OUTPOSTS,
-    Codebook,
-    Rates,
-    grid,
-    look_up,
-    plane_blocks,
-    rows,
-    structured_start,
-)
+from vqcodec.models.quantizer import OUTPOSTS, Codebook, grid, look_up, rows, structured_start
+from vqcodec.models.rates import Rates, plane_blocks
 from vqcodec.train import quantise
 from vqcodec.train.codebooks import revive, start_by_k_means, update_averages
 
@@ -211,7 +203,7 @@ def test_result_does_not_depend_on_how_planes_are_chunked(monkeypatch: pytest.Mo
     book, v = book_and_rows(5, 2, 40)
     rates, weight, share = rate_model(book), torch.ones(50, 5), torch.ones(50)
     whole, chosen = quantise.quantise(book, v, rates, weight, 0.5, share), book.choose(v, rates, weight, 0.5)
-    monkeypatch.setattr(quantizer, "CHUNK", 1)
+    monkeypatch.setattr(rates_module, "CHUNK", 1)
     assert torch.equal(book.choose(v, rates, weight, 0.5), chosen)
     for ours, expected in zip(quantise.quantise(book, v, rates, weight, 0.5, share), whole, strict=True):
         torch.testing.assert_close(ours, expected)
@@ -349,8 +341,8 @@ def test_all_symbols_alike(planes: int, dim: int, codes: int, scales: int, monke
     expected = torch.autograd.grad(loss, inputs)
     pull = plain_soft_gradient(book, v.detach(), *(x.detach().double() for x in inputs), share, codes)
     monkeypatch.setattr(quantise, "_quantise_open", quantise._quantise_all)
-    for limit in (quantizer.LARGE_CHUNK, 1):
-        monkeypatch.setattr(quantizer, "LARGE_CHUNK", limit)
+    for limit in (rates_module.LARGE_CHUNK, 1):
+        monkeypatch.setattr(rates_module, "LARGE_CHUNK", limit)
         again, chosen, spent = quantise.quantise(book, v.requires_grad_(), rates, weight, 0.5, share)
         torch.testing.assert_close(again, loss)
         assert torch.equal(chosen, indices)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import TINY
 
-from vqcodec.models.quantizer import MOST_BITS
+from vqcodec.models.rates import MOST_BITS
 from vqcodec.train.loss import RateDistortion
 from vqcodec.train.rounding import Rounding, round_off
 from vqcodec.train.start import start_from_pictures

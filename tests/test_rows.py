@@ -17,7 +17,8 @@ from vqcodec.frame import Frame
 from vqcodec.models.config import SliceConfig
 from vqcodec.models.counts import TOTAL, RowTables
 from vqcodec.models.model import walk
-from vqcodec.models.quantizer import MOST_BITS, Codebook, RowRates, row_of
+from vqcodec.models.quantizer import Codebook
+from vqcodec.models.rates import MOST_BITS, RowRates, row_of
 from vqcodec.train.quantise import TEMPERATURE, quantise
 
 PIECE = SliceConfig(planes=3, dim=1, codes=64, layer=0, rows=40)

@@ -12,7 +12,7 @@ from models import picture
 from vqcodec import bitstream, codec, coding, encoder, search, synthesis, tuning
 from vqcodec.bitstream import Header
 from vqcodec.models.config import Config, PriorConfig, SliceConfig, StageConfig
-from vqcodec.models.quantizer import Rates
+from vqcodec.models.rates import Rates
 from vqcodec.visual import visual_distance
 from vqcodec.weights import load
 

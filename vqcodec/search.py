@@ -35,7 +35,8 @@ from torch import Tensor
 from vqcodec import precision, synthesis, tuning
 from vqcodec.frame import Frame
 from vqcodec.models.model import Context, Estimate, Model, Slice, walk
-from vqcodec.models.quantizer import MOST_BITS, Codebook, Rates, RowRates, grid, look_up, rows, softplus2
+from vqcodec.models.quantizer import Codebook, grid, look_up, rows
+from vqcodec.models.rates import MOST_BITS, Rates, RowRates, softplus2
 from vqcodec.spans import timed
 from vqcodec.ssimulacra2 import SMALLEST
 from vqcodec.tuning import Importance

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from vqcodec.entropy import Table
 from vqcodec.models.config import Config, SliceConfig
-from vqcodec.models.quantizer import CHUNK, Codebook, RowTable, plane_blocks, row_of
+from vqcodec.models.quantizer import Codebook
+from vqcodec.models.rates import CHUNK, RowTable, plane_blocks, row_of
 
 # The range coder's precision. It adds 1 to every count, so n counts sum to TOTAL - n.
 TOTAL = 1 << 24

@@ -20,7 +20,8 @@ from vqcodec.models.config import Config, SliceConfig, StageConfig
 from vqcodec.models.counts import CodeTables, RowTables, Tables
 from vqcodec.models.layers import channels_last
 from vqcodec.models.prior import LevelPrior, Places, Prior, SlicePrior, rates
-from vqcodec.models.quantizer import Codebook, Rates, RowRates, grid, look_up
+from vqcodec.models.quantizer import Codebook, grid, look_up
+from vqcodec.models.rates import Rates, RowRates
 from vqcodec.models.vqvae import PIXEL_SCALE, VQVAE, SliceQuantizer
 
 

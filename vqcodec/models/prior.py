@@ -30,7 +30,7 @@ from vqcodec.models.integers import (
     clamp8,
     gate,
 )
-from vqcodec.models.quantizer import Rates
+from vqcodec.models.rates import Rates
 
 # The interleaved passes in coding order, as (row, column) offsets in the 2 x 2 pattern.
 PHASES = ((0, 0), (1, 1), (0, 1), (1, 0))
@@ -104,7 +104,7 @@ class SlicePrior(nn.Module):
 
         Returns:
             float32 (N, P, D + 2 S + 1), integers in [-127, 127]: mean (D), square (S), linear (S), zero (1); with a
-            stored table (N, P, 1), see `quantizer.row_of`. The N = B h' w' positions are in raster order.
+            stored table (N, P, 1), see `rates.row_of`. The N = B h' w' positions are in raster order.
         """
         row, column = PHASES[number]
         hidden = context[:, :, row::2, column::2]

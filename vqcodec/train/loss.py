@@ -20,7 +20,8 @@ from torch.nn import functional
 from vqcodec.models.config import Config
 from vqcodec.models.model import Context, Estimate, Follower, Slice, levels_of, walk
 from vqcodec.models.prior import Prior
-from vqcodec.models.quantizer import Codebook, Rates, RowRates, grid, rows
+from vqcodec.models.quantizer import Codebook, grid, rows
+from vqcodec.models.rates import Rates, RowRates
 from vqcodec.models.vqvae import VQVAE
 from vqcodec.train.codebooks import update_averages
 from vqcodec.train.distortion import Distortion

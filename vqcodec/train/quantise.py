@@ -12,18 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqcodec.models.quantizer import (
-    MOST_BITS,
-    Codebook,
-    Parts,
-    Rates,
-    RowRates,
-    chosen_blocks,
-    log_probabilities,
-    negative_distances,
-    plane_chunks,
-    softplus2,
-)
+from vqcodec.models.quantizer import Codebook, chosen_blocks, negative_distances
+from vqcodec.models.rates import MOST_BITS, Parts, Rates, RowRates, log_probabilities, plane_chunks, softplus2
 
 # In squared steps, of the soft assignment: at 0.5 a code one step away from the nearest has 13 % of its weight.
 TEMPERATURE = 0.5

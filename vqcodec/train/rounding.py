@@ -18,7 +18,7 @@ from torch.nn import functional
 from vqcodec.models.config import Config, StageConfig
 from vqcodec.models.layers import Condition
 from vqcodec.models.model import Estimate, Slice, levels_of, walk
-from vqcodec.models.quantizer import MOST_BITS
+from vqcodec.models.rates import MOST_BITS
 from vqcodec.models.vqvae import VQVAE
 
 # Least scale of a distribution, in quantiser steps. Smaller scales give almost only zeros too.
