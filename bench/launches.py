@@ -60,8 +60,8 @@ class _Synchronisations(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func == Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
-            return True
+        if func == Tensor.is_cuda.__get__ or func == Tensor.is_cpu.__get__:  # type: ignore[attr-defined]
+            return func == Tensor.is_cuda.__get__  # type: ignore[attr-defined]
         if func in _WAITING or (func is Tensor.to and _names_a_device(args[1:], kwargs)):
             self.seen[func.__name__] += 1
         elif func in (Tensor.__getitem__, Tensor.__setitem__) and _has_mask(args[1]):

@@ -270,12 +270,28 @@ def test_unfolded_convolution_is_the_same(monkeypatch: pytest.MonkeyPatch) -> No
     for stride, padding in [(1, 1), (2, 0), (2, 1)]:
         expected = functional.conv2d(x, weight, None, stride, padding)
         with monkeypatch.context() as patch:
-            patch.setattr(Tensor, "is_cuda", True)
+            patch.setattr(Tensor, "is_cpu", False)
             found = module._convolve_exactly(x, weight, stride, padding)
         assert torch.equal(found, expected)
 
 
 # Quantisation while training
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+@pytest.mark.parametrize("batch", [1, 15, 16, 40])
+def test_batches_stay_exact_without_onednn(batch: int) -> None:
+    """Torch then gives batches of 16 and more to NNPACK, whose Winograd transform rounds."""
+    conv = IntegerConv(40, 24, 3)
+    conv.freeze()
+    generator = torch.Generator().manual_seed(batch)
+    conv.weight.data = torch.randint(-127, 128, conv.weight.shape, generator=generator).float()
+    x = torch.randint(-127, 128, (batch, 40, 8, 16), generator=generator).float()
+    with torch.inference_mode():
+        expected = functional.conv2d(x.double(), conv._scaled_weight().double(), padding=1).floor()
+        with torch.backends.mkldnn.flags(enabled=False):
+            found = conv.run(x) - conv.bias[:, None, None]  # type: ignore[index]
+    assert torch.equal(found.double(), expected)
 
 
 def test_weights_use_their_bits() -> None:

@@ -21,6 +21,7 @@ from vqcodec.models.config import MAX_INPUTS, QUALITIES
 UNIT = 32  # activations are multiples of 1/32
 STATE_BITS = 4  # additional bits of the state: multiples of 1/512
 MAX_EXPONENT = 14  # of the power of two of a channel's weights
+WITHOUT_NNPACK = 15  # pictures of the largest batch that torch never gives to NNPACK
 
 
 class _Floor(torch.autograd.Function):
@@ -146,11 +147,13 @@ class IntegerConv(nn.Conv2d):
 def _convolve_exactly(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     """Convolve integers without transform-domain algorithms, whose intermediate values are not integers.
 
-    CPU libraries sum the products directly. CUDA libraries may choose Winograd or FFT, so there the inputs are unfolded
-    for a matrix product. Its operands are exact even in TF32.
+    CPU libraries sum the products directly, but for NNPACK, which torch falls back to for large batches. Elsewhere
+    libraries may choose Winograd or FFT, so there the inputs are unfolded for a matrix product. Its operands are exact
+    even in TF32.
     """
-    if not x.is_cuda:
-        return functional.conv2d(x, weight, None, stride, padding)
+    if x.is_cpu:
+        parts = [functional.conv2d(part, weight, None, stride, padding) for part in torch.split(x, WITHOUT_NNPACK)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
     kernel = weight.shape[2:]
     height = (x.shape[2] + 2 * padding - kernel[0]) // stride + 1
     columns = functional.unfold(x, kernel, padding=padding, stride=stride)
