@@ -6,6 +6,7 @@ Everything is computed in float32, whatever autocast says.
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from vqcodec.ssimulacra2 import BLUR, OPSIN, OPSIN_BIAS, SCALE, SCALES, SMALLEST
 
 # Added under the fourth root, whose gradient is infinite at zero: the fourth power of 1e-6.
 FLOOR = 1e-24
+REACH = len(BLUR) - 1  # of the blur, in pixels
+BLOCK = 32  # pixels of a line that are blurred at a time
 
 
 def visual_distance(distorted: Tensor, original: Tensor) -> Tensor:
@@ -81,29 +84,52 @@ def _opsin(device: torch.device) -> Tensor:
     return torch.from_numpy(OPSIN).to(device)
 
 
-@functools.lru_cache(maxsize=32)
+@functools.cache
 @torch.inference_mode(False)
-def _blur_matrix(size: int, device: torch.device) -> Tensor:
-    """The blur of a line of `size` pixels with zeros outside, as a symmetric matrix (size, size)."""
-    offsets = (torch.arange(size)[:, None] - torch.arange(size)).abs()
+def _blur_matrix(device: torch.device) -> Tensor:
+    """What blurs a block of a line, given the block and `REACH` pixels on each side: (BLOCK + 2 REACH, BLOCK)."""
+    offsets = (torch.arange(BLOCK + 2 * REACH)[:, None] - REACH - torch.arange(BLOCK)).abs()
     taps = torch.tensor([*BLUR, 0.0], dtype=torch.float32)
     return taps[offsets.clamp(max=len(BLUR))].to(device)
 
 
+class _Blur(torch.autograd.Function):
+    """The blur of planes (..., H, W), with zeros outside. It is symmetric: the gradient is blurred the same way."""
+
+    @staticmethod
+    def forward(ctx: Any, planes: Tensor) -> Tensor:
+        return _blurred(planes)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return _blurred(grads[0])
+
+
+def _blurred(planes: Tensor) -> Tensor:
+    """Blur block by block, by matrix products: faster than short single-channel convolutions, on CPUs too."""
+    height, width = planes.shape[-2:]
+    matrix = _blur_matrix(planes.device)
+    lines = functional.pad(planes, (REACH, REACH + -width % BLOCK)).unfold(-1, len(matrix), BLOCK)
+    across = (lines.reshape(-1, len(matrix)) @ matrix).reshape(*planes.shape[:-1], -1)[..., :width]
+    columns = functional.pad(across, (0, 0, REACH, REACH + -height % BLOCK)).unfold(-2, len(matrix), BLOCK)
+    return (matrix.T @ columns.mT).flatten(-3, -2)[..., :height, :]
+
+
 def _blur(planes: Tensor) -> Tensor:
-    """Blur by matrix products: faster than short single-channel convolutions, on CPUs too."""
-    height, width = planes.shape[2:]
-    return _blur_matrix(height, planes.device) @ (planes @ _blur_matrix(width, planes.device))
+    blurred: Tensor = _Blur.apply(planes)  # type: ignore[no-untyped-call]
+    return blurred
 
 
 def _scale_errors(a: Tensor, b: Tensor) -> Tensor:
     """The error terms of the six columns of WEIGHTS, for each picture and component: (B, 3, 6)."""
     mean_a, mean_b = _blur(a), _blur(b)
     covariance = _blur(a * b) - mean_a * mean_b
-    variances = (_blur(a * a) - mean_a**2) + (_blur(b * b) - mean_b**2)
+    variances = _blur(a * a + b * b) - (mean_a**2 + mean_b**2)  # the sum of both
     luminance = 1 - (mean_a - mean_b) ** 2
     ssim = (1 - luminance * (2 * covariance + SSIM_C2) / (variances + SSIM_C2)).clamp(min=0)
     edges = (1 + (b - mean_b).abs()) / (1 + (a - mean_a).abs()) - 1
-    maps = torch.stack([ssim, edges.clamp(min=0), (-edges).clamp(min=0)], 2)
-    norms = (maps.square().square().mean((3, 4)) + FLOOR) ** 0.25 - FLOOR**0.25
-    return torch.cat([maps.mean((3, 4)), norms], 2)
+    maps = [x.flatten(2) for x in (ssim, edges.clamp(min=0), (-edges).clamp(min=0))]
+    squares = [x.square() for x in maps]
+    fourths = torch.stack([torch.linalg.vecdot(x, x) for x in squares], 2) / squares[0].shape[2]
+    norms = (fourths + FLOOR) ** 0.25 - FLOOR**0.25
+    return torch.cat([torch.stack([x.mean(2) for x in maps], 2), norms], 2)
