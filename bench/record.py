@@ -172,9 +172,20 @@ def all_bd_rates_table(record: Record) -> str:
     return _bd_rates(record, OPPONENTS)
 
 
+def fast_table(record: Record) -> str:
+    """The fast model against the photo model, tune by tune, and against the best opponents."""
+    pairs = [("vqcodec-fast", key) for key in ("vqcodec", "jxl", "avif")]
+    return _pairs_table(record, [*pairs, ("vqcodec-fast-psnr", "vqcodec-psnr"), ("vqcodec-fast-psnr", "avif-psnr")])
+
+
 def _bd_rates(record: Record, opponents: Sequence[str]) -> str:
-    measures = [key for key in MEASURES if _curve(record, "vqcodec", key)]
     pairs = [("vqcodec", key) for key in (*opponents, "vqcodec-psnr")] + [("vqcodec-psnr", key) for key in opponents]
+    return _pairs_table(record, pairs)
+
+
+def _pairs_table(record: Record, pairs: Sequence[tuple[str, str]]) -> str:
+    """BD-rates of pairs of codecs."""
+    measures = [key for key in MEASURES if _curve(record, pairs[0][0], key)]
     rows = [
         [record[test].title, record[anchor].title, *(_percent(record, test, anchor, key) for key in measures)]
         for test, anchor in pairs
@@ -234,6 +245,7 @@ BLOCKS: dict[str, Callable[[Record], str]] = {
     "bd-rates": bd_rates_table,
     "all-bd-rates": all_bd_rates_table,
     "against-jpeg": jpeg_table,
+    "fast": fast_table,
     "effort": effort_table,
     "natural": natural_table,
 }

@@ -112,7 +112,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time and peak memory over picture sizes, beside JPEG XL.")
     parser.add_argument("-o", "--output", type=Path, default=Path("out/speed.json"), help="default: %(default)s")
     parser.add_argument("--sizes", type=sizes, default=SIZES, help="WIDTHxHEIGHT,...; default: %(default)s")
-    parser.add_argument("--weights", type=Path, help="weights file of vqcodec (default: the packaged one)")
+    parser.add_argument("--weights", type=Path, help="weights of vqcodec: a file or a packaged name (default: photo)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of vqcodec (default: auto)")
     parser.add_argument(
         "--threads", type=int, default=os.cpu_count() or 1, help="of every codec (default: %(default)s)"
@@ -142,11 +142,16 @@ def _in_own_process(
     command = [sys.executable, "-m", "bench.speed", "--sizes", f"{size[0]}x{size[1]}"]
     command += ["--measure", key, direction, str(file), "--device", options.device]
     command += ["--threads", str(options.threads), "--repeats", str(options.repeats)]
-    command += ["--weights", str(options.weights.resolve())] if options.weights else []
+    command += ["--weights", _absolute(options.weights)] if options.weights else []
     done = subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(done.returncode)  # it has said why
     return Measurement(**json.loads(done.stdout))
+
+
+def _absolute(weights: Path) -> str:
+    """An absolute path, or the name of packaged weights as it is."""
+    return str(weights.resolve() if weights.exists() else weights)
 
 
 def _measure(options: argparse.Namespace) -> Measurement:
