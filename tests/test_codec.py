@@ -262,19 +262,26 @@ def test_targets_that_are_none() -> None:
     with pytest.raises(ValueError, match="quality and target exclude each other"):
         compress(picture(8, 8), quality=50, target=Target("bpp", 1))
     for limit in (0, 1.5):
-        with pytest.raises(ValueError, match="max_size must be a positive integer"):
+        with pytest.raises(ValueError, match="max_size must be an integer from 1, got"):
             compress(picture(8, 8), max_size=limit)
 
 
-@pytest.mark.parametrize("quality", [0, 101, -5])
-def test_quality_out_of_range(quality: int) -> None:
+@pytest.mark.parametrize("quality", [0, 101, -5, True, 50.0, np.float32(50), "50"], ids=repr)
+def test_quality_out_of_range(quality: Any) -> None:
     with pytest.raises(ValueError, match="quality must be an integer from 1 to 100"):
         compress(picture(8, 8), quality=quality)
 
 
+def test_integers_of_numpy_are_integers() -> None:
+    source = picture(64, 64)
+    plain = compress(source, quality=40, tile=64, effort=1, max_size=10**6)
+    given = (np.int64(40), np.uint8(64), np.int8(1), np.int32(10**6))
+    assert compress(source, **dict(zip(("quality", "tile", "effort", "max_size"), given, strict=True))) == plain
+
+
 @pytest.mark.parametrize("tile", [-64, 1, 32, 100, 255 * 64 + 64, 64.0])
 def test_tile_out_of_range(tile: Any) -> None:
-    with pytest.raises(ValueError, match="tile must be 0 or a multiple of 64"):
+    with pytest.raises(ValueError, match="tile must be (0 or a multiple of 64|an integer from 0 to 16320), got"):
         compress(picture(8, 8), tile=tile)
 
 

@@ -63,6 +63,18 @@ def test_seeds_and_sizes() -> None:
     assert not np.array_equal(sample(1, height=40, width=70, seed=6)[0], first)
 
 
+def test_the_caller_is_left_in_its_own_mode() -> None:
+    """Between pictures, and with two samplers in turn."""
+    samplers = [
+        sampling.sample(2, weights_file=models.tiny_weights(), height=32, width=32, seed=seed) for seed in (0, 1)
+    ]
+    for _ in range(2):
+        for sampler in samplers:
+            next(sampler)
+            assert not torch.is_inference_mode_enabled()
+            assert (torch.ones(1, requires_grad=True) * 2).requires_grad
+
+
 @pytest.mark.parametrize("rows", [0, 3, 16, 100])
 def test_rows_that_are_kept(rows: int) -> None:
     model = load(models.tiny_weights())

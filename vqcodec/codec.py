@@ -10,6 +10,7 @@ whole picture (synthesis.py), so tiles leave no seams.
 
 import functools
 import math
+import operator
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -75,22 +76,22 @@ def compress(
         WeightsError: the weights are missing or unreadable, or have no visual tuning although `tune` is "visual".
         FormatError: `verify` found a difference.
     """
-    if quality is not None and (not isinstance(quality, int) or not LOWEST <= quality <= HIGHEST):
-        raise ValueError(f"quality must be an integer from {LOWEST} to {HIGHEST}, got {quality!r}")
+    if quality is not None:
+        quality = _integer("quality", quality, LOWEST, HIGHEST)
     if quality is not None and target is not None:
         raise ValueError("quality and target exclude each other")
-    if max_size is not None and (not isinstance(max_size, int) or max_size < 1):
-        raise ValueError(f"max_size must be a positive integer, got {max_size!r}")
-    if not isinstance(effort, int) or not 1 <= effort <= len(search.ROUNDS):
-        raise ValueError(f"effort must be an integer from 1 to {len(search.ROUNDS)}, got {effort!r}")
+    if max_size is not None:
+        max_size = _integer("max_size", max_size, 1)
+    effort = _integer("effort", effort, 1, len(search.ROUNDS))
     if tune is not None and tune not in packaged.TUNES:
         raise ValueError(f"tune must be one of {', '.join(packaged.TUNES)}, got {tune!r}")
     source = _as_picture(picture)
     model = _load(weights, device)
     tuned = _tuning(weights, model, tune, target)
     unit = math.lcm(bitstream.TILE_UNIT, model.config.multiple)
-    if not isinstance(tile, int) or not 0 <= tile <= bitstream.MAX_TILE or tile % unit:
-        raise ValueError(f"tile must be 0 or a multiple of {unit} up to {bitstream.MAX_TILE}, got {tile!r}")
+    tile = _integer("tile", tile, 0, bitstream.MAX_TILE)
+    if tile % unit:
+        raise ValueError(f"tile must be 0 or a multiple of {unit}, got {tile!r}")
     height, width = source.pixels.shape[:2]
     chunks = _chunks(source)
 
@@ -244,6 +245,19 @@ def decode_codes(container: Container, model: Model) -> list[Tensor]:
         raise HeaderError(f"tile is {header.tile} pixels, these weights need multiples of {model.config.multiple}")
     with coding.exact(model):
         return coding.decode(model, header.frame, container.segments)
+
+
+def _integer(name: str, value: object, low: int, high: int | None = None) -> int:
+    """An argument that must be an integer of any type, numpy's too, but no bool.
+
+    Raises:
+        ValueError: it is not, or it is out of range.
+    """
+    number = None if isinstance(value, bool) or not hasattr(value, "__index__") else operator.index(value)
+    if number is None or number < low or (high is not None and number > high):
+        wanted = f"an integer from {low}" + ("" if high is None else f" to {high}")
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+    return number
 
 
 # Pictures and metadata

@@ -98,10 +98,12 @@ def sample(
     frame = Frame(width, height, quality)
     with coding.exact(model):
         given = encode(model, frame, picture.pixels)[1] if picture is not None else None
-        kept = frame.padded(model.config.multiple)[0] // model.config.levels[-1].stride // 2 if rows is None else rows
-        dice = Dice(temperature, np.random.default_rng(seed))
-        for _ in range(count):
-            yield synthesis.reconstruct(model, frame, draw(model, frame, dice, given, kept))
+    kept = frame.padded(model.config.multiple)[0] // model.config.levels[-1].stride // 2 if rows is None else rows
+    dice = Dice(temperature, np.random.default_rng(seed))
+    for _ in range(count):
+        with coding.exact(model):  # left before the caller goes on
+            drawn = synthesis.reconstruct(model, frame, draw(model, frame, dice, given, kept))
+        yield drawn
 
 
 def draw(model: Model, frame: Frame, dice: Dice, given: list[Tensor] | None = None, rows: int = 0) -> list[Tensor]:

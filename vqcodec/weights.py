@@ -166,7 +166,7 @@ def save_model(path: Path, config: Config, vqvae: VQVAE, prior: Prior, notes: di
     tables = Tables(config)
     for level in range(len(config.levels)):
         for index, piece in enumerate(vqvae.level_slices(level)):
-            tables.slice(level, index).fill(piece.codebook.cpu())
+            tables.slice(level, index).fill(piece.codebook)
     tensors: dict[str, Tensor] = {}
     for prefix, module in (("vqvae", vqvae), ("prior", prior), ("tables", tables)):
         skipped = _not_stored(module)
