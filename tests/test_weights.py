@@ -105,6 +105,28 @@ def test_integers_survive_narrowing(largest: int) -> None:
     assert narrow.element_size() == {127: 1, 128: 2, 32767: 2, 32768: 4, 2**31 - 1: 4}.get(largest, 8)
 
 
+def test_a_file_replaced_while_it_is_read_is_not_mixed_up(
+    tmp_path: Path, data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, later = tmp_path / "tiny.safetensors", models.save(models.tiny(seed=1), tmp_path / "later.safetensors")
+    path.write_bytes(data)
+    expected = weights.load(path).vqvae.state_dict()
+    weights._load.cache_clear()
+    read = Path.read_bytes
+
+    def replacing(self: Path) -> bytes:
+        content = read(self)
+        if self == path:
+            os.replace(later, path)
+        return content
+
+    monkeypatch.setattr(Path, "read_bytes", replacing)
+    model = weights.load(path)
+    assert model.id == hashlib.sha256(data).digest()[:4]
+    for name, tensor in model.vqvae.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
 def test_loading_draws_no_random_numbers(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "tiny.safetensors"
     path.write_bytes(data)

@@ -13,11 +13,13 @@ import functools
 import hashlib
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
 from safetensors.torch import save
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -65,14 +67,15 @@ def _version(path: Path) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=2)
 def _load(path: Path, device: str, look: Path | None, versions: tuple[tuple[int, int], ...]) -> Model:
-    config, _, weights_id = _metadata(path)
-    tensors = _tensors(path)
+    file = _read(path)
+    config, tensors = file.config, file.tensors()
     if look is not None:
-        config, metadata, _ = _metadata(look, LOOK_FORMAT)
-        if metadata.get("weights") != weights_id.hex():
-            raise WeightsError(f"{look} is a look of weights {metadata.get('weights')}, {path} are {weights_id.hex()}")
+        second = _read(look, LOOK_FORMAT)
+        config, of = second.config, second.metadata.get("weights")
+        if of != file.id.hex():
+            raise WeightsError(f"{look} is a look of weights {of}, {path} are {file.id.hex()}")
         replaced = tuple(f"vqvae.{name}." for name in VQVAE(config).renderer())
-        tensors = {k: v for k, v in tensors.items() if not k.startswith(replaced)} | _tensors(look)
+        tensors = {k: v for k, v in tensors.items() if not k.startswith(replaced)} | second.tensors()
     vqvae, prior, tables = _blank(config)
     for module, prefix in ((vqvae, "vqvae."), (prior, "prior."), (tables, "tables.")):
         state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
@@ -91,7 +94,7 @@ def _load(path: Path, device: str, look: Path | None, versions: tuple[tuple[int,
                 tables.slice(level, index).check()
     except ValueError as error:
         raise WeightsError(f"weights {path}: {error}") from None
-    return Model(config, vqvae, prior, tables, weights_id, torch.device(device), look is not None)
+    return Model(config, vqvae, prior, tables, file.id, torch.device(device), look is not None)
 
 
 class _Uninitialised(TorchFunctionMode):
@@ -119,26 +122,67 @@ def _blank(config: Config) -> tuple[VQVAE, Prior, Tables]:
 def is_look_of(path: Path, weights_id: bytes) -> bool:
     """Whether a file is a look of the weights with this id."""
     try:
-        return path.is_file() and _metadata(path, LOOK_FORMAT)[1].get("weights") == weights_id.hex()
+        return path.is_file() and _read(path, LOOK_FORMAT).metadata.get("weights") == weights_id.hex()
     except WeightsError:
         return False
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+@dataclass(frozen=True)
+class _File:
+    """A weights file or a look, read once: config, metadata, id and tensors are of the same bytes.
+
+    Attributes:
+        path: where it was. data: its bytes. metadata, config: of its header. id: see `Model`.
+    """
+
+    path: Path
+    data: bytes
+    metadata: dict[str, str]
+    config: Config
+    id: bytes
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name."""
+        try:
+            return load_tensors(self.data)
+        except SafetensorError as error:
+            raise WeightsError(f"cannot read weights {self.path}: {error}") from None
 
 
-def _metadata(path: Path, expected: str = FORMAT) -> tuple[Config, dict[str, str], bytes]:
+def _read(path: Path, expected: str = FORMAT) -> _File:
+    """Read a file of the format that is expected.
+
+    Raises:
+        WeightsError: it cannot be read, or it is of another format.
+    """
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        weights_id = hashlib.sha256(path.read_bytes()).digest()[:ID_BYTES]
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(f"cannot read weights {path}: {error}") from None
+        data = path.read_bytes()
+    except OSError as error:
+        raise WeightsError(f"cannot read weights {path}: {error.strerror}") from None
+    metadata = _metadata(data)
+    if metadata is None:
+        raise WeightsError(f"cannot read weights {path}: not a safetensors file")
     if metadata.get("format") != expected:
         raise WeightsError(f"{path} is not a {expected[:-2]} file: format {metadata.get('format')!r}, not {expected!r}")
-    return Config.from_json(metadata.get("config", "")), metadata, weights_id
+    return _File(path, data, metadata, Config.from_json(metadata.get("config", "")), id_of(data))
+
+
+def _metadata(data: bytes) -> dict[str, str] | None:
+    """The metadata in the header of a safetensors file; None if there is no such header."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    if not 8 < end <= len(data):
+        return None
+    try:
+        header = json.loads(data[8:end])
+    except (ValueError, RecursionError):
+        return None
+    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else None
+    return metadata if isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values()) else None
+
+
+def id_of(data: bytes) -> bytes:
+    """The id of weights: the first four bytes of the SHA-256 of their file."""
+    return hashlib.sha256(data).digest()[:ID_BYTES]
 
 
 def _not_stored(module: torch.nn.Module) -> set[str]:
@@ -203,7 +247,7 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], not
     """Write a safetensors file atomically; return its id."""
     data = _sort_header(save(tensors, {**metadata, "notes": json.dumps(notes, sort_keys=True)}))
     files.write_atomically(path, data)
-    return hashlib.sha256(data).digest()[:ID_BYTES]
+    return id_of(data)
 
 
 def _sort_header(data: bytes) -> bytes:
@@ -233,16 +277,17 @@ def describe(path: Path) -> dict[str, Any]:
     Raises:
         WeightsError: the file is not a readable weights file.
     """
-    config, metadata, weights_id = _metadata(path)
+    file = _read(path)
+    config = file.config
     vqvae, prior, _ = _blank(config)
     macs = {**vqvae.macs_per_pixel(), "prior": prior.macs_per_pixel(config)}
     return {
-        "id": weights_id.hex(),
-        "bytes": path.stat().st_size,
+        "id": file.id.hex(),
+        "bytes": len(file.data),
         "name": config.name,
         "parameters": sum(p.numel() for m in (vqvae, prior) for p in m.parameters()),
         **{f"{part}_kmac_per_pixel": round(count / 1000, 2) for part, count in macs.items()},
         "decoding_kmac_per_pixel": round((sum(macs.values()) - macs["encoder"]) / 1000, 2),
-        "notes": json.loads(metadata.get("notes", "{}")),
-        "config": json.loads(metadata["config"]),
+        "notes": json.loads(file.metadata.get("notes", "{}")),
+        "config": json.loads(file.metadata["config"]),
     }
