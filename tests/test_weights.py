@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import struct
@@ -234,6 +235,8 @@ def test_metadata_that_does_not_fit(tmp_path: Path, data: bytes) -> None:
         ("prior.levels.1.slices.0.head.exponent", 15, "exponent of the prior is out of range"),
         ("prior.levels.1.slices.0.head.exponent", -1, "exponent of the prior is out of range"),
         ("prior.levels.1.slices.0.head.weight", -128, "weight or exponent of the prior is out of range"),
+        ("prior.levels.1.slices.0.head.bias", 2**30, "too large for exact sums"),
+        ("prior.levels.0.start.table", -(2**21), "too large for exact sums"),
         ("tables.levels.1.0.inputs", 200, "outside -127..127"),
         ("tables.levels.1.0.values", 2**31 - 1, "too large for exact sums"),
     ],
@@ -246,6 +249,28 @@ def test_integers_that_would_not_be_exact(name: str, value: int, message: str, t
     tensors[name] = tensors[name].long()
     save_file(tensors, path, metadata)
     weights.load(path)
+    tensors[name].flatten()[0] = value
+    save_file(tensors, path, metadata)
+    with pytest.raises(WeightsError, match=message):
+        weights.load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("prior.levels.1.slices.0.head.bias", 0.0, "head.bias must hold integers, not torch.float32"),
+        ("tables.levels.1.0.values", math.nan, "values must hold integers, not torch.float32"),
+        ("vqvae.stages.0.analysis.weight", math.nan, "not all numbers of vqvae.stages.0.analysis.weight are finite"),
+        ("vqvae.slices.0.0.codebook.vectors", math.inf, "not all numbers of .*vectors are finite"),
+    ],
+)
+def test_numbers_that_are_none(name: str, value: float, message: str, tmp_path: Path) -> None:
+    """Fractions in the exact part would void its exactness without a word, and NaN all pictures."""
+    path = tmp_path / "bad.safetensors"
+    with safe_open(models.tiny_weights(), framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(models.tiny_weights())
+    tensors[name] = tensors[name].float()
     tensors[name].flatten()[0] = value
     save_file(tensors, path, metadata)
     with pytest.raises(WeightsError, match=message):

@@ -76,6 +76,7 @@ def _load(path: Path, device: str, look: Path | None, versions: tuple[tuple[int,
             raise WeightsError(f"{look} is a look of weights {of}, {path} are {file.id.hex()}")
         replaced = tuple(f"vqvae.{name}." for name in VQVAE(config).renderer())
         tensors = {k: v for k, v in tensors.items() if not k.startswith(replaced)} | second.tensors()
+    _check_numbers(look or path, tensors)
     vqvae, prior, tables = _blank(config)
     for module, prefix in ((vqvae, "vqvae."), (prior, "prior."), (tables, "tables.")):
         state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
@@ -95,6 +96,20 @@ def _load(path: Path, device: str, look: Path | None, versions: tuple[tuple[int,
     except ValueError as error:
         raise WeightsError(f"weights {path}: {error}") from None
     return Model(config, vqvae, prior, tables, file.id, torch.device(device), look is not None)
+
+
+def _check_numbers(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Check that the prior and its tables are integers, and that all other numbers are finite.
+
+    Raises:
+        WeightsError: they are not.
+    """
+    for name, tensor in tensors.items():
+        if name.startswith(("prior.", "tables.")):
+            if tensor.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64):
+                raise WeightsError(f"weights {path}: {name} must hold integers, not {tensor.dtype}")
+        elif not torch.isfinite(tensor).all():
+            raise WeightsError(f"weights {path}: not all numbers of {name} are finite")
 
 
 class _Uninitialised(TorchFunctionMode):

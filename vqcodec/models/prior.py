@@ -283,17 +283,29 @@ class Prior(nn.Module):
         super().__init__()
         self.levels = nn.ModuleList([LevelPrior(config, level) for level in range(len(config.levels))])
 
+    @torch.no_grad()
     def check(self) -> None:
         """Check that the frozen weights allow exact sums.
 
+        The largest numbers that all layers can give must not add up to more than float32 holds exactly: no sum of the
+        prior, of its state over all slices for one, has more terms.
+
         Raises:
-            ValueError: a weight is outside -127..127, or an exponent outside bits..MAX_EXPONENT.
+            ValueError: a weight is outside -127..127, an exponent outside bits..MAX_EXPONENT, or sums can be too large.
         """
+        total = 0.0
         for part in self.modules():
-            if isinstance(part, IntegerConv) and (
-                part.weight.abs().max() > 127 or part.exponent.min() < part.bits or part.exponent.max() > MAX_EXPONENT
-            ):
-                raise ValueError("a weight or exponent of the prior is out of range")
+            if isinstance(part, IntegerConv):
+                exponents = part.exponent
+                if part.weight.abs().max() > 127 or exponents.min() < part.bits or exponents.max() > MAX_EXPONENT:
+                    raise ValueError("a weight or exponent of the prior is out of range")
+                assert part.bias is not None
+                sums = 127 * part.weight.abs().flatten(1).sum(1) * part.powers[exponents.long()]
+                total += float((sums.double() + part.bias.abs()).max())
+            elif isinstance(part, QualityBias):
+                total += float(part.table.abs().max()) * 2**STATE_BITS
+        if total >= 2**24:
+            raise ValueError("the numbers of the prior are too large for exact sums")
 
     def level(self, index: int) -> LevelPrior:
         level = self.levels[index]
