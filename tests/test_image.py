@@ -6,6 +6,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from vqcodec import image
 from vqcodec.errors import ImageError
@@ -335,6 +336,78 @@ def test_exif_and_xmp_are_written(make_photo, suffix):
 
 def test_xmp_in_tiff(make_photo):
     assert load(save(Picture(make_photo(8, 8), xmp=b"<x/>"), ".tif"), max_pixels=None).xmp == b"<x/>"
+
+
+def exif_of(kind: int, count: int, order: str) -> bytes:
+    """EXIF data with orientation 6 of any type: 1 (byte), 3 (short) or 4 (long), with values outside the entry."""
+    form = order + {1: "B", 3: "H", 4: "L"}[kind]
+    header = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(order + "LH", 8, 1)
+    values = struct.pack(form, 6) * count
+    inline = values.ljust(4, b"\0") if len(values) <= 4 else struct.pack(order + "L", 26)
+    return header + struct.pack(order + "HHL", 0x0112, kind, count) + inline + bytes(4) + values * (len(values) > 4)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize(("kind", "count"), [(1, 1), (3, 1), (4, 1), (3, 2), (4, 2), (1, 9)])
+def test_orientation_of_any_type_is_applied(kind: int, count: int, order: str) -> None:
+    data = encoded(Image.new("RGB", (40, 24)), "JPEG", exif=b"Exif\0\0" + exif_of(kind, count, order))
+    picture = load(data, max_pixels=None)
+    assert picture.pixels.shape == (40, 24, 3) and picture.exif is not None
+    again = load(save(picture, ".jpg"), max_pixels=None)
+    assert again.pixels.shape == (40, 24, 3), "the orientation that is kept must be 1"
+
+
+@pytest.mark.parametrize(
+    ("kind", "prefix"), [("exif", b"Exif\0\0"), ("APP1", b"Exif\0\0"), ("exif", b""), ("exif", 2 * b"Exif\0\0")]
+)
+def test_exif_in_a_text_chunk(kind: str, prefix: bytes) -> None:
+    """As ImageMagick writes it: a name, the length, and hexadecimal digits in lines."""
+    data = prefix + exif_of(3, 1, "<")
+    digits = "\n".join(data.hex()[start : start + 72] for start in range(0, 2 * len(data), 72))
+    info = PngInfo()
+    info.add_text(f"Raw profile type {kind}", f"\nexif\n{len(data):8}\n{digits}\n", zip=True)
+    picture = load(encoded(Image.new("RGB", (40, 24)), "PNG", pnginfo=info), max_pixels=None)
+    assert picture.pixels.shape == (40, 24, 3)
+    assert picture.exif == exif_of(3, 1, "<").replace(b"\x06\0\0\0", b"\x01\0\0\0")
+
+
+def test_exif_with_a_prefix_in_its_own_chunk() -> None:
+    exif = b"Exif\0\0" + exif_of(3, 1, ">")
+    plain = encoded(Image.new("RGB", (40, 24)), "PNG")
+    chunk = b"eXIf" + exif
+    data = plain[:33] + struct.pack(">L", len(exif)) + chunk + struct.pack(">L", zlib.crc32(chunk)) + plain[33:]
+    assert load(data, max_pixels=None).pixels.shape == (40, 24, 3)
+
+
+@pytest.mark.parametrize("kind", ["xmp", "APP1"])
+def test_xmp_in_a_text_chunk(kind: str) -> None:
+    data = XMP if kind == "xmp" else b"http://ns.adobe.com/xap/1.0/\0" + XMP
+    info = PngInfo()
+    info.add_text(f"Raw profile type {kind}", f"\n{kind}\n{len(data):8}\n{data.hex()}\n")
+    picture = load(encoded(Image.new("RGB", (40, 24)), "PNG", pnginfo=info), max_pixels=None)
+    assert picture.pixels.shape == (40, 24, 3)
+    assert picture.xmp == XMP.replace(b'"6"', b'"1"') and picture.exif is None
+
+
+@pytest.mark.parametrize(
+    "xmp",
+    [
+        b"<rdf:Description tiff:Orientation='6'/>",
+        b'<rdf:Description tiff:Orientation = "6" />',
+        b"<tiff:Orientation> 6 </tiff:Orientation>",
+        b"<tiff:Orientation >6</tiff:Orientation>",
+    ],
+)
+def test_orientation_in_xmp_however_it_is_written(xmp: bytes) -> None:
+    picture = load(encoded(Image.new("RGB", (40, 24)), "JPEG", xmp=xmp), max_pixels=None)
+    assert picture.pixels.shape == (40, 24, 3)
+    assert picture.xmp == xmp.replace(b"6", b"1")
+
+
+def test_text_that_is_no_profile_is_passed_over() -> None:
+    info = PngInfo()
+    info.add_text("Raw profile type exif", "\nexif\n  12\nnot hexadecimal\n")
+    assert load(encoded(Image.new("RGB", (40, 24)), "PNG", pnginfo=info), max_pixels=None).exif is None
 
 
 def test_orientation_in_xmp_only(make_photo):

@@ -39,7 +39,9 @@ _TRANSPOSE = {
     8: Image.Transpose.ROTATE_90,
 }
 _EXIF_PREFIX = b"Exif\0\0"
-_XMP_ORIENTATION = re.compile(rb'(tiff:Orientation(?:="|>))([1-8])')
+_XMP_PREFIX = b"http://ns.adobe.com/xap/1.0/\0"
+_XMP_ORIENTATION = re.compile(rb"""(tiff:Orientation\s*(?:=\s*["']|>)\s*)([1-8])(?=\s*["'<])""")
+_INTEGERS = {1: "B", 3: "H", 4: "L"}  # types of EXIF values that an orientation is stored as
 
 
 @dataclass(frozen=True, eq=False)
@@ -293,7 +295,7 @@ def _convert(image: Image.Image, caught: list[warnings.WarningMessage]) -> Pictu
 
     exif, xmp = _exif(image, notes), _xmp(image)
     if image.format != "TIFF":  # Pillow applies the orientation of TIFF files itself
-        orientation = _exif_orientation(exif)[1] or _xmp_orientation(xmp)
+        orientation = _exif_orientation(exif)[2] or _xmp_orientation(xmp)
         if orientation in _TRANSPOSE:
             image = image.transpose(_TRANSPOSE[orientation])
     exif, xmp = _with_orientation_1(exif, xmp)
@@ -387,10 +389,11 @@ def _exif(image: Image.Image, notes: list[str]) -> bytes | None:
         if 0x8769 in image.getexif():  # the sub-directory with the exposure and so on
             notes.append("EXIF data of TIFF files is not kept")
         return None
-    exif = image.info.get("exif")
-    if not exif:
+    exif = bytes(image.info.get("exif") or _raw_profile(image, "exif") or _raw_profile(image, "APP1"))
+    if not exif or exif.startswith(_XMP_PREFIX):
         return None
-    exif = bytes(exif).removeprefix(_EXIF_PREFIX)
+    while exif.startswith(_EXIF_PREFIX):  # Pillow adds a second one to that of some writers
+        exif = exif.removeprefix(_EXIF_PREFIX)
     try:
         Image.Exif().load(exif)
     except Exception:  # noqa: BLE001 - as in _pillow()
@@ -401,26 +404,47 @@ def _exif(image: Image.Image, notes: list[str]) -> bytes | None:
 
 def _xmp(image: Image.Image) -> bytes | None:
     xmp = image.info.get("xmp")
+    if isinstance(xmp, str):
+        return xmp.encode()
     if not xmp:
-        return None
-    return xmp.encode() if isinstance(xmp, str) else bytes(xmp)
+        app1 = _raw_profile(image, "APP1")
+        xmp = _raw_profile(image, "xmp") or (app1 if app1.startswith(_XMP_PREFIX) else b"")
+    return bytes(xmp).removeprefix(_XMP_PREFIX) or None
 
 
-def _exif_orientation(exif: bytes | None) -> tuple[int, int]:
-    """Return the offset of the orientation in the EXIF data, and its value; (0, 0) if there is none."""
+def _raw_profile(image: Image.Image, kind: str) -> bytes:
+    """Metadata that ImageMagick stores in a text chunk of PNG files: a name, a length, and hexadecimal digits."""
+    text = image.info.get(f"Raw profile type {kind}")
+    try:
+        return bytes.fromhex("".join(text.split()[2:])) if isinstance(text, str) else b""
+    except ValueError:
+        return b""
+
+
+def _exif_orientation(exif: bytes | None) -> tuple[int, str, int]:
+    """Find the orientation in EXIF data.
+
+    Returns:
+        Its offset, its type as of `struct`, and its value; (0, "", 0) if there is none.
+    """
     if exif is None:
-        return 0, 0
+        return 0, "", 0
     order = "<" if exif[:2] == b"II" else ">"
     try:
         (directory,) = struct.unpack_from(order + "L", exif, 4)
         (entries,) = struct.unpack_from(order + "H", exif, directory)
         for entry in range(directory + 2, directory + 2 + 12 * entries, 12):
-            tag, kind, count, value = struct.unpack_from(order + "HHLH", exif, entry)
-            if (tag, kind, count) == (_ORIENTATION_TAG, 3, 1):
-                return entry + 8, value
+            tag, kind, count = struct.unpack_from(order + "HHL", exif, entry)
+            if tag == _ORIENTATION_TAG and kind in _INTEGERS and count:
+                form = order + _INTEGERS[kind]
+                # Values that do not fit into the entry are where it points to.
+                place = entry + 8
+                if count * struct.calcsize(form) > 4:
+                    (place,) = struct.unpack_from(order + "L", exif, place)
+                return place, form, struct.unpack_from(form, exif, place)[0]
     except struct.error:
         pass
-    return 0, 0
+    return 0, "", 0
 
 
 def _xmp_orientation(xmp: bytes | None) -> int:
@@ -430,9 +454,9 @@ def _xmp_orientation(xmp: bytes | None) -> int:
 
 def _with_orientation_1(exif: bytes | None, xmp: bytes | None) -> tuple[bytes | None, bytes | None]:
     """Set the orientation in the metadata to 1. All other bytes stay, because rewriting EXIF loses maker notes."""
-    place, value = _exif_orientation(exif)
+    place, form, value = _exif_orientation(exif)
     if exif is not None and value:
-        exif = exif[:place] + struct.pack("<H" if exif[:2] == b"II" else ">H", 1) + exif[place + 2 :]
+        exif = exif[:place] + struct.pack(form, 1) + exif[place + struct.calcsize(form) :]
     if xmp is not None:
         xmp = _XMP_ORIENTATION.sub(rb"\g<1>1", xmp)
     return exif, xmp
