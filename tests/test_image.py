@@ -33,14 +33,23 @@ def png(array: np.ndarray, colour_type: int, *extra: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-def tiff(array: np.ndarray, *, bits: int, photometric: int, sample_format: int = 1, data: bytes | None = None) -> bytes:
-    """A little-endian TIFF with one uncompressed strip."""
+def tiff(
+    array: np.ndarray,
+    *,
+    bits: int,
+    photometric: int,
+    sample_format: int = 1,
+    data: bytes | None = None,
+    more: dict[int, int] | None = None,
+) -> bytes:
+    """A little-endian TIFF with one uncompressed strip, and more tags."""
     height, width, samples = array.shape
     data = array.tobytes() if data is None else data
     values = {256: width, 257: height, 259: 1, 262: photometric, 277: samples, 278: height, 279: len(data)}
     values |= {339: sample_format, 273: 8, 258: bits}
     if samples == 4:
         values[338] = 2
+    values |= more or {}
     after = 8 + len(data)
     count = len(values)
     entries = b""
@@ -292,6 +301,48 @@ def test_profile_that_does_not_fit_is_dropped():
     picture = load(encoded(Image.new("RGB", (4, 4)), icc_profile=b"nonsense"), max_pixels=None)
     assert picture.icc is None
     assert picture.notes == ("the ICC profile is damaged and was dropped",)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_the_transparent_grey_of_few_bits(bits: int) -> None:
+    """The file names one of its 2, 4, 16 or 256 values; each is transparent in turn."""
+    count = 1 << bits
+    values = np.arange(16) * (count - 1) // 15
+    packed = np.packbits((values[:, None] >> np.arange(bits)[::-1] & 1).astype(np.uint8))
+    header = struct.pack(">LLBBBBB", 16, 1, bits, 0, 0, 0, 0)
+    for transparent in {0, count // 2, count - 1}:
+        trns = b"tRNS" + struct.pack(">H", transparent)
+        chunks = (b"IHDR" + header, trns, b"IDAT" + zlib.compress(b"\0" + packed.tobytes()), b"IEND")
+        parts = (struct.pack(">L", len(c) - 4) + c + struct.pack(">L", zlib.crc32(c)) for c in chunks)
+        picture = load(b"\x89PNG\r\n\x1a\n" + b"".join(parts), max_pixels=None)
+        assert picture.alpha is not None
+        assert picture.alpha[0].tolist() == [0 if value == transparent else 255 for value in values]
+        assert picture.pixels[0, :, 0].tolist() == [value * 255 // (count - 1) for value in values]
+
+
+@pytest.mark.parametrize("full", [255, 65535])
+def test_palettes_of_tiff_files(full: int) -> None:
+    """Of 16 bits, as the format asks for, and of 8, as some programs write."""
+    colours = np.random.default_rng(0).integers(0, 256, (3, 256))
+    indices = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    grey = Image.fromarray(indices)
+    palette = encoded(grey, "TIFF", tiffinfo={262: 3, 320: tuple((colours * (full // 255)).flatten().tolist())})
+    assert np.array_equal(load(palette, max_pixels=None).pixels.reshape(-1, 3), colours.T)
+
+
+def test_tiff_files_that_pillow_reads_wrongly() -> None:
+    deep, signed = np.arange(48, dtype="<u2").reshape(4, 4, 3), np.zeros((4, 4, 1), np.int8)
+    with pytest.raises(ImageError, match="more than 8 bits per sample in separate planes"):
+        load(tiff(deep, bits=16, photometric=2, more={284: 2}), max_pixels=None)
+    with pytest.raises(ImageError, match="the samples are signed integers"):
+        load(tiff(signed, bits=8, photometric=1, sample_format=2), max_pixels=None)
+
+
+def test_a_fourth_channel_of_unknown_meaning_is_noted() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 5, 4), np.uint8)
+    picture = load(tiff(pixels, bits=8, photometric=2, more={338: 0}), max_pixels=None)
+    assert np.array_equal(picture.pixels, pixels[..., :3]) and picture.alpha is None
+    assert picture.notes == ("the fourth channel, of which the file does not say what it is, was dropped",)
 
 
 # Metadata

@@ -29,6 +29,8 @@ _READ_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM")
 _GREY_MODES = {"1", "L", "LA", "La"}
 _READ_MODES = _GREY_MODES | {"P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"}
 _ORIENTATION_TAG = 0x0112
+_BITS, _SAMPLES, _PLANAR, _COLOUR_MAP, _SAMPLE_FORMAT = 258, 277, 284, 320, 339  # tags of TIFF files
+_GREY_SCALES = {"L;2": 85, "L;4": 17}  # what Pillow multiplies few bits of grey by, by its name of the layout
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -290,8 +292,12 @@ def _convert(image: Image.Image, caught: list[warnings.WarningMessage]) -> Pictu
         notes.append(f"the file has {frames} pictures, only the first is kept")
     if image.width == 0 or image.height == 0:
         raise ImageError(f"the picture is {image.width} x {image.height} pixels, expected at least 1 x 1")
-    sixteen_bits = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))  # load() empties the list of tiles
+    layout = " ".join(str(tile[3]) for tile in getattr(image, "tile", ()))  # load() empties the list of tiles
+    sixteen_bits = ";16" in layout
+    if image.format == "TIFF":
+        _check_tiff(image, notes)
     image.load()  # before the metadata are read, because they may follow the pixels in the file
+    _mend(image, layout)
 
     exif, xmp = _exif(image, notes), _xmp(image)
     if image.format != "TIFF":  # Pillow applies the orientation of TIFF files itself
@@ -323,6 +329,37 @@ def _convert(image: Image.Image, caught: list[warnings.WarningMessage]) -> Pictu
         icc = None
     notes += [_line(warning.message) for warning in caught if warning.category is UserWarning]
     return Picture(pixels, grey, alpha, icc, exif, xmp, tuple(notes))
+
+
+def _check_tiff(image: Image.Image, notes: list[str]) -> None:
+    """Refuse TIFF files that Pillow reads wrongly, and note what it leaves out.
+
+    Raises:
+        ImageError: samples are signed, or have 16 bits in separate planes.
+    """
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    if 2 in tags.get(_SAMPLE_FORMAT, ()) and image.mode not in ("I", "F"):
+        raise ImageError("the samples are signed integers, expected unsigned ones")
+    if tags.get(_PLANAR) == 2 and len(tags.get(_BITS, ())) > 1 and max(tags[_BITS]) > 8:
+        raise ImageError("more than 8 bits per sample in separate planes are not supported")
+    if image.mode in ("RGB", "RGBX") and tags.get(_SAMPLES, 3) > 3:
+        notes.append("the fourth channel, of which the file does not say what it is, was dropped")
+
+
+def _mend(image: Image.Image, layout: str) -> None:
+    """Correct what Pillow took for something else in a loaded image.
+
+    Args:
+        image: gets right values. layout: how the file's samples are laid out, in Pillow's words.
+    """
+    transparent = image.info.get("transparency")
+    scale = _GREY_SCALES.get(layout)
+    if image.format == "PNG" and image.mode == "L" and scale and isinstance(transparent, int):
+        image.info["transparency"] = transparent * scale  # of the file's few values; pixels have the whole range
+    if image.format == "TIFF" and image.mode == "P":
+        colours = image.tag_v2.get(_COLOUR_MAP, ())  # type: ignore[attr-defined]
+        if colours and max(colours) < 256:  # of 8 bits, although the format asks for 16
+            image.putpalette(np.array(colours, np.uint8).reshape(3, -1).T.tobytes())
 
 
 def _in_mode(image: Image.Image, mode: str) -> Image.Image:
