@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+import vqcodec
 from vqcodec import codec, metrics, packaged
 from vqcodec.errors import WeightsError
 
@@ -49,3 +50,17 @@ def digit() -> Image.Image:
     picture = Image.new("L", (112, 112))
     ImageDraw.Draw(picture).line([(36, 24), (76, 24), (52, 92)], fill=255, width=11, joint="curve")
     return picture.resize((28, 28), Image.Resampling.BOX)
+
+
+def test_a_file_finds_the_packaged_weights_that_its_header_names() -> None:
+    pixels = models.picture(40, 48)
+    data = vqcodec.compress(pixels, weights="photo-fast", quality=60)
+    expected = vqcodec.decompress(data, weights="photo-fast")
+    assert np.array_equal(np.asarray(vqcodec.decompress(data)), np.asarray(expected))
+
+
+def test_every_packaged_weights_file_is_known_once() -> None:
+    names = [path.name for path in packaged.every()]
+    assert names[0] == "photo.safetensors" and sorted(set(names)) == sorted(names)
+    assert {"photo-fast.safetensors", "vqvae-mnist.safetensors"} < set(names)
+    assert not [name for name in names if "natural" in name]

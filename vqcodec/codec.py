@@ -164,8 +164,8 @@ def decode_picture(
 
     Args:
         data: the whole file; with `partial`, its beginning is enough.
-        weights: the weights that the file was made with, as a file or a packaged name; None for the packaged photo
-            model.
+        weights: the weights that the file was made with, as a file or a packaged name; None for those of the packaged
+            ones that its header names.
         look: "faithful" minimises the distortion; "natural" is trained for perceptual quality.
         device: "auto" (CUDA if there is one), "cpu" or "cuda".
         partial: decode what is left of a cut or damaged file. Missing codes make the picture coarser; its notes say
@@ -181,8 +181,8 @@ def decode_picture(
         ValueError: there is no such look.
     """
     container = bitstream.read(data, max_pixels=max_pixels, partial=partial)
-    model = _load(weights, device, look)
     header = container.header
+    model = _load(_packaged(header.weights_id) if weights is None else weights, device, look)
     chunks = {chunk.kind: chunk.data for chunk in container.chunks}
     alpha = None
     if "ALPH" in chunks:
@@ -272,6 +272,11 @@ def _as_picture(picture: Image.Image | NDArray[np.uint8] | Picture) -> Picture:
             raise ImageError(f"expected uint8 (H, W), (H, W, 3) or (H, W, 4), got {picture.dtype} {picture.shape}")
         picture = Image.fromarray(picture[:, :, 0] if picture.ndim == 3 and channels == 1 else picture)
     return image.from_pil(picture)
+
+
+def _packaged(weights_id: bytes) -> Path:
+    """The packaged weights of an id; the photo model if there are none, which then says that it does not fit."""
+    return weights.with_id(packaged.every(), weights_id) or packaged.find()
 
 
 def _load(path: str | Path | None, device: str, look: str = packaged.LOOKS[0]) -> Model:

@@ -33,6 +33,17 @@ def find(weights: str | Path | None = None) -> Path:
     raise WeightsError(f"the packaged weights {name} are missing: reinstall vqcodec or give a weights file")
 
 
+def every() -> list[Path]:
+    """All weights files that come with the package, the photo model first.
+
+    Raises:
+        WeightsError: that is missing.
+    """
+    first = find()
+    found = (path for path in sorted(first.parent.glob("*.safetensors")) if len(path.suffixes) == 1)  # no looks
+    return [first, *(path for path in found if path != first)]
+
+
 def find_look(weights: Path, look: str) -> Path | None:
     """Find the file with a look of some weights, beside the weights file.
 

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,16 @@ def _blank(config: Config) -> tuple[VQVAE, Prior, Tables]:
         if isinstance(part, IntegerConv | QualityBias):
             part.frozen = True
     return vqvae, prior, tables
+
+
+def with_id(paths: Sequence[Path], weights_id: bytes) -> Path | None:
+    """The first of some weights files that has this id; None if none has."""
+    return next((path for path in paths if _id_of_file(path, _version(path)) == weights_id), None)
+
+
+@functools.lru_cache(maxsize=64)
+def _id_of_file(path: Path, version: tuple[int, int]) -> bytes:
+    return id_of(path.read_bytes())
 
 
 def is_look_of(path: Path, weights_id: bytes) -> bool:
