@@ -84,6 +84,13 @@ def psnr_of(a: object, b: object) -> float:
     return 10 * math.log10(255**2 / mse) if mse else math.inf
 
 
+def test_loading_a_look_draws_no_random_numbers(own: Path, look: Path) -> None:
+    weights._load.cache_clear()
+    before = torch.get_rng_state()
+    weights.load(own, look=look)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_only_pixels_differ(own: Path, look: Path) -> None:
     source = models.picture(90, 70)
     data = vqcodec.compress(source, weights=own)

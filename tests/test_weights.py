@@ -243,16 +243,22 @@ def test_metadata_that_does_not_fit(tmp_path: Path, data: bytes) -> None:
 )
 def test_integers_that_would_not_be_exact(name: str, value: int, message: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.safetensors"
+    save_changed(path, name, torch.int64)
+    weights.load(path)
+    save_changed(path, name, torch.int64, value)
+    with pytest.raises(WeightsError, match=message):
+        weights.load(path)
+
+
+def save_changed(path: Path, name: str, kind: torch.dtype, value: float | None = None) -> None:
+    """Save the tiny weights with a tensor in another type, and with another first number in it."""
     with safe_open(models.tiny_weights(), framework="pt") as file:
         metadata = file.metadata()
     tensors = load_file(models.tiny_weights())
-    tensors[name] = tensors[name].long()
+    tensors[name] = tensors[name].to(kind)
+    if value is not None:
+        tensors[name].flatten()[0] = value
     save_file(tensors, path, metadata)
-    weights.load(path)
-    tensors[name].flatten()[0] = value
-    save_file(tensors, path, metadata)
-    with pytest.raises(WeightsError, match=message):
-        weights.load(path)
 
 
 @pytest.mark.parametrize(
@@ -267,12 +273,7 @@ def test_integers_that_would_not_be_exact(name: str, value: int, message: str, t
 def test_numbers_that_are_none(name: str, value: float, message: str, tmp_path: Path) -> None:
     """Fractions in the exact part would void its exactness without a word, and NaN all pictures."""
     path = tmp_path / "bad.safetensors"
-    with safe_open(models.tiny_weights(), framework="pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(models.tiny_weights())
-    tensors[name] = tensors[name].float()
-    tensors[name].flatten()[0] = value
-    save_file(tensors, path, metadata)
+    save_changed(path, name, torch.float32, value)
     with pytest.raises(WeightsError, match=message):
         weights.load(path)
 

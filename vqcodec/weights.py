@@ -75,10 +75,11 @@ def _load(path: Path, device: str, look: Path | None, versions: tuple[tuple[int,
         config, of = second.config, second.metadata.get("weights")
         if of != file.id.hex():
             raise WeightsError(f"{look} is a look of weights {of}, {path} are {file.id.hex()}")
-        replaced = tuple(f"vqvae.{name}." for name in VQVAE(config).renderer())
+    vqvae, prior, tables = _blank(config)
+    if look is not None:
+        replaced = tuple(f"vqvae.{name}." for name in vqvae.renderer())
         tensors = {k: v for k, v in tensors.items() if not k.startswith(replaced)} | second.tensors()
     _check_numbers(look or path, tensors)
-    vqvae, prior, tables = _blank(config)
     for module, prefix in ((vqvae, "vqvae."), (prior, "prior."), (tables, "tables.")):
         state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         try:

@@ -25,7 +25,6 @@ from torch.nn import functional
 
 from vqcodec.models.config import LARGEST_LATTICE, SliceConfig
 from vqcodec.models.rates import (
-    Parts,
     Rates,
     RowRates,
     RowTable,
@@ -290,34 +289,6 @@ class Codebook(nn.Module):
         """
         count = self.config.codes
         return [count] if isinstance(rates, Rates) else [max(2, count // 8), max(2, count // 2), count]
-
-
-def chosen_blocks(
-    book: Codebook,
-    v: Tensor,
-    rates: "Rates | RowRates",
-    weight: Tensor,
-    rate_factor: float | Tensor,
-    members: list[int],
-) -> "Iterator[tuple[slice, Parts, Tensor, Tensor | None, Tensor, Tensor]]":
-    """The entropy-constrained choice for M symbols that are sorted by plane, in blocks that fit the cache.
-
-    Args:
-        book: the codebook. v: (M, D), in steps. rates: of the symbols, as `some` gives them. weight: (M,).
-        rate_factor: see `Codebook.choose`. members: number of symbols of each plane.
-
-    Yields:
-        What `Rates.blocks` yields; -|v - e|^2 up to a constant
-        of the row, (rows of the block, K); and the chosen codes, int64 (rows of the block,).
-    """
-    vectors = book.vectors.detach()
-    lengths = vectors.square().sum(-1)
-    for block, parts, logp, values in rates.blocks(book, members):
-        distances = torch.empty_like(logp)
-        for plane, part, here in parts:
-            torch.addmm(-lengths[plane], v[part], vectors[plane].T, alpha=2, out=distances[here])
-        scores = torch.mul(logp, rate_factor).add_(distances * weight[block, None])
-        yield block, parts, logp, values, distances, scores.max(-1)[1]
 
 
 def negative_distances(v: Tensor, vectors: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqcodec.models.quantizer import Codebook, chosen_blocks, negative_distances
+from vqcodec.models.quantizer import Codebook, negative_distances
 from vqcodec.models.rates import MOST_BITS, Parts, Rates, RowRates, log_probabilities, plane_chunks, softplus2
 
 # In squared steps, of the soft assignment: at 0.5 a code one step away from the nearest has 13 % of its weight.
@@ -77,7 +77,7 @@ def _choose_rows(
     mask = book.open_symbols(v, rates.zero, weight, rate_factor).T
     target, members = v.transpose(0, 1)[mask], mask.sum(1).tolist()
     chosen, soft = torch.empty(len(target), dtype=torch.int64, device=v.device), torch.empty_like(target)
-    for rows, parts, logp, _, distances, k in chosen_blocks(
+    for rows, parts, logp, _, distances, k in _chosen_blocks(
         book, target, rates.some(mask), weight.T[mask], rate_factor, members
     ):
         chosen[rows] = k
@@ -169,7 +169,7 @@ def _quantise_open(book: Codebook, task: _Task) -> _Answer:
     chosen, spent = torch.empty(count, dtype=torch.int64, device=v.device), torch.empty(count, device=v.device)
     soft, expected = torch.empty_like(target), torch.empty_like(drift)
     open_rates, members = Rates(drift, odds), mask.sum(1).tolist()
-    for rows, parts, logp, values, distances, k in chosen_blocks(
+    for rows, parts, logp, values, distances, k in _chosen_blocks(
         book, target, open_rates, importance, task.rate_factor, members
     ):
         chosen[rows] = k
@@ -216,6 +216,34 @@ def _quantise_all(book: Codebook, task: _Task) -> _Answer:
             grad_theta[:, part] = torch.bmm(values, features[part]).transpose(0, 1)
             grad_bias[part] = values.sum(1)
     return indices, spent, grad_v, grad_theta, grad_bias
+
+
+def _chosen_blocks(
+    book: Codebook,
+    v: Tensor,
+    rates: Rates | RowRates,
+    weight: Tensor,
+    rate_factor: float | Tensor,
+    members: list[int],
+) -> Iterator[tuple[slice, Parts, Tensor, Tensor | None, Tensor, Tensor]]:
+    """The choice for M symbols that are sorted by plane, in blocks that fit the cache.
+
+    Args:
+        book: the codebook. v: (M, D), in steps. rates: of the symbols, as `Rates.some` gives them. weight: (M,).
+        rate_factor: see `Codebook.choose`. members: number of symbols of each plane.
+
+    Yields:
+        What `Rates.blocks` yields; -|v - e|^2 up to a constant of the row, (rows of the block, K); and the chosen
+        codes, int64 (rows of the block,).
+    """
+    vectors = book.vectors.detach()
+    lengths = vectors.square().sum(-1)
+    for block, parts, logp, values in rates.blocks(book, members):
+        distances = torch.empty_like(logp)
+        for plane, part, here in parts:
+            torch.addmm(-lengths[plane], v[part], vectors[plane].T, alpha=2, out=distances[here])
+        scores = torch.mul(logp, rate_factor).add_(distances * weight[block, None])
+        yield block, parts, logp, values, distances, scores.max(-1)[1]
 
 
 def _chosen_chunks(
