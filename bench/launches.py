@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.speed import sample, sizes
-from vqcodec import codec, coding
+from vqcodec import codec, coding, synthesis
 from vqcodec.errors import VqcodecError
 
 QUALITY = 50
@@ -81,10 +81,10 @@ def _has_mask(index: Any) -> bool:
 def count(work: Callable[[], object]) -> tuple[Counter[str], Counter[str]]:
     """Launches and synchronisations of some work, by their names."""
     launches, synchronisations = _Launches(), _Synchronisations()
-    usual = dict(coding.BATCH_PIXELS)
     with ExitStack() as stack:
-        stack.callback(coding.BATCH_PIXELS.update, usual)
-        coding.BATCH_PIXELS["cpu"] = usual["cuda"]
+        for pixels in (coding.BATCH_PIXELS, synthesis.BAND_PIXELS):  # at a time, by the type of the device
+            stack.callback(pixels.update, dict(pixels))
+            pixels["cpu"] = pixels["cuda"]
         stack.enter_context(synchronisations)
         stack.enter_context(launches)
         work()
