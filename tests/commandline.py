@@ -31,3 +31,10 @@ def process(*arguments: str, **options: object) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([sys.executable, *arguments], **{"env": environment} | pipes | options)
+
+
+def redirected(redirections: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    """The program in a process with redirections of a shell, ">&-" for example, and environment variables."""
+    command = ["sh", "-c", f'exec "$0" -m vqcodec "$@" {redirections}', sys.executable, *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

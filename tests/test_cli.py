@@ -15,7 +15,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
-from commandline import ROOT, fails, process, run, tree
+from commandline import ROOT, fails, process, redirected, run, tree
 from PIL import Image
 
 import vqcodec
@@ -107,7 +107,7 @@ def test_help_has_ranges_and_defaults():
         (["compress", "--tune", "pretty", "x"], "Invalid value for '--tune': 'pretty' is not one of 'visual', 'psnr'."),
         (["compress", "--device", "tpu", "x"], "Invalid value for '--device'"),
         (["compress", "--weights", "no", "x"], "Invalid value for '--weights': File 'no' does not exist."),
-        (["compress", "a.png", "a.jpg"], "a.png and a.jpg would both become a.vqz"),
+        (["compress", "a.png", "a.png"], "a.png and a.png would both become a.vqz"),
         (["compress", "a.png", "b.png", "-o", os.devnull], f"{os.devnull} is not a folder"),
         (["decompress", "a.vqz", "-o", "a.xyz"], "no picture format has the suffix '.xyz'"),
         (["decompress", "a.vqz", "--test", "-o", "a.png"], "--test writes nothing, so -o has no use."),
@@ -292,6 +292,15 @@ def test_folders(codec, make_photo):
     fails(run("decompress", "in"), 2, "vqcodec: folder in holds no files named *.vqz (see vqcodec decompress --help)")
 
 
+def test_pictures_that_differ_in_the_suffix_alone(codec, photo):
+    Image.fromarray(photo).save("photo.bmp")
+    lines = run("compress", ".").stderr.splitlines()
+    assert lines[1] == "vqcodec: ./photo.png: note: becomes ./photo.png.vqz, because ./photo.bmp becomes ./photo.vqz"
+    assert lines[3].startswith("vqcodec: 2 of 2 files done, 0 failed; ") and len(lines) == 4
+    assert tree() == ["photo.bmp", "photo.png", "photo.png.vqz", "photo.vqz"]
+    assert run("compress", ".", "-f", "--quiet").stderr == ""
+
+
 def test_damaged_file(codec, photo):
     run("compress", "photo.png")
     data = Path("photo.vqz").read_bytes()
@@ -319,10 +328,12 @@ def test_decompress_test_writes_nothing(codec, photo):
     assert run("decompress", "--test", "photo.vqz").exit_code == 0
 
 
-def test_max_pixels(codec, photo):
-    run("compress", "photo.png")
-    ran = run("decompress", "photo.vqz", "-o", "x.png", "--max-pixels", "1199")
-    fails(ran, 1, "vqcodec: photo.vqz: the picture has 40 x 30 = 1200 pixels, the limit is 1199")
+def test_max_pixels(codec, photo, monkeypatch):
+    told = "the picture has 40 x 30 = 1200 pixels, the limit is 1199, --max-pixels changes it"
+    fails(run("compress", "photo.png", "--max-pixels", "1199"), 1, f"vqcodec: photo.png: {told}")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # twice as many are Pillow's limit
+    assert run("compress", "photo.png", "--max-pixels", "1200").exit_code == 0
+    fails(run("decompress", "photo.vqz", "-o", "x.png", "--max-pixels", "1199"), 1, f"vqcodec: photo.vqz: {told}")
     assert run("decompress", "photo.vqz", "-o", "x.png", "--max-pixels", "1200").exit_code == 0
 
 
@@ -716,27 +727,37 @@ def test_torch_is_not_loaded_without_need(arguments):
     assert out.endswith(b"\n") and out.splitlines()[-1] == b""
 
 
-def test_ctrl_c_in_a_process():
-    code = """
+@pytest.mark.parametrize(
+    ("sent", "status", "said"),
+    [(signal.SIGINT, 130, [b"vqcodec:", b"interrupted"]), (signal.SIGTERM, 143, []), (signal.SIGHUP, 129, [])],
+)
+@pytest.mark.parametrize("name", ["codec.compress", "files._write_all"])
+def test_signals_in_a_process(sent, status, said, name):
+    """While it compresses, and when half of the file is written."""
+    code = f"""
 import signal, sys, time, types
 import vqcodec
+from vqcodec import files
 signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background start without it
 codec = sys.modules["vqcodec.codec"] = vqcodec.codec = types.ModuleType("vqcodec.codec")
-def compress(*_, **__):
+codec.compress = lambda *_, **__: bytes(100)
+def wait(*given, **_):
+    if given and hasattr(given[0], "write"):
+        given[0].write(given[1][:50])
     print("begun", flush=True)
     time.sleep(60)
-codec.compress = compress
+{name} = wait
 from vqcodec.cli import main
 main()
 """
     Image.new("RGB", (4, 4)).save("photo.png")
     ran = process("-c", code, "compress", "photo.png")
     assert ran.stdout.readline() == b"begun\n"
+    assert (len(tree()) == 2) == (name == "files._write_all")
     start = time.monotonic()
-    ran.send_signal(signal.SIGINT)
+    ran.send_signal(sent)
     _, err = ran.communicate()
-    assert ran.returncode == 130
-    assert err.split() == [b"vqcodec:", b"interrupted"]
+    assert (ran.returncode, err.split()) == (status, said)
     assert time.monotonic() - start < 30
     assert tree() == ["photo.png"]
 
@@ -749,7 +770,65 @@ def test_closed_pipe():
     ran.stderr.close()
     ran.stdin.close()
     assert ran.wait() == 1
-    assert err.splitlines()[-1] == b"BrokenPipeError: [Errno 32] Broken pipe"
+    assert err.splitlines()[-1] == b"BrokenPipeError: [Errno 32] Broken pipe: 'standard output'"
+
+
+FULL = "standard output: No space left on device"
+CLOSED = "Bad file descriptor"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, which Linux has")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("redirections", "arguments", "status", "said"),
+    [
+        ("> /dev/full", ["--help"], 1, FULL),
+        ("> /dev/full", ["info", "a.vqz"], 1, FULL),
+        ("> /dev/full", ["info", "a.vqz", "--json"], 1, FULL),
+        ("> /dev/full", ["compare", "a.png", "a.png"], 1, FULL),
+        (">&-", ["info", "a.vqz"], 1, f"standard output: {CLOSED}"),
+        ("<&-", ["info", "-"], 1, f"standard input: {CLOSED}"),
+        ("2>&-", ["compress", "no.png"], 1, ""),
+        ("2> /dev/full", ["compress", "no.png", "no.jpg"], 1, ""),
+        ("2> /dev/full", ["--debug", "compress", "no.png"], 1, ""),
+        ("2> /dev/full", ["compress"], 2, ""),
+        ("<&- >&- 2>&-", ["info", "a.vqz"], 1, ""),
+    ],
+)
+def test_streams_that_are_full_or_closed(redirections, arguments, status, said, unbuffered):
+    write_vqz("a.vqz")
+    Image.new("RGB", (4, 4)).save("a.png")
+    ran = redirected(redirections, *arguments, PYTHONUNBUFFERED=unbuffered)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (status, "", f"vqcodec: {said}\n" if said else "")
+
+
+def test_closed_streams_that_are_not_needed():
+    write_vqz("a.vqz")
+    ran = redirected("<&- 2>&-", "info", "a.vqz")
+    assert ran.returncode == 0 and ran.stdout.startswith("a.vqz\n")
+
+
+def test_a_full_stderr_does_not_stop_the_work(codec, photo, monkeypatch):
+    """But the exit code tells of it."""
+    Image.fromarray(photo).save("second.png")
+
+    def echo(text, **_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(terminal.click, "echo", echo)
+    monkeypatch.setattr(terminal.streams, "discard", lambda stream: None)
+    assert run("compress", "photo.png", "second.png").exit_code == 1
+    assert tree() == ["photo.png", "photo.vqz", "second.png", "second.vqz"]
+
+
+def test_text_that_is_written_in_part():
+    """An unbuffered stream takes what has room on the disk; the rest must not get lost without a word."""
+    code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000));"
+    code += "from vqcodec.cli import main; main()"
+    with open("out", "wb") as out:
+        ran = process("-u", "-c", code, "compress", "--help", stdout=out)
+        _, err = ran.communicate()
+    assert (ran.returncode, err) == (1, b"vqcodec: standard output: File too large\n")
 
 
 def test_shell_completion():

@@ -162,7 +162,7 @@ def test_error_lines(photo: NDArray[np.uint8]) -> None:
     fails(
         run("decompress", "photo.vqz", "-o", "x.png", "--max-pixels", "3749", *WEIGHTS),
         1,
-        "vqcodec: photo.vqz: the picture has 75 x 50 = 3750 pixels, the limit is 3749",
+        "vqcodec: photo.vqz: the picture has 75 x 50 = 3750 pixels, the limit is 3749, --max-pixels changes it",
     )
     assert tree() == ["flipped.vqz", "photo.png", "photo.vqz"]
 

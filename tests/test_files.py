@@ -1,12 +1,16 @@
 import io
 import os
 import shutil
+import socket
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from vqcodec import files
 from vqcodec.files import Job, check, find, plan, read, write
@@ -47,6 +51,39 @@ def test_folder_without_files():
     touch("in/notes.txt")
     with pytest.raises(ValueError, match=r"folder in holds no files named \*\.vqz"):
         find(["in"], (".vqz",))
+
+
+def test_folders_give_regular_files_only():
+    touch("in/a.png", "elsewhere")
+    os.mkfifo("in/pipe.png")
+    os.symlink("../elsewhere", "in/link.png")
+    os.symlink("nowhere", "in/lost.png")
+    os.symlink(os.devnull, "in/null.png")
+    with socket.socket(socket.AF_UNIX) as plug:
+        plug.bind("in/socket.png")
+        assert [name for _, name in find(["in"], (".png",))] == ["a.png", "link.png", "lost.png"]
+
+
+def test_folders_that_cannot_be_searched_are_listed(monkeypatch):
+    touch("in/a.png", "in/closed/b.png", "in/open/c.png")
+    scan = os.scandir
+
+    def scandir(path):
+        if "closed" in str(path):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert [name for _, name in find(["in"], (".png",))] == ["a.png", "open/c.png", "closed"]
+    assert find(["in/closed"], (".png",)) == [("in/closed", ".")]
+    with pytest.raises(IsADirectoryError, match="'in/closed'"):
+        read("in/closed")
+
+
+@pytest.mark.parametrize("name", ["a.jfif", "a.JPE", "a.mpo", "a.heic", "a.heif", "a.jxl"])
+def test_names_of_pictures(name):
+    touch(f"in/{name}")
+    assert plan_compress(["in"]) == [Job(f"in/{name}", "in/a.vqz")]
 
 
 # Names
@@ -93,6 +130,36 @@ def test_folder_without_output_stays_in_place():
     assert [job.target for job in plan_compress(["in"])] == ["in/a.vqz", "in/sub/b.vqz"]
 
 
+def test_pictures_that_differ_in_the_suffix_alone():
+    touch("in/a.gif", "in/a.jpg", "in/a.jpg.png", "in/a.png", "in/a.vqz")
+    jobs = plan_compress(["in"], "out")
+    assert [job.target for job in jobs] == ["out/a.vqz", "out/a.jpg.vqz", "out/a.jpg.png.vqz", "out/a.png.vqz"]
+    assert jobs[0].note == ""
+    assert jobs[3].note == "becomes out/a.png.vqz, because in/a.gif becomes out/a.vqz"
+    assert [job.target for job in plan_compress(["a.png", "a.jpg"])] == ["a.vqz", "a.jpg.vqz"]
+    with pytest.raises(ValueError, match=r"a\.jpg\.png and a\.jpg would both become a\.jpg\.vqz"):
+        plan_compress(["a.gif", "a.jpg.png", "a.jpg"])
+
+
+@settings(derandomize=True, deadline=None, database=None, max_examples=60)
+@given(st.lists(st.from_regex(r"([ab]{1,2}/)?[ab](\.png|\.JPG|\.vqz|\.txt|\.){1,3}", fullmatch=True), unique=True))
+def test_plans_of_folders(names):
+    """Every picture goes to a place of its own, which is not that of a picture."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            path = Path(folder, "in", name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        pictures = {os.path.join(folder, "in", name) for name in names if name.lower().endswith((".png", ".jpg"))}
+        assume(pictures)
+        for output in (None, os.path.join(folder, "out")):
+            jobs = plan_compress([os.path.join(folder, "in")], output)
+            targets = [job.target for job in jobs]
+            assert {job.source for job in jobs} == pictures and len(jobs) == len(pictures)
+            assert len(set(targets)) == len(jobs) and pictures.isdisjoint(targets)
+            assert all(target.startswith(os.path.join(folder, "out" if output else "in", "")) for target in targets)
+
+
 def test_standard_input():
     assert plan_compress(["-"]) == [Job("-", "-")]
     assert plan_compress(["-"], "out.vqz") == [Job("-", "out.vqz")]
@@ -109,8 +176,8 @@ def test_arguments_that_make_no_sense():
         (["in"], "-", "cannot go to standard output"),
         (["a.png", "b.png"], "file", "file is not a folder"),
         (["in"], "file", "file is not a folder"),
-        (["a.png", "a.jpg"], None, "a.png and a.jpg would both become a.vqz"),
-        (["a.png", "a.png"], None, "would both become"),
+        (["a.png", "a.png"], None, "a.png and a.png would both become a.vqz"),
+        (["a.png", "./a.png"], None, "a.png and ./a.png would both become ./a.vqz"),
         (["x/a.png", "y/a.png"], "out", "would both become out/a.vqz"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -155,6 +222,14 @@ def test_check_of_targets():
     ]:
         with pytest.raises(error):
             check(Job("a.png", target), overwrite=True)
+
+
+def test_check_of_read_only_targets(monkeypatch):
+    """os.replace could replace them, because only the folder's permissions count for that."""
+    touch("a.png", "x")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != "x")
+    with pytest.raises(PermissionError, match="'x'"):
+        check(Job("a.png", "x"), overwrite=True)
 
 
 def test_check_of_a_folder_to_be_filled():
@@ -289,6 +364,25 @@ def test_links_are_followed():
 def test_devices_are_written_to_in_place():
     write(os.devnull, b"data", overwrite=False)
     assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, which Linux has")
+def test_full_device():
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        write("/dev/full", b"data", overwrite=True)
+
+
+def test_links_across_file_systems():
+    if not os.path.isdir("/dev/shm") or os.stat("/dev/shm").st_dev == os.stat(".").st_dev:
+        pytest.skip("needs a second file system at /dev/shm")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        os.symlink(os.path.join(folder, "x"), "link")  # there is no such file yet
+        for data in (b"first", b"second"):
+            write("link", data, overwrite=data == b"second")
+            assert os.listdir(folder) == ["x"] and os.listdir() == ["link"]
+            assert os.path.islink("link") and read("link") == data
+        with pytest.raises(FileExistsError):
+            write("link", b"third", overwrite=False)
 
 
 def test_standard_streams():

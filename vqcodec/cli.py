@@ -7,19 +7,23 @@ The commands import numpy and torch themselves, after the checks that need neith
 import contextlib
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from vqcodec import __version__, bitstream, files, options, packaged, terminal
+from vqcodec import __version__, bitstream, files, options, packaged, streams, terminal
 from vqcodec.errors import VqcodecError
 from vqcodec.packaged import TUNES
 from vqcodec.target import HIGHEST, LOWEST, Target
 from vqcodec.terminal import ErrorReport
+
+if TYPE_CHECKING:
+    from vqcodec.image import Picture
 
 DEFAULT_MINUTES = 180.0  # of a training run
 
@@ -31,8 +35,11 @@ class _Program(click.Group):
         """Run the command line and exit the process."""
         kwargs["standalone_mode"] = False
         kwargs.setdefault("prog_name", "vqcodec")
+        streams.repair()
+        terminal.unsaid.clear()
         try:
-            status = super().main(*args, **kwargs)
+            with _exiting_on_signals():
+                status = super().main(*args, **kwargs)
         except click.ClickException as error:
             context = getattr(error, "ctx", None)
             path = context.command_path if context else "vqcodec"
@@ -41,7 +48,32 @@ class _Program(click.Group):
         except click.Abort:
             terminal.say("vqcodec: interrupted")
             status = 130
-        sys.exit(status)
+        except OSError as error:  # nothing else writes outside of an ErrorReport
+            terminal.say(f"vqcodec: standard output: {terminal.message(error)}")
+            streams.discard(sys.stdout)
+            status = 1
+        sys.exit(status or int(bool(terminal.unsaid)))
+
+
+@contextlib.contextmanager
+def _exiting_on_signals() -> Iterator[None]:
+    """Clean up when the process is told to end: as on Ctrl-C, no temporary files remain. Ignored signals stay ignored.
+
+    The exit code is that of shells, 128 and the number of the signal.
+    """
+
+    def leave(number: int, _: object) -> NoReturn:
+        sys.exit(128 + number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    caught = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+    for number in caught:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in caught:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @click.group(
@@ -99,6 +131,7 @@ def main(debug: bool) -> None:
     help="Optimise for what the eye sees (SSIMULACRA2), or for squared error.  "
     "[default: visual; psnr with --target-psnr]",
 )
+@options.max_pixels
 @options.weights
 @options.device
 @options.force
@@ -115,6 +148,7 @@ def compress(
     max_size: int | None,
     effort: int,
     tune: str | None,
+    max_pixels: int,
     weights: str | None,
     device: str,
     force: bool,
@@ -147,11 +181,12 @@ def compress(
     jobs = _plan(inputs, output, files.PICTURE_SUFFIXES, files.VQZ_SUFFIXES[0])
 
     def work(job: files.Job) -> tuple[int, int]:
-        from vqcodec import codec, image
+        from vqcodec import codec
 
         start = time.perf_counter()
         data = files.read(job.source)
-        picture = image.load(data, max_pixels=bitstream.DEFAULT_MAX_PIXELS)
+        with _naming_limit(max_pixels):
+            picture = _load(data, max_pixels)
         with terminal.search_bar(wanted=effort > 1 and len(jobs) == 1 and not quiet) as show:
             encoded = codec.compress(
                 picture,
@@ -196,13 +231,7 @@ def compress(
 )
 @click.option("--partial", is_flag=True, help="Decode the intact parts of a cut or damaged file.")
 @click.option("--test", is_flag=True, help="Decode, but write nothing.")
-@click.option(
-    "--max-pixels",
-    type=click.IntRange(min=1),
-    default=bitstream.DEFAULT_MAX_PIXELS,
-    show_default=True,
-    help="Refuse larger pictures.",
-)
+@options.max_pixels
 @options.weights
 @options.device
 @options.force
@@ -246,9 +275,10 @@ def decompress(
 
         start = time.perf_counter()
         data = files.read(job.source)
-        picture = codec.decode_picture(
-            data, weights=weights, look=look, device=device, partial=partial, max_pixels=max_pixels
-        )
+        with _naming_limit(max_pixels):
+            picture = codec.decode_picture(
+                data, weights=weights, look=look, device=device, partial=partial, max_pixels=max_pixels
+            )
         encoded = b""
         if not test:
             encoded = image.save(picture, _suffix(job.target))
@@ -295,7 +325,9 @@ def info(paths: tuple[str, ...], weights: str | None, as_json: bool) -> int:
         with report.errors_of("weights"):
             from vqcodec.weights import describe
 
-            terminal.print_table(describe(packaged.find(weights or None)), as_json=as_json)
+            described = describe(packaged.find(weights or None))
+        if not report.failed:
+            terminal.print_table(described, as_json=as_json)
         return report.status
     with _usage():
         found = files.find(paths, files.VQZ_SUFFIXES)
@@ -327,8 +359,6 @@ def compare(first: str, second: str, weights: str | None, device: str, as_json: 
     pictures, sizes = [], {}
     for path in (first, second):
         with report.errors_of(path):
-            from vqcodec import image
-
             data = files.read(path)
             if data.startswith(bitstream.MAGIC):
                 from vqcodec import codec
@@ -336,7 +366,7 @@ def compare(first: str, second: str, weights: str | None, device: str, as_json: 
                 pictures.append(codec.decode_picture(data, weights=weights, device=device).pixels)
                 sizes[path] = len(data)
             else:
-                pictures.append(image.load(data, max_pixels=bitstream.DEFAULT_MAX_PIXELS).pixels)
+                pictures.append(_load(data).pixels)
     if report.failed:
         return report.status
     from vqcodec import metrics
@@ -551,9 +581,7 @@ def sample(
     picture = None
     if complete is not None and not report.failed:
         with report.errors_of(complete):
-            from vqcodec import image
-
-            picture = image.load(files.read(complete), max_pixels=bitstream.DEFAULT_MAX_PIXELS)
+            picture = _load(files.read(complete))
     if report.failed:
         return report.status
     with report.errors_of(complete or output):
@@ -606,7 +634,7 @@ def reconstruct(
         files.check(job, overwrite=force)
         from vqcodec import codec, image
 
-        picture = image.load(files.read(source), max_pixels=bitstream.DEFAULT_MAX_PIXELS)
+        picture = _load(files.read(source))
         restored = codec.reconstruct(picture, quality=quality, weights=weights, device=device)
         pixels = image.contact_sheet([*restored, picture.pixels]) if levels else restored[-1]
         files.write(output, image.save(image.Picture(pixels), _suffix(output)), overwrite=force)
@@ -659,10 +687,30 @@ def _check_suffixes(jobs: Iterable[files.Job]) -> None:
             raise click.UsageError(str(error)) from error
 
 
+def _load(data: bytes, max_pixels: int = bitstream.DEFAULT_MAX_PIXELS) -> "Picture":
+    """Decode a picture file of at most `max_pixels`; see `image.load`."""
+    from PIL import Image
+
+    from vqcodec import image
+
+    Image.MAX_IMAGE_PIXELS = None  # or Pillow would refuse pictures above 179 megapixels
+    return image.load(data, max_pixels=max_pixels)
+
+
+@contextlib.contextmanager
+def _naming_limit(max_pixels: int) -> Iterator[None]:
+    """Make an error of the body that states this limit name the option that sets it."""
+    try:
+        yield
+    except VqcodecError as error:
+        if str(error).endswith(f"the limit is {max_pixels}"):
+            raise type(error)(f"{error}, --max-pixels changes it") from error
+        raise
+
+
 def _suffix(target: str) -> str:
     """The suffix that sets the format of a target: ".png" for standard output and for devices."""
-    device = os.path.exists(target) and not os.path.isfile(target)
-    return ".png" if target == files.STREAM or device else Path(target).suffix
+    return ".png" if target == files.STREAM or files.is_special(target) else Path(target).suffix
 
 
 def _run(
@@ -688,6 +736,8 @@ def _run(
     read = written = 0
     with terminal.file_bar(ready, wanted=not quiet) as steps:
         for job in steps:
+            if job.note and not quiet:
+                terminal.say(f"vqcodec: {job.source}: note: {job.note}")
             with report.errors_of(job.source):
                 job_read, job_written = work(job)
                 read, written = read + job_read, written + job_written

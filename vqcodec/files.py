@@ -15,11 +15,13 @@ from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
+from vqcodec import streams
+
 STREAM = "-"
 VQZ_SUFFIXES = (".vqz",)
 PICTURE_SUFFIXES = (
-    *(".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff"),
-    *(".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm"),
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".avif", ".heic", ".heif", ".jxl"),
+    *(".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm"),
 )
 
 
@@ -32,18 +34,21 @@ class Job:
         target: the file to write, or "-" for standard output.
         folder: if not "", an output folder above the target: missing folders down to the target are made. If "", the
             folder of the target must exist.
+        note: why the target is not called as usual; "" if it is.
     """
 
     source: str
     target: str
     folder: str = ""
+    note: str = ""
 
 
 def find(inputs: Iterable[str], suffixes: Sequence[str]) -> list[tuple[str, str]]:
     """List input files, and replace each folder by the files in it that have one of the suffixes.
 
-    Folders are searched recursively, in alphabetical order. Inside them, symbolic links to folders are not followed and
-    names that start with a dot are left out.
+    Folders are searched recursively, in alphabetical order. Inside them, symbolic links to folders are not followed;
+    pipes, sockets and devices, and names that start with a dot are left out. A folder that cannot be searched is listed
+    itself: reading it as a file fails, and says why.
 
     Args:
         inputs: names of files and folders.
@@ -55,19 +60,22 @@ def find(inputs: Iterable[str], suffixes: Sequence[str]) -> list[tuple[str, str]
     Raises:
         ValueError: a folder holds no such file.
     """
-    found = []
+    found: list[tuple[str, str]] = []
     for given in inputs:
         if not os.path.isdir(given):
             found.append((given, os.path.basename(given)))
             continue
-        before = len(found)
-        for folder, subfolders, names in os.walk(given):
+        paths: list[str] = []
+        closed: list[OSError] = []
+        for folder, subfolders, names in os.walk(given, onerror=closed.append):
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             for name in sorted(names):
-                if name.lower().endswith(tuple(suffixes)) and not name.startswith("."):
-                    path = os.path.join(folder, name)
-                    found.append((path, os.path.relpath(path, given)))
-        if len(found) == before:
+                path = os.path.join(folder, name)
+                if name.lower().endswith(tuple(suffixes)) and not name.startswith(".") and not is_special(path):
+                    paths.append(path)
+        paths += [error.filename for error in closed]
+        found += [(path, os.path.relpath(path, given)) for path in paths]
+        if not paths:
             raise ValueError(f"folder {given} holds no files named *{' *'.join(suffixes)}")
     return found
 
@@ -79,7 +87,8 @@ def plan(inputs: Sequence[str], output: str | None, *, suffixes: Sequence[str], 
         inputs: files, folders, or "-" alone.
         output: a file, a folder or "-". A folder receives the layout of the input folders; it may be missing. None
             puts outputs beside their inputs, and the output of standard input on standard output.
-        suffixes: the usual suffixes of inputs. The target's suffix replaces these; it follows any other.
+        suffixes: the usual suffixes of inputs. The target's suffix replaces these; it follows any other, and it
+            follows the suffix of an input that would otherwise have the same target as one before it.
         new_suffix: the suffix of targets.
 
     Raises:
@@ -95,18 +104,21 @@ def plan(inputs: Sequence[str], output: str | None, *, suffixes: Sequence[str], 
     found = find(inputs, suffixes)
     several = len(inputs) > 1 or os.path.isdir(inputs[0])
     folder = output is not None and (os.path.isdir(output) or output.endswith("/"))
-    if output is None:
-        jobs = [Job(path, _renamed(path, suffixes, new_suffix)) for path, _ in found]
-    elif output == STREAM or not (several or folder):
-        if several:
-            raise ValueError("several files cannot go to standard output")
-        jobs = [Job(found[0][0], output)]
-    elif os.path.exists(output) and not os.path.isdir(output):
+    if not (several or folder or output is None):
+        jobs = [Job(found[0][0], output or "")]
+    elif output == STREAM:
+        raise ValueError("several files cannot go to standard output")
+    elif output is not None and os.path.exists(output) and not os.path.isdir(output):
         raise ValueError(f"{output} is not a folder; for several inputs, the output must be one")
     else:
-        jobs = [Job(path, os.path.join(output, _renamed(name, suffixes, new_suffix)), output) for path, name in found]
+        jobs = _name_targets(found, output or "", suffixes, new_suffix)
     _check_distinct(jobs)
     return jobs
+
+
+def is_special(path: str) -> bool:
+    """Whether a path is that of a device, a pipe, a socket or a folder."""
+    return os.path.exists(path) and not os.path.isfile(path)
 
 
 def check(job: Job, *, overwrite: bool) -> None:
@@ -127,14 +139,15 @@ def check(job: Job, *, overwrite: bool) -> None:
         mode = os.stat(job.target).st_mode
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), job.target)
+        if stat.S_ISREG(mode) and not overwrite:
+            raise _exists(job.target)
+        _check_access(job.target, os.W_OK)
         if not stat.S_ISREG(mode):
             return  # a device or a pipe
-        if not overwrite:
-            raise _exists(job.target)
     written = os.path.realpath(job.target) if os.path.islink(job.target) else job.target
-    folder = job.folder or os.path.dirname(written) or os.curdir
+    folder = os.path.dirname(written) or os.curdir
     while job.folder and not os.path.exists(folder):  # write() makes it
-        folder = os.path.dirname(folder.rstrip("/")) or os.curdir
+        folder = os.path.dirname(folder) or os.curdir
     _check_access(folder, os.W_OK | os.X_OK)
 
 
@@ -144,7 +157,10 @@ def read(path: str) -> bytes:
     Raises:
         OSError: the file cannot be read.
     """
-    return sys.stdin.buffer.read() if path == STREAM else Path(path).read_bytes()
+    if path != STREAM:
+        return Path(path).read_bytes()
+    with _naming("standard input"):
+        return sys.stdin.buffer.read()
 
 
 def write(path: str, data: bytes, *, overwrite: bool) -> None:
@@ -163,10 +179,11 @@ def write(path: str, data: bytes, *, overwrite: bool) -> None:
         _write_stdout(data)
         return
     target = os.path.realpath(path)
-    if os.path.exists(target) and not os.path.isfile(target):
-        Path(target).write_bytes(data)
-        return
     with _naming(path):
+        if is_special(target):
+            with open(target, "wb", buffering=0) as file:
+                _write_all(file, data)
+            return
         os.makedirs(os.path.dirname(target), exist_ok=True)
     write_atomically(path, data, overwrite=overwrite)
 
@@ -238,11 +255,11 @@ def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
 
 def _write_stdout(data: bytes) -> None:
     try:
-        _write_all(sys.stdout.buffer, data)
-        sys.stdout.buffer.flush()
+        with _naming("standard output"):
+            _write_all(sys.stdout.buffer, data)
+            sys.stdout.buffer.flush()
     except OSError:
-        # When the interpreter ends, it flushes what is left: it would report several lines and change the exit code.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        streams.discard(sys.stdout)
         raise
 
 
@@ -256,9 +273,22 @@ def _write_all(file: BinaryIO | FileIO, data: bytes) -> None:
         rest = rest[taken:]
 
 
-def _renamed(name: str, suffixes: Sequence[str], new_suffix: str) -> str:
-    stem, suffix = os.path.splitext(name)
-    return (stem if suffix.lower() in suffixes else name) + new_suffix
+def _name_targets(found: Sequence[tuple[str, str]], folder: str, suffixes: Sequence[str], new_suffix: str) -> list[Job]:
+    """Name the target of each (path, name): beside the path, or by its name in a folder unless that is ""."""
+    jobs: list[Job] = []
+    earlier: dict[str, tuple[str, str]] = {}  # by target: how it is called without the new suffix, and its source
+    for path, name in found:
+        place = os.path.join(folder, name) if folder else path
+        stem, suffix = os.path.splitext(place)
+        target = (stem if suffix.lower() in suffixes else place) + new_suffix
+        other, source = earlier.get(os.path.realpath(target), (place, ""))
+        note = ""
+        if os.path.abspath(other) != os.path.abspath(place):
+            note = f"becomes {place}{new_suffix}, because {source} becomes {target}"
+            target = place + new_suffix
+        earlier.setdefault(os.path.realpath(target), (place, path))
+        jobs.append(Job(path, target, folder, note))
+    return jobs
 
 
 def _check_distinct(jobs: Sequence[Job]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from vqcodec import packaged
+from vqcodec.bitstream import DEFAULT_MAX_PIXELS
 from vqcodec.errors import VqcodecError
 from vqcodec.target import HIGHEST, LOWEST
 
@@ -57,6 +58,13 @@ output_picture = click.option(
 )
 quality = click.option(
     "-q", "--quality", type=click.IntRange(LOWEST, HIGHEST), default=50, show_default=True, help="Quality of the codes."
+)
+max_pixels = click.option(
+    "--max-pixels",
+    type=click.IntRange(min=1),
+    default=DEFAULT_MAX_PIXELS,
+    show_default=True,
+    help="Refuse larger pictures.",
 )
 weights = click.option(
     "--weights", type=WeightsPath(), help="Weights file, or name of packaged weights.  [default: photo]"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from vqcodec import streams
 from vqcodec.bitstream import Info
 from vqcodec.errors import VqcodecError
 from vqcodec.files import Job
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from vqcodec.train.run import Progress
 
 T = TypeVar("T")
+
+unsaid: list[str] = []  # lines that stderr did not take; when there are any, the exit code is not 0
 
 _BAR_STEPS = 1000  # of a progress bar over a share or over time
 
@@ -50,10 +53,10 @@ class ErrorReport:
         except Exception as error:  # noqa: BLE001 - an error in one file must not stop the others
             self.failed += 1
             if click.get_current_context().find_root().params["debug"]:
-                traceback.print_exc()
+                say(traceback.format_exc().rstrip())
             if isinstance(error, OSError) and error.filename is not None:
                 name = str(error.filename)
-            say(f"vqcodec: {name}: {_message(error)}")
+            say(f"vqcodec: {name}: {message(error)}")
 
     @property
     def status(self) -> int:
@@ -61,7 +64,7 @@ class ErrorReport:
         return 1 if self.failed else 0
 
 
-def _message(error: Exception) -> str:
+def message(error: Exception) -> str:
     """One line that says what went wrong."""
     if isinstance(error, MemoryError):
         return "not enough memory"
@@ -73,8 +76,15 @@ def _message(error: Exception) -> str:
 
 
 def say(text: str) -> None:
-    """Write a line to stderr. On a terminal, it replaces a progress bar that stands on the current line."""
-    click.echo(("\r\x1b[K" if sys.stderr.isatty() else "") + text, err=True)
+    """Write a line to stderr. On a terminal, it replaces a progress bar that stands on the current line.
+
+    A stderr that takes no more must not stop the work: the line is lost, and `unsaid` has it.
+    """
+    try:
+        click.echo(("\r\x1b[K" if sys.stderr.isatty() else "") + text, err=True)
+    except OSError:
+        unsaid.append(text)
+        streams.discard(sys.stderr)
 
 
 def warn(text: str) -> None:
@@ -201,8 +211,8 @@ def print_comparison(
         finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         click.echo(json.dumps({"width": width, "height": height, "files": files, **finite}, indent=2))
         return
-    for file in files:
-        click.echo(f"{file['file']}: {file['bytes']:,} bytes, {file['bpp']:.4f} bpp")
+    for path, size in compressed.items():
+        click.echo(f"{click.format_filename(path)}: {size:,} bytes, {8 * size / (width * height):.4f} bpp")
     click.echo(f"PSNR {psnr:.2f} dB, MS-SSIM {ms_ssim:.4f}")
 
 

@@ -10,15 +10,15 @@ The metadata have the configuration, the weights of which a look is trained, and
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialised
 from torch import Tensor, nn
 
+from vqcodec import files
 from vqcodec.errors import TrainingError
 from vqcodec.models.config import Config
 from vqcodec.train.schedule import Phase
@@ -84,10 +84,7 @@ def save(run: Run) -> None:
         crops=run.crops,
     )
     metadata = {"config": job.config.to_json(), "facts": json.dumps(dataclasses.asdict(facts)), "look_of": job.look_of}
-    path = path_of(job.output)
-    temporary = path.with_suffix(".ckpt.tmp")
-    save_file(tensors, temporary, metadata)
-    os.replace(temporary, path)
+    files.write_atomically(path_of(job.output), serialised(tensors, metadata))
 
 
 def read(output: Path, config: Config, look_of: str) -> Saved:

@@ -2,16 +2,16 @@
 
 import contextlib
 import csv
+import io
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from vqcodec import precision
+from vqcodec import files, image, precision
 from vqcodec.metrics import ms_ssim
 from vqcodec.ssimulacra2 import score
 from vqcodec.train import data
@@ -50,11 +50,12 @@ def _log(run: Run, end: int) -> list[dict[str, Any]]:
 
 
 def _write_log(run: Run, rows: list[dict[str, Any]]) -> None:
-    with run.job.output.with_suffix(".csv").open("w", newline="") as file:
-        # A run that is resumed may log more than before, or less.
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    # A run that is resumed may log more than before, or less.
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    files.write_atomically(run.job.output.with_suffix(".csv"), text.getvalue().encode())
 
 
 @torch.no_grad()
@@ -118,7 +119,8 @@ def write_sheet(run: Run) -> None:
     original, after = run.validation[:SHEET_PICTURES], restored(run)
     before = run.before or [np.full_like(p, 128) for p in original]
     rows = [np.concatenate(list(row), axis=1) for row in (original, before, after)]
-    Image.fromarray(np.concatenate(rows, axis=0)).save(run.job.output.with_suffix(".png"))
+    sheet = image.Picture(np.concatenate(rows, axis=0))
+    files.write_atomically(run.job.output.with_suffix(".png"), image.save(sheet, ".png"))
 
 
 def _forward(run: Run, model: RateDistortion, crops: Sequence[data.Pixels], quality: int, autocast: bool) -> Losses:
