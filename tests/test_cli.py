@@ -19,7 +19,7 @@ from commandline import ROOT, fails, process, redirected, run, tree
 from PIL import Image
 
 import vqcodec
-from vqcodec import bitstream, cli, files, image, packaged, terminal
+from vqcodec import bitstream, cli, files, image, packaged, plugins, terminal
 from vqcodec.errors import FormatError, TrainingError, WeightsError
 
 
@@ -299,6 +299,41 @@ def test_pictures_that_differ_in_the_suffix_alone(codec, photo):
     assert lines[3].startswith("vqcodec: 2 of 2 files done, 0 failed; ") and len(lines) == 4
     assert tree() == ["photo.bmp", "photo.png", "photo.png.vqz", "photo.vqz"]
     assert run("compress", ".", "-f", "--quiet").stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "said"),
+    [
+        ("a.jxl", b"\xff\x0a\xfa", "JPEG XL pictures cannot be read"),
+        ("a.jxl", b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL pictures cannot be read"),
+        ("a.heic", b"\0\0\0\x18ftypheic", "HEIF pictures need pillow-heif: pip install 'vqcodec[heif]'"),
+        ("a.heif", b"\0\0\0\x18ftypmif1", "HEIF pictures need pillow-heif: pip install 'vqcodec[heif]'"),
+    ],
+)
+def test_pictures_without_a_plugin(codec, photo, monkeypatch, name, start, said):
+    """Are named and counted, and do not stop the others."""
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # importing it fails
+    monkeypatch.delitem(Image.OPEN, "HEIF")
+    plugins.register()
+    Path(name).write_bytes(start + bytes(50))
+    ran = run("compress", ".")
+    lines = ran.stderr.splitlines()
+    assert (ran.exit_code, lines[0]) == (1, f"vqcodec: ./{name}: {said}")
+    assert lines[2].startswith("vqcodec: 1 of 2 files done, 1 failed; ")
+    assert tree() == [name, "photo.png", "photo.vqz"]
+
+
+def test_heif(codec, make_photo):
+    heif = pytest.importorskip("pillow_heif", reason="needs pip install pillow-heif")
+    heif.register_heif_opener()
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a quarter to the right
+    Image.fromarray(make_photo(30, 40)).save("a.heic", exif=turned.tobytes())
+    assert run("compress", ".").exit_code == 0
+    assert run("decompress", "a.vqz", "-o", "a.png").exit_code == 0
+    with Image.open("a.png") as restored, Image.open("a.heic") as original:
+        assert restored.size == original.size == (30, 40)
+        assert np.array_equal(restored, original)
 
 
 def test_damaged_file(codec, photo):

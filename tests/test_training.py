@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import models
 import numpy as np
@@ -39,12 +39,12 @@ from trainer import (
     small_runs,
 )
 
-from vqcodec import codec, tuning, weights
+from vqcodec import codec, files, tuning, weights
 from vqcodec.errors import TrainingError, WeightsError
 from vqcodec.metrics import ms_ssim, psnr
 from vqcodec.models.config import Config, PriorConfig, SliceConfig
 from vqcodec.ssimulacra2 import ssimulacra2
-from vqcodec.train import checkpoint, perceptual, sensitivity, step, validation
+from vqcodec.train import perceptual, sensitivity, step, validation
 from vqcodec.train import run as training
 from vqcodec.train.loss import RateDistortion
 from vqcodec.train.schedule import Schedule
@@ -301,22 +301,34 @@ def test_a_resumed_run_starts_from_the_checkpoint(
         assert torch.equal(after[name], tensor), name
 
 
-def test_an_interrupted_save_leaves_the_last_checkpoint(
-    trained: Run, pictures: Path, tmp_path: Path, unmeasured: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("suffix", "place", "start"), [(".ckpt", 8, b"{"), (".csv", 0, b"step,"), (".png", 1, b"PNG")])
+def test_an_interrupted_save_leaves_the_last_file(
+    trained: Run,
+    pictures: Path,
+    tmp_path: Path,
+    unmeasured: None,
+    monkeypatch: pytest.MonkeyPatch,
+    suffix: str,
+    place: int,
+    start: bytes,
 ) -> None:
     output = trained.copy(tmp_path)
-    saved = output.with_suffix(".ckpt").read_bytes()
+    saved = output.with_suffix(suffix).read_bytes()
+    write_all = files._write_all
 
-    def interrupted(_: object, path: Path, __: object) -> None:
-        Path(path).write_bytes(saved[:1000])
+    def interrupted(file: BinaryIO, data: bytes) -> None:
+        if not data[place:].startswith(start):
+            return write_all(file, data)
+        write_all(file, data[:100])
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", interrupted)
+        patch.setattr(files, "_write_all", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            run(pictures, output, trained.seconds + 1, resume=True)
-    assert output.with_suffix(".ckpt").read_bytes() == saved
-    seen = run(pictures, output, trained.seconds + 0.2, resume=True)
+            run(pictures, output, trained.seconds + 0.2, resume=True)
+    assert output.with_suffix(suffix).read_bytes() == saved
+    assert not list(tmp_path.glob(".vqcodec-*"))
+    seen = run(pictures, output, trained.seconds + 0.4, resume=True)
     assert seen[-1].step > trained.seen[-1].step
     assert seen[-1].stage == "export"
 

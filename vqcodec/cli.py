@@ -155,10 +155,11 @@ def compress(
     verify: bool,
     quiet: bool,
 ) -> int:
-    """Compress pictures: PNG, JPEG, WebP, AVIF, TIFF, BMP, GIF, PNM.
+    """Compress pictures: PNG, JPEG, WebP, AVIF, TIFF, BMP, GIF, PNM, and HEIF where pillow-heif is installed.
 
     IN is a picture, a folder that is searched for pictures, or - for standard input. photo.png becomes photo.vqz beside
-    it unless -o says otherwise. With several inputs, -o is a folder.
+    it unless -o says otherwise; after photo.jpg of the same folder, it becomes photo.png.vqz. With several inputs, -o
+    is a folder.
 
     SIZE is a number of bytes, or has a unit: 50KB is 50,000 bytes and 50KiB is 51,200. A target needs several trial
     encodings, about eight for a size. It usually lies between two qualities, so -q with the quality shown only comes

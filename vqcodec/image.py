@@ -22,10 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
+from vqcodec import plugins
 from vqcodec.errors import ImageError
 
 # Pillow reads many more formats. Some start other programs (EPS), and many have hardly been tested against bad files.
-_READ_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM")
+_READ_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM", *plugins.register())
 _GREY_MODES = {"1", "L", "LA", "La"}
 _READ_MODES = _GREY_MODES | {"P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"}
 _ORIENTATION_TAG = 0x0112
