@@ -274,6 +274,18 @@ def test_bad_files_do_not_stop_the_others(codec, photo):
     assert tree() == ["bad.png", "photo.png", "photo.vqz", "third.bmp", "third.vqz"]
 
 
+def test_unreadable_files_do_not_stop_the_others(codec, photo, monkeypatch):
+    Image.fromarray(photo).save("closed.bmp")
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, *how: path != "closed.bmp" and access(path, *how))
+    ran = run("compress", "closed.bmp", "photo.png")
+    assert ran.exit_code == 1
+    lines = ran.stderr.splitlines()
+    assert lines[0] == "vqcodec: closed.bmp: Permission denied"
+    assert lines[2].startswith("vqcodec: 1 of 2 files done, 1 failed; ")
+    assert tree() == ["closed.bmp", "photo.png", "photo.vqz"]
+
+
 def test_folders(codec, make_photo):
     for name in ("in/a.png", "in/sub/b.jpg", "in/sub/readme.txt"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)

@@ -302,7 +302,7 @@ def decompress(
 
 
 @main.command()
-@click.argument("paths", metavar="FILE...", nargs=-1, type=click.Path(allow_dash=True))
+@click.argument("paths", metavar="FILE...", nargs=-1, type=options.INPUT)
 @click.option(
     "--weights",
     is_flag=False,

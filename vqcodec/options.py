@@ -45,7 +45,9 @@ def _bytes_of(_: click.Context, __: click.Parameter, value: str | None) -> int |
     return size
 
 
-inputs = click.argument("inputs", metavar="IN...", nargs=-1, required=True, type=click.Path(allow_dash=True))
+INPUT = click.Path(allow_dash=True, readable=False)  # what cannot be read must not stop the others
+
+inputs = click.argument("inputs", metavar="IN...", nargs=-1, required=True, type=INPUT)
 output = click.option(
     "-o",
     "--output",
