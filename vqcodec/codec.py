@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from vqcodec import bitstream, coding, image, metrics, packaged, search, synthesis, tuning, weights
+from vqcodec import bitstream, caller, coding, image, metrics, packaged, search, synthesis, tuning, weights
 from vqcodec.bitstream import Chunk, Container, Header
 from vqcodec.encoder import encode
 from vqcodec.errors import ChecksumError, FormatError, HeaderError, ImageError, WeightsError
@@ -36,6 +36,7 @@ DEFAULT_QUALITY = 50
 TILE = 1024
 
 
+@caller.undisturbed()
 def compress(
     picture: Image.Image | NDArray[np.uint8] | Picture,
     *,

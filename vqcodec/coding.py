@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vqcodec import caller
 from vqcodec.entropy import Decoder, Encoder, Source
 from vqcodec.frame import Box, Frame
 from vqcodec.models.config import Config
@@ -21,8 +22,8 @@ BATCH_PIXELS = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 @contextlib.contextmanager
 def exact(model: Model) -> Iterator[None]:
-    """Disable gradients and any autocast of the caller: bfloat16 cannot hold the prior's integers."""
-    with torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
+    """Disable gradients, and what the caller has set: under autocast, bfloat16 cannot hold the prior's integers."""
+    with caller.undisturbed(), torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
         yield
 
 

@@ -231,7 +231,7 @@ def _evaluate(model: Model, pixels: Tensor, codes: list[Tensor], quality: int, i
     """The cost of codes: bits + lambda * distortion."""
     at = torch.tensor([quality], device=pixels.device)
     height, width = pixels.shape[2:]
-    bits = torch.zeros((), device=pixels.device)
+    bits = torch.zeros((), dtype=torch.float32, device=pixels.device)
     symbols: list[_Symbols] = []
     estimate, context = Estimate(model.vqvae, at, height, width), Context(at, height, width)
     with precision.autocast(pixels.device):
@@ -248,7 +248,7 @@ def _evaluate(model: Model, pixels: Tensor, codes: list[Tensor], quality: int, i
             context.absorb(inputs)
             step_cost = piece.error_weight(importance.weight, at)[0] * importance.of_planes(piece.level, piece.planes)
             local = importance.places if piece.level == len(codes) - 1 else None
-            factors = torch.ones(h * w, device=pixels.device) if local is None else local.flatten()
+            factors = torch.ones(h * w, dtype=torch.float32, device=pixels.device) if local is None else local.flatten()
             symbols.append(_Symbols(piece, indices, rate_model, step_cost, factors, inputs, vectors))
         restored = estimate.pixels()
     error = (restored - pixels).square().sum() / 3
@@ -267,7 +267,7 @@ def _rate_model(piece: Slice, context: Tensor, inputs: Tensor) -> Rates | RowRat
     prior = piece.prior
     assert prior is not None
     height, width = inputs.shape[2:]
-    coded = torch.zeros(1, 1, height, width, device=inputs.device)
+    coded = torch.zeros(1, 1, height, width, dtype=torch.float32, device=inputs.device)
     everywhere: Tensor | None = None
     for number, places in prior.passes(height, width):
         parameters = prior.parameters_at(number, context, inputs if prior.at_once else inputs * coded)
@@ -299,7 +299,9 @@ def _change(
     changed = []
     for s, slope, penalty in zip(point.symbols, slopes, penalties, strict=True):
         best, gains = _best(s, slope, penalty)
-        moves = (gains > LEAST_GAIN) & (torch.rand(gains.shape, generator=generator).to(gains.device) < fraction)
+        moves = (gains > LEAST_GAIN) & (
+            torch.rand(gains.shape, generator=generator, dtype=torch.float32).to(gains.device) < fraction
+        )
         changed.append(torch.where(moves, best, s.indices).reshape(*s.inputs.shape[2:], -1))
     return changed
 
@@ -336,7 +338,7 @@ def _best(s: _Symbols, slopes: _Slopes, penalty: Tensor) -> tuple[Tensor, Tensor
         costs.masked_fill_(distances > NEARBY**2, math.inf)
         least, chosen[block] = costs.min(1)
         gained[block] = costs.gather(1, k[block, None])[:, 0] - least
-    best, gains = s.indices.clone(), torch.zeros(s.indices.shape, device=s.indices.device)
+    best, gains = s.indices.clone(), torch.zeros(s.indices.shape, dtype=torch.float32, device=s.indices.device)
     best.T[free], gains.T[free] = chosen, gained
     return best, gains
 

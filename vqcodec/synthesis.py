@@ -48,7 +48,9 @@ class GridEstimate(Estimate):
     def begin(self, level: Level) -> None:
         """See `Estimate.begin`; runs window by window."""
         layout = torch.channels_last
-        values = torch.zeros(self._shape(level), device=self.model.device).contiguous(memory_format=layout)
+        values = torch.zeros(self._shape(level), dtype=torch.float32, device=self.model.device).contiguous(
+            memory_format=layout
+        )
         if level.number:
             stride = self.model.config.levels[level.number - 1].stride
             ratio = stride // level.stage.stride
@@ -184,7 +186,7 @@ def _transform(model: Model, pixels: NDArray[np.uint8], box: "Box") -> Tensor:
     finest = model.config.stages[0]
     rows, columns = finer(box, model.config.multiple // finest.stride)[2:]
     shape = (1, finest.channels, rows.stop - rows.start, columns.stop - columns.start)
-    x = torch.empty(shape, device=model.device).contiguous(memory_format=torch.channels_last)
+    x = torch.empty(shape, dtype=torch.float32, device=model.device).contiguous(memory_format=torch.channels_last)
     for band, around, own in _bands(model.vqvae, shape, slice(0, shape[2]), model.device):
         under = slice(rows.start + around.start, rows.start + around.stop)
         x[:, :, band] = model.vqvae.transform(cut(model, pixels, (under, columns), finest.stride))[:, :, own]
@@ -206,7 +208,7 @@ def cut(model: Model, pixels: NDArray[np.uint8], box: "Box", stride: int) -> Ten
 
 def _empty(z: Tensor, ratio: int, coarse: tuple[int, int]) -> Tensor:
     shape = (1, z.shape[1], coarse[0] * ratio, coarse[1] * ratio)
-    return torch.empty(shape, device=z.device).contiguous(memory_format=torch.channels_last)
+    return torch.empty(shape, dtype=z.dtype, device=z.device).contiguous(memory_format=torch.channels_last)
 
 
 Box = tuple[slice, slice]

@@ -25,7 +25,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from vqcodec import files
+from vqcodec import caller, files
 from vqcodec.errors import WeightsError
 from vqcodec.models.config import Config
 from vqcodec.models.counts import Tables
@@ -40,6 +40,7 @@ LOOK_FORMAT = "vqcodec look 1"
 ID_BYTES = 4
 
 
+@caller.undisturbed()
 def load(path: Path, device: str = "cpu", look: Path | None = None) -> Model:
     """Load a model from a weights file. The last two models are cached.
 
@@ -129,7 +130,7 @@ class _Uninitialised(TorchFunctionMode):
 def _blank(config: Config) -> tuple[VQVAE, Prior, Tables]:
     """Networks and tables whose contents are still to be loaded. The caller's random numbers stay as they are."""
     with _Uninitialised():
-        vqvae, prior, tables = VQVAE(config), Prior(config), Tables(config)
+        vqvae, prior, tables = VQVAE(config).float(), Prior(config).float(), Tables(config)
     for part in prior.modules():
         if isinstance(part, IntegerConv | QualityBias):
             part.frozen = True

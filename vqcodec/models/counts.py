@@ -46,14 +46,14 @@ def power(exponent: int, bits: int) -> int:
 
 def _table(slope: int, bits: int) -> Tensor:
     """floor(2^(bits + o * slope / 64)) for o = -127..127, indexed by o + 127."""
-    return torch.tensor([power(o * slope, bits) for o in range(-127, 128)], dtype=torch.float64)
+    return torch.tensor([power(o * slope, bits) for o in range(-127, 128)], dtype=torch.float64, device="cpu")
 
 
 ROOT = _table(2, 12)
 SQUARE = _table(4, 12)
 LINEAR = _table(4, 13)
 # 2^(WEIGHT_BITS - i / 64): unnormalised probability of a value whose logit is i / 64 bits below the largest.
-WEIGHTS = torch.tensor([power(-i, WEIGHT_BITS) for i in range(64 * WEIGHT_BITS + 2)], dtype=torch.float64)
+WEIGHTS = torch.tensor([power(-i, WEIGHT_BITS) for i in range(64 * WEIGHT_BITS + 2)], dtype=torch.float64, device="cpu")
 
 
 def _flags() -> NDArray[np.float32]:
@@ -83,7 +83,7 @@ class CodeTables(nn.Module):
 
     def __init__(self, piece: SliceConfig) -> None:
         super().__init__()
-        self.register_buffer("inputs", torch.zeros(piece.planes, piece.codes, 2 * piece.dim))
+        self.register_buffer("inputs", torch.zeros(piece.planes, piece.codes, 2 * piece.dim, dtype=torch.float32))
         self.piece = piece
         rows = piece.parameters - 1
         self.register_buffer("values", torch.zeros(piece.planes, rows, piece.codes - 1, dtype=torch.float64))
@@ -185,8 +185,8 @@ class RowTables(nn.Module):
     def __init__(self, piece: SliceConfig) -> None:
         super().__init__()
         self.piece = piece
-        self.register_buffer("inputs", torch.zeros(piece.planes, piece.codes, 2 * piece.dim))
-        self.register_buffer("counts", torch.zeros(piece.rows, piece.codes))
+        self.register_buffer("inputs", torch.zeros(piece.planes, piece.codes, 2 * piece.dim, dtype=torch.float32))
+        self.register_buffer("counts", torch.zeros(piece.rows, piece.codes, dtype=torch.float32))
 
     @functools.cached_property
     def table(self) -> Table:

@@ -204,7 +204,7 @@ class Estimate:
         if level.number:
             self.values = self.vqvae.descend(level.number - 1, self.values, self.quality)
         else:
-            self.values = torch.zeros(self._shape(level), device=self.quality.device)
+            self.values = torch.zeros(self._shape(level), dtype=torch.float32, device=self.quality.device)
 
     def enter(self, piece: Slice) -> None:
         """Refine the estimate from everything decoded so far."""
@@ -317,7 +317,7 @@ class Context:
         batch, _, height, width = context.shape
         planes, _, features = table.shape
         self._codes = codes = torch.zeros(batch, height, width, planes, dtype=torch.int64, device=context.device)
-        inputs = torch.zeros(batch, planes * features, height, width, device=context.device)
+        inputs = torch.zeros(batch, planes * features, height, width, dtype=torch.float32, device=context.device)
         inputs = inputs.contiguous(memory_format=torch.channels_last)
 
         def write(one: Pass, into: Tensor) -> None:

@@ -66,7 +66,7 @@ def structured_start(codes: int, dim: int, outposts: str = "far") -> Tensor:
         return (magnitude * torch.where(k % 2 == 1, 1, -1))[:, None].float()
     generator = torch.Generator().manual_seed(codes * 1000 + dim)
     if dim > LARGEST_LATTICE:
-        points = functional.normalize(torch.randn(codes, dim, generator=generator), dim=1)
+        points = functional.normalize(torch.randn(codes, dim, generator=generator, dtype=torch.float32), dim=1)
         points[0] = 0
         return points
     shells: list[Tensor] = []
@@ -80,13 +80,13 @@ def structured_start(codes: int, dim: int, outposts: str = "far") -> Tensor:
     inner = torch.cat(shells)[:codes]
     outer = codes - len(inner)
     sphere = max(1, -(-outer // spheres))
-    numbers = torch.arange(outer)
+    numbers = torch.arange(outer, dtype=torch.float32)
     radii = inner.norm(dim=1).max() * growth ** (1 + numbers // sphere)
     if dim == 2:
         angles = 2 * math.pi * (numbers % sphere + 0.5 * (numbers // sphere)) / sphere
         directions = torch.stack([angles.cos(), angles.sin()], 1)
     else:
-        directions = functional.normalize(torch.randn(outer, dim, generator=generator), dim=1)
+        directions = functional.normalize(torch.randn(outer, dim, generator=generator, dtype=torch.float32), dim=1)
     return torch.cat([inner, radii[:, None] * directions])
 
 
@@ -102,7 +102,7 @@ def family_start(rows: int, dim: int) -> Tensor:
         float32 (rows, 3), see `Codebook.family`.
     """
     low, high = ROW_SCALES
-    scale = low * (high / low) ** (torch.arange(rows) / (rows - 1))
+    scale = low * (high / low) ** (torch.arange(rows, dtype=torch.float32) / (rows - 1))
     zero = (1 - torch.exp(-0.5 / scale)) ** dim
     linear = torch.log2(1 / (scale * math.log(2)))
     return torch.stack([torch.full_like(scale, SQUARE_START), linear, torch.log2(zero / (1 - zero))], 1)

@@ -64,7 +64,9 @@ class Rates:
         """
         features, biases = book.features(), book.bias.detach()
         for block, parts in plane_blocks(members, CHUNK // features.shape[1]):
-            logits = torch.empty(block.stop - block.start, features.shape[1], device=self.theta.device)
+            logits = torch.empty(
+                block.stop - block.start, features.shape[1], dtype=features.dtype, device=features.device
+            )
             for plane, part, here in parts:
                 torch.addmm(biases[plane], self.theta[part], features[plane].T, out=logits[here])
             yield block, parts, *_normalise(logits, self.zero[block, None])

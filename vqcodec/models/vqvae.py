@@ -106,7 +106,7 @@ class SliceQuantizer(nn.Module):
         more = 0 if first else stage.refine_blocks - 1
         self.further = nn.ModuleList([ResidualBlock(stage) for _ in range(more)])
         self.codebook = Codebook(piece, config.codebook)
-        steps = START_STEP * usual_step(config, torch.arange(KNOTS) / (KNOTS - 1))
+        steps = START_STEP * usual_step(config, torch.arange(KNOTS, dtype=torch.float32) / (KNOTS - 1))
         self.log_steps = nn.Parameter(steps.log()[:, None].repeat(1, piece.planes))
 
     def blocks(self) -> list[ResidualBlock]:
