@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+import warnings as warning_filters
 from pathlib import Path
 
 import models
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from vqcodec.errors import TrainingError
+from vqcodec.train import data
 from vqcodec.train.data import PICTURE_SUFFIXES, Pictures, batches, crop, find_pictures, split
 
 
@@ -53,6 +55,10 @@ def test_nothing_found(tmp_path: Path) -> None:
 # Splitting
 
 
+def readable(_: Path) -> bool:
+    return True
+
+
 def files(folder: Path, numbers: range) -> list[Path]:
     paths = []
     for number in numbers:
@@ -67,15 +73,15 @@ def test_split_does_not_move_pictures_into_validation(validation: int, tmp_path:
     trained: set[Path] = set()
     for count in (2, 3, 5, 10, 50, 200, 400):
         paths = files(tmp_path, range(count))
-        training, held = split(paths, validation)
+        training, held = split(paths, validation, readable)
         assert sorted(training + held) == sorted(paths)
         assert training and 1 <= len(held) <= validation
         assert not trained & set(held)
         trained |= set(training)
-        assert split(paths[::-1], validation) == (training[::-1], held[::-1])
+        assert split(paths[::-1], validation, readable) == (training[::-1], held[::-1])
     assert len(held) == validation or 20 < len(held) < 60
     elsewhere = files(tmp_path / "..", range(400))
-    assert {p.name for p in split(elsewhere, validation)[1]} == {p.name for p in held}
+    assert {p.name for p in split(elsewhere, validation, readable)[1]} == {p.name for p in held}
 
 
 def test_copies_stay_together(tmp_path: Path) -> None:
@@ -83,17 +89,31 @@ def test_copies_stay_together(tmp_path: Path) -> None:
     copies = [p.with_suffix(".copy") for p in paths]
     for path, copy in zip(paths, copies, strict=True):
         copy.write_bytes(path.read_bytes())
-    training, held = split(paths + copies, 100)
+    training, held = split(paths + copies, 100, readable)
     assert {p.stem for p in training}.isdisjoint(p.stem for p in held)
     assert len(held) % 2 == 0
 
 
 def test_a_single_picture_is_both(tmp_path: Path) -> None:
     path = files(tmp_path, range(1))
-    assert split(path, 32) == (path, path)
+    assert split(path, 32, readable) == (path, path)
     twice = [*path, tmp_path / "same.png"]
     twice[1].write_bytes(path[0].read_bytes())
-    assert split(twice, 32) == (twice, twice)
+    assert split(twice, 32, readable) == (twice, twice)
+
+
+def test_unreadable_pictures_count_for_nothing(tmp_path: Path) -> None:
+    """Whichever they are: the others are split as they would be without them."""
+    paths = files(tmp_path, range(40))
+    for bad in ({paths[0]}, set(paths[::2]), set(split(paths, 3, readable)[1]), set(paths[1:])):
+        asked: list[Path] = []
+        training, held = split(paths, 3, lambda path, bad=bad, asked=asked: asked.append(path) or path not in bad)
+        expected = split([p for p in paths if p not in bad], 3, readable)
+        assert held == expected[1]
+        assert set(expected[0]) <= set(training) <= set(expected[0]) | bad, "of others nobody knows yet"
+        assert not bad & set(asked) & set(training)
+    with pytest.raises(TrainingError, match="none of the pictures could be read"):
+        split(paths, 3, lambda _: False)
 
 
 # Reading
@@ -106,16 +126,22 @@ def test_bad_pictures_are_skipped_with_one_warning(tmp_path: Path) -> None:
     cut = tmp_path / "cut.png"
     cut.write_bytes(good.read_bytes()[:300])
     gone = tmp_path / "gone.png"
+    small = write(tmp_path / "small.png", 1, 1)
+    moving = tmp_path / "moving.gif"
+    frames = [Image.new("L", (40, 40), grey) for grey in (0, 255)]
+    frames[0].save(moving, save_all=True, append_images=frames[1:])
+    bad = [text, cut, gone, small, moving]
     warnings: list[str] = []
-    pictures = Pictures([good, text, cut, gone], warnings.append)
-    assert len(pictures) == 4
+    pictures = Pictures([good, *bad], warnings.append)
+    assert len(pictures) == 6
     for _ in range(2):
-        found = [pictures.get(index) for index in range(4)]
+        found = [pictures.get(index) for index in range(6)]
         assert found[0] is not None and found[0].shape == (40, 50, 3)
-        assert found[1:] == [None, None, None]
-    assert len(warnings) == 3
-    for path, warning in zip([text, cut, gone], warnings, strict=True):
-        assert warning.startswith(f"{path}: ") and warning.endswith(": skipped") and "\n" not in warning
+        assert found[1:] == [None] * 5
+    assert len(warnings) == 5
+    for count, (path, warning) in enumerate(zip(bad, warnings, strict=True), 1):
+        assert warning.startswith(f"{path}: ") and warning.endswith(f": skipped, {count} so far")
+        assert "\n" not in warning
     assert {tuple(b[0, 0, 0]) for b in itertools.islice(batches(pictures, batch=2, size=8, seed=0), 3)}
 
 
@@ -139,6 +165,28 @@ def test_pictures_are_kept_while_there_is_room(tmp_path: Path, monkeypatch: pyte
             found = pictures.get(index)
             assert found is not None and int(found[0, 0, 0]) == index
     assert reads == [*paths, paths[2], paths[2]]
+
+
+def test_a_picture_too_large_for_memory_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(data.image, "load", load)
+    warnings: list[str] = []
+    assert Pictures([write(tmp_path / "a.png")], warnings.append).get(0) is None
+    assert warnings == [f"{tmp_path / 'a.png'}: out of memory: skipped, 1 so far"]
+
+
+def test_threads_leave_the_warning_filters_alone(tmp_path: Path) -> None:
+    before = list(warning_filters.filters)
+    paths = [write(tmp_path / f"{n}.png", 200, 200, seed=n) for n in range(8)]
+    stream = batches(Pictures(paths, cache_bytes=0), batch=8, size=16, seed=0, threads=8)
+    for _ in itertools.islice(stream, 5):
+        pass
+    stream.close()  # type: ignore[attr-defined]
+    for thread in running():
+        thread.join(timeout=30)
+    assert warning_filters.filters == before
 
 
 # Crops

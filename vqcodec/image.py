@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
 from vqcodec import plugins
+from vqcodec.caught import caught_warnings
 from vqcodec.errors import ImageError
 
 # Pillow reads many more formats. Some start other programs (EPS), and many have hardly been tested against bad files.
@@ -265,8 +266,7 @@ def _xmp_option(format_name: str, xmp: bytes) -> dict[str, Any]:
 def _pillow(done: str) -> Iterator[list[warnings.WarningMessage]]:
     """Collect Pillow's warnings, and replace any exception by an ImageError: "the picture cannot be {done}: ..."."""
     try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+        with caught_warnings() as caught:
             yield caught
     except (ImageError, MemoryError):
         raise

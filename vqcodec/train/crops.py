@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from vqcodec.errors import TrainingError
 from vqcodec.train import data
 from vqcodec.train.job import Job
 
@@ -22,21 +21,18 @@ def set_aside(job: Job, paths: list[Path]) -> tuple[data.Pictures, list[data.Pix
         with.
 
     Raises:
-        TrainingError: no picture for validation can be read.
+        TrainingError: none of the pictures can be read.
     """
-    training, held = data.split(paths, VALIDATION_PICTURES)
-    pictures = data.Pictures(training, job.on_warning, data.CACHE_BYTES // job.world)
+    found = data.Pictures(paths, job.on_warning, cache_bytes=0)
+    training, held = data.split(paths, VALIDATION_PICTURES, lambda path: found.read(path) is not None)
+    pictures = found.only(training, data.CACHE_BYTES // job.world)
     if job.rank:
         return pictures, []
     rng = np.random.default_rng(0)
     size = job.schedule.crop_side(0, job.config.multiple)
-    reserved = data.Pictures(held, job.on_warning, cache_bytes=0)
-    read = (reserved.get(i) for i in range(len(held)))
+    read = (found.read(path) for path in held)
     # Copies: a crop is a view that would keep its whole picture in memory.
-    validation = [data.crop(p, size, rng, job.schedule.mirror).copy() for p in read if p is not None]
-    if not validation:
-        raise TrainingError("none of the pictures set aside for validation could be read")
-    return pictures, validation
+    return pictures, [data.crop(p, size, rng, job.schedule.mirror).copy() for p in read if p is not None]
 
 
 def first(job: Job, pictures: data.Pictures, count: int) -> Tensor:

@@ -23,6 +23,7 @@ from vqcodec.files import PICTURE_SUFFIXES
 CACHE_BYTES = 4 << 30
 VALIDATION_SHARE = 0.1  # largest share of the pictures that is set aside for validation, about
 MAX_PIXELS = 100_000_000  # of a training picture
+LEAST_SIDE = 8  # of a training picture, in pixels
 
 Pixels = NDArray[np.uint8]
 
@@ -50,26 +51,43 @@ def find_pictures(inputs: Iterable[Path]) -> list[Path]:
     return sorted({Path(name) for name, _ in found})
 
 
-def split(pictures: Sequence[Path], validation: int) -> tuple[list[Path], list[Path]]:
+def split(pictures: Sequence[Path], validation: int, readable: Callable[[Path], bool]) -> tuple[list[Path], list[Path]]:
     """Set aside pictures for validation: at most `validation`, and about a tenth of them if there are few.
 
     The choice depends on a hash of each file's bytes, not on names. Adding pictures never moves one from training to
     validation, so a run that resumes on more data is not validated on what it was trained on. Identical files stay
-    together. A single picture is in both parts.
+    together. Where nothing would be left to learn from, as of a single picture, those set aside are in both parts.
+
+    Args:
+        pictures, validation: see above.
+        readable: whether a picture can be read. It is asked of those that may be set aside; others may be unreadable.
 
     Returns:
-        (training pictures, validation pictures), neither empty.
+        (training pictures, validation pictures), neither empty, without those found unreadable.
+
+    Raises:
+        TrainingError: none of the pictures can be read.
     """
-    digests = {path: _digest(path) for path in pictures}
-    ranked = sorted(set(digests.values()))
-    if len(ranked) == 1:
-        return list(pictures), list(pictures)
-    held = {digest for digest in ranked[:validation] if digest[0] < VALIDATION_SHARE * 256} or {ranked[0]}
-    return [p for p in pictures if digests[p] not in held], [p for p in pictures if digests[p] in held]
+    copies: dict[bytes, list[Path]] = {}
+    for path in pictures:
+        copies.setdefault(_digest(path), []).append(path)
+    held: list[bytes] = []
+    for digest in sorted(copies):
+        if not readable(copies[digest][0]):
+            del copies[digest]
+        elif held and (len(held) == validation or digest[0] >= VALIDATION_SHARE * 256):
+            break
+        else:
+            held.append(digest)
+    if not held:
+        raise TrainingError("none of the pictures could be read")
+    aside = {path for digest in held for path in copies[digest]}
+    rest = {path for paths in copies.values() for path in paths} - aside
+    return [p for p in pictures if p in (rest or aside)], [p for p in pictures if p in aside]
 
 
 def _digest(path: Path) -> bytes:
-    """A hash of a file's bytes, or of its name if it is unreadable: `Pictures` will warn of it."""
+    """A hash of a file's bytes, or of its name if it is unreadable: `Pictures` warns of it."""
     try:
         return hashlib.sha256(path.read_bytes()).digest()
     except OSError:
@@ -81,7 +99,7 @@ class Pictures:
 
     Args:
         paths: of the pictures.
-        on_warning: called once with a line of text for each unreadable picture.
+        on_warning: called once with a line of text for each picture that is skipped.
         cache_bytes: size of the cache.
     """
 
@@ -101,18 +119,32 @@ class Pictures:
     def __len__(self) -> int:
         return len(self._paths)
 
+    def only(self, paths: Sequence[Path], cache_bytes: int) -> "Pictures":
+        """Some of the pictures, with a cache. Those found unreadable so far are known, and counted on."""
+        some = Pictures(paths, self._warn, cache_bytes)
+        some._bad = self._bad
+        return some
+
     def get(self, index: int) -> Pixels | None:
-        """Picture `index` as uint8 (H, W, 3); None if it cannot be read."""
-        path = self._paths[index]
+        """Picture `index` as uint8 (H, W, 3); None if it is skipped."""
+        return self.read(self._paths[index])
+
+    def read(self, path: Path) -> Pixels | None:
+        """A picture as uint8 (H, W, 3); None if it is skipped: it cannot be read, or is too small to learn from."""
         cached = self._cache.get(path)
         if cached is not None or path in self._bad:
             return cached
         try:
             pixels = image.load(path.read_bytes(), max_pixels=MAX_PIXELS).pixels
-        except (ImageError, OSError) as error:
+            height, width = pixels.shape[:2]
+            if min(height, width) < LEAST_SIDE:
+                raise ImageError(f"the picture has {width} x {height} pixels, expected {LEAST_SIDE} or more a side")
+        except (ImageError, OSError, MemoryError) as error:
             with self._lock:
                 self._bad.add(path)
-            self._warn(f"{path}: {error}: skipped")
+                count = len(self._bad)
+            reason = getattr(error, "strerror", None) or str(error) or "out of memory"
+            self._warn(f"{path}: {reason}: skipped, {count} so far")
             return None
         with self._lock:
             if pixels.nbytes <= self._room:

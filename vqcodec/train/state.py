@@ -104,7 +104,7 @@ def new_run(job: Job, paths: list[Path], features: Path | None = None, judge: Pa
         job: what it is asked to do. paths: pictures. features, judge: as of `train`.
 
     Raises:
-        TrainingError: LPIPS is not installed, or no picture for validation can be read.
+        TrainingError: LPIPS is not installed, or none of the pictures can be read.
         WeightsError: unreadable features.
     """
     model = RateDistortion(job.config, visual_share=job.schedule.visual_share)
