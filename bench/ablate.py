@@ -23,6 +23,7 @@ from typing import Any
 
 from vqcodec.models.config import Config, PriorConfig, SliceConfig
 from vqcodec.models.recipes import PHOTO, PHOTO_FAST
+from vqcodec.train import process
 from vqcodec.train import run as training
 from vqcodec.train.schedule import Schedule
 from vqcodec.train.validation import VALIDATION_QUALITIES
@@ -147,6 +148,7 @@ VARIANTS = {
 def run(name: str, pictures: list[Path], minutes: float, crops: int | None, folder: Path) -> None:
     """Train one variant in this process."""
     variant = VARIANTS[name]
+    process.keep_memory()
     training.train(
         pictures,
         folder / f"{name}.safetensors",

@@ -21,6 +21,7 @@ from PIL import Image
 import vqcodec
 from vqcodec import bitstream, cli, files, image, packaged, plugins, terminal
 from vqcodec.errors import FormatError, TrainingError, WeightsError
+from vqcodec.train.process import Interrupted
 
 
 def fake_compress(picture, *, quality, target, max_size, weights, device, effort, tune, verify, on_progress):
@@ -606,6 +607,30 @@ def test_train(training, photo):
 def test_how_long_to_train(training, photo, asked, minutes, crops):
     assert run("train", ".", "-o", "w.safetensors", *asked).exit_code == 0
     assert (training.calls[0][2]["minutes"], training.calls[0][2]["crops"]) == (minutes, crops)
+
+
+def test_before_the_first_step_there_are_no_numbers(training, photo, monkeypatch):
+    def train(*_, on_progress, **__):
+        on_progress(SimpleNamespace(stage="start", step=0, elapsed=0.0, remaining=3600.0, bpp=math.nan, psnr=math.nan))
+        return True
+
+    monkeypatch.setattr(training, "train", train)
+    assert run("train", ".", "-o", "w.safetensors").stderr.splitlines() == ["start, step 0, 01:00:00 left"]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("asked", [[], ["--resume"]], ids=str)
+def test_train_interrupted(training, photo, monkeypatch, number, status, asked):
+    def train(*_, **__):
+        raise Interrupted(number)
+
+    monkeypatch.setattr(training, "train", train)
+    arguments = ["train", "my photos", "-o", "w.safetensors", *asked]
+    Path("my photos").mkdir()
+    Path("photo.png").rename("my photos/photo.png")
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/vqcodec", *arguments])
+    command = "vqcodec train 'my photos' -o w.safetensors --resume"
+    fails(run(*arguments), status, f"w.safetensors: interrupted, but nothing is lost; go on with: {command}")
 
 
 def test_train_in_sittings(training, photo, monkeypatch):

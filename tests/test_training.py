@@ -5,6 +5,8 @@ Crops and batches are small here, but for the slow tests.
 
 import csv
 import dataclasses
+import hashlib
+import itertools
 import json
 import math
 import os
@@ -13,7 +15,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -44,7 +47,7 @@ from vqcodec.errors import TrainingError, WeightsError
 from vqcodec.metrics import ms_ssim, psnr
 from vqcodec.models.config import Config, PriorConfig, SliceConfig
 from vqcodec.ssimulacra2 import ssimulacra2
-from vqcodec.train import perceptual, sensitivity, step, validation
+from vqcodec.train import checkpoint, perceptual, process, sensitivity, step, validation
 from vqcodec.train import run as training
 from vqcodec.train.loss import RateDistortion
 from vqcodec.train.schedule import Schedule
@@ -82,10 +85,10 @@ def trained_tiny(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Ru
     for path in pictures.iterdir():
         shutil.copy(path, folder)
     (folder / "bad.png").write_text("no picture")
-    warnings: list[str] = []
+    told: list[str] = []
     with small_runs():
-        seen = run(folder, output, 2, config=TINY, on_warning=warnings.append)
-    return Run(output, seen, warnings, 2)
+        seen = run(folder, output, 2, config=TINY, on_warning=told.append)
+    return Run(output, seen, told, 2)
 
 
 @pytest.fixture(scope="module")
@@ -331,6 +334,190 @@ def test_an_interrupted_save_leaves_the_last_file(
     seen = run(pictures, output, trained.seconds + 0.4, resume=True)
     assert seen[-1].step > trained.seen[-1].step
     assert seen[-1].stage == "export"
+
+
+def at_step(number: int, act: Callable[[Any], None]) -> Callable[..., None]:
+    """`step.take`, but before the step of this number something happens."""
+    take = step.take
+
+    def taken(run: Any, *args: Any) -> None:
+        if run.step == number:
+            act(run)
+        take(run, *args)
+
+    return taken
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_the_step(
+    number: signal.Signals, pictures: Path, tmp_path: Path, unmeasured: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, before = tmp_path / "mine.safetensors", signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "CHECKPOINT_SECONDS", math.inf)
+        patch.setattr(step, "take", at_step(3, lambda _: signal.raise_signal(number)))
+        with pytest.raises(process.Interrupted) as caught:
+            run(pictures, output, 1)
+    assert caught.value.number == number
+    assert signal.getsignal(number) == before
+    assert not output.exists()
+    seen = run(pictures, output, 1, resume=True)
+    assert next(p.step for p in seen if p.stage == "train") == 5
+    assert output.exists()
+
+
+def test_a_second_signal_does_not_wait(
+    pictures: Path, tmp_path: Path, unmeasured: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def twice(_: Any) -> None:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(step, "take", at_step(3, twice))
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run(pictures, tmp_path / "mine.safetensors", 1)
+    assert not isinstance(caught.value, process.Interrupted)
+
+
+def test_signals_with_a_handler_are_left_to_it() -> None:
+    came: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+    try:
+        with process.held_signals() as held:
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (came, held) == ([signal.SIGTERM], [])
+
+
+def test_where_there_is_a_log_there_is_a_checkpoint(
+    pictures: Path, tmp_path: Path, unmeasured: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever a run is killed, it can be resumed or nothing of it is left."""
+    output = tmp_path / "mine.safetensors"
+
+    def killed(_: Any) -> None:
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", killed)
+        with pytest.raises(SystemExit):
+            run(pictures, output, 1)
+    assert list(tmp_path.iterdir()) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "take", at_step(0, killed))
+        with pytest.raises(SystemExit):
+            run(pictures, output, 1)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".ckpt", ".csv"]
+    assert run(pictures, output, 0.2, resume=True)[-1].stage == "export"
+    assert log_of(output)[0]["step"] == 0
+
+
+def test_a_log_of_something_else(trained: Run, pictures: Path, tmp_path: Path, unmeasured: None) -> None:
+    output = trained.copy(tmp_path)
+    output.with_suffix(".csv").write_text("day,rain\n1,2\n")
+    with pytest.raises(TrainingError, match=r"mine\.csv is not the log of a training run"):
+        run(pictures, output, 4, resume=True)
+    assert output.with_suffix(".csv").read_text() == "day,rain\n1,2\n"
+
+
+# What is not finite
+
+
+def test_a_few_losses_may_not_be_finite(
+    pictures: Path, tmp_path: Path, unmeasured: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, gradients, calls = tmp_path / "mine.safetensors", step._gradients, itertools.count()
+
+    def spoiled(run: Any, crops: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        recent, loss = gradients(run, crops, *args)
+        return recent, loss * (math.nan if next(calls) % 3 else 1)
+
+    monkeypatch.setattr(training, "MOST_LOST", 3)
+    monkeypatch.setattr(step, "_gradients", spoiled)
+    assert run(pictures, output, 0.6)[-1].stage == "export"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_losses_that_are_not_finite_end_the_run(
+    value: float, pictures: Path, tmp_path: Path, unmeasured: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last checkpoint is kept, and weights are not written."""
+    output = tmp_path / "mine.safetensors"
+
+    def spoil(run: Any) -> None:
+        run.model.distortion.register_forward_hook(lambda *_: torch.tensor(value))
+
+    monkeypatch.setattr(training, "MOST_LOST", 3)
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", math.inf)
+    monkeypatch.setattr(step, "take", at_step(2, spoil))
+    with pytest.raises(
+        TrainingError, match=r"not been finite for 3 steps, at step 5; .*mine\.ckpt is of an earlier one"
+    ):
+        run(pictures, output, 2)
+    assert not output.exists()
+    assert all(bool(tensor.isfinite().all()) for tensor in checkpoint_of(output).values())
+
+
+def test_spoiled_weights_are_not_saved(
+    pictures: Path, tmp_path: Path, unmeasured: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "mine.safetensors"
+
+    def spoil(run: Any) -> None:
+        run.model.vqvae.slice(1, 0).codebook.bias.data[0, 0] = math.nan
+
+    monkeypatch.setattr(step, "take", at_step(2, spoil))
+    with pytest.raises(TrainingError, match=r"mine\.ckpt is not saved at step \d+: not all numbers of model\.vqvae\."):
+        run(pictures, output, 1)
+    assert not output.exists()
+    assert all(bool(tensor.isfinite().all()) for tensor in checkpoint_of(output).values())
+
+
+# The process
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_settings_are_put_back(world: int) -> None:
+    def settings() -> tuple[object, ...]:
+        return (
+            torch.get_default_dtype(),
+            torch.get_default_device(),
+            torch.backends.cudnn.benchmark,
+            process._flushes_subnormals(),
+            torch.is_grad_enabled(),
+            torch.is_autocast_enabled("cpu"),
+            torch.get_num_threads(),
+            torch.get_rng_state().tolist(),
+            list(warnings.filters),
+        )
+
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            before = settings()
+            with pytest.raises(LookupError), process.tuned(torch.device("cpu"), world, 0):
+                assert not any(a == b for a, b in zip(before[:6], settings()[:6], strict=True))
+                torch.rand(3)
+                raise LookupError
+            assert settings() == before
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_run_is_the_same_whatever_the_caller_has_set(pictures: Path, tmp_path: Path, unmeasured: None) -> None:
+    outputs = [tmp_path / f"{name}.safetensors" for name in "ab"]
+    run(pictures, outputs[0], math.inf, crops=16)
+    torch.set_default_dtype(torch.float64)
+    state = torch.get_rng_state()
+    try:
+        with torch.device("meta"), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            run(pictures, outputs[1], math.inf, crops=16)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.get_rng_state(), state)
+    first, second = map(checkpoint_of, outputs)
+    assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
 
 
 SCRIPT = """
@@ -638,6 +825,21 @@ def test_nothing_to_train_on(tmp_path: Path, small: None) -> None:
     with pytest.raises(TrainingError, match="could be read"):
         run(tmp_path, tmp_path / "mine.safetensors", 1)
     assert not (tmp_path / "mine.safetensors").exists()
+
+
+def test_junk_does_not_refuse_a_training_set(pictures: Path, tmp_path: Path, unmeasured: None) -> None:
+    """Not even junk whose hash would put it into validation, before all pictures."""
+    folder, told = shutil.copytree(pictures, tmp_path / "pictures"), []
+    for number in itertools.count():
+        junk = f"no picture {number}".encode()
+        if hashlib.sha256(junk).digest() < min(hashlib.sha256(p.read_bytes()).digest() for p in folder.glob("?.png")):
+            break
+    (folder / "junk.png").write_bytes(junk)
+    output = tmp_path / "mine.safetensors"
+    run(folder, output, 0.2, on_warning=told.append)
+    assert output.exists()
+    (line,) = told
+    assert "junk.png: " in line and line.endswith(": skipped, 1 so far")
 
 
 def test_unknown_configuration_or_device(

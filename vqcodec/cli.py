@@ -7,16 +7,16 @@ The commands import numpy and torch themselves, after the checks that need neith
 import contextlib
 import math
 import os
-import signal
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from vqcodec import __version__, bitstream, files, options, packaged, streams, terminal
+from vqcodec import __version__, bitstream, files, options, packaged, signals, streams, terminal
 from vqcodec.errors import VqcodecError
 from vqcodec.packaged import TUNES
 from vqcodec.target import HIGHEST, LOWEST, Target
@@ -38,7 +38,7 @@ class _Program(click.Group):
         streams.repair()
         terminal.unsaid.clear()
         try:
-            with _exiting_on_signals():
+            with signals.exiting():
                 status = super().main(*args, **kwargs)
         except click.ClickException as error:
             context = getattr(error, "ctx", None)
@@ -53,27 +53,6 @@ class _Program(click.Group):
             streams.discard(sys.stdout)
             status = 1
         sys.exit(status or int(bool(terminal.unsaid)))
-
-
-@contextlib.contextmanager
-def _exiting_on_signals() -> Iterator[None]:
-    """Clean up when the process is told to end: as on Ctrl-C, no temporary files remain. Ignored signals stay ignored.
-
-    The exit code is that of shells, 128 and the number of the signal.
-    """
-
-    def leave(number: int, _: object) -> NoReturn:
-        sys.exit(128 + number)
-
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    caught = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
-    for number in caught:
-        signal.signal(number, leave)
-    try:
-        yield
-    finally:
-        for number in caught:
-            signal.signal(number, signal.SIG_DFL)
 
 
 @click.group(
@@ -471,24 +450,30 @@ def train(
         if report.failed:
             return report.status
     with report.errors_of(output), terminal.training_bar() as show:
-        from vqcodec.train import run
+        from vqcodec.train import process, run
 
-        over = run.train(
-            [Path(path) for path, _ in found],
-            Path(output),
-            config=config,
-            minutes=minutes or (math.inf if crops else DEFAULT_MINUTES),
-            crops=crops,
-            resume=resume,
-            device=device,
-            seed=seed,
-            start_from=Path(start_from) if start_from else None,
-            features=features,
-            distortion=distortion,
-            judge=judge,
-            on_progress=show,
-            on_warning=terminal.warn,
-        )
+        process.keep_memory()
+        try:
+            over = run.train(
+                [Path(path) for path, _ in found],
+                Path(output),
+                config=config,
+                minutes=minutes or (math.inf if crops else DEFAULT_MINUTES),
+                crops=crops,
+                resume=resume,
+                device=device,
+                seed=seed,
+                start_from=Path(start_from) if start_from else None,
+                features=features,
+                distortion=distortion,
+                judge=judge,
+                on_progress=show,
+                on_warning=terminal.warn,
+            )
+        except process.Interrupted as stop:
+            command = shlex.join(["vqcodec", *sys.argv[1:], *([] if resume else ["--resume"])])
+            terminal.say(f"{output}: interrupted, but nothing is lost; go on with: {command}")
+            return 128 + stop.number
         if not over:
             terminal.say(f"{output}: not trained to the end yet; go on with --resume")
     return report.status

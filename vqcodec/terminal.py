@@ -290,7 +290,9 @@ def training_bar() -> Iterator[Callable[["Progress"], None]]:
 def _training_line(progress: "Progress | None") -> str:
     if progress is None:  # before the first step
         return ""
-    line = f"{progress.stage}, step {progress.step}: {progress.bpp:.3f} bpp, {progress.psnr:.2f} dB"
+    line = f"{progress.stage}, step {progress.step}"
+    if not math.isnan(progress.bpp):  # as it is before the first step
+        line += f": {progress.bpp:.3f} bpp, {progress.psnr:.2f} dB"
     if not math.isfinite(progress.remaining):
         return line
     minutes, seconds = divmod(int(progress.remaining), 60)

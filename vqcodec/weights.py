@@ -111,7 +111,18 @@ def _check_numbers(path: Path, tensors: dict[str, Tensor]) -> None:
         if name.startswith(("prior.", "tables.")):
             if tensor.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64):
                 raise WeightsError(f"weights {path}: {name} must hold integers, not {tensor.dtype}")
-        elif not torch.isfinite(tensor).all():
+        else:
+            _check_finite(path, {name: tensor})
+
+
+def _check_finite(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Check that all numbers are finite.
+
+    Raises:
+        WeightsError: they are not.
+    """
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
             raise WeightsError(f"weights {path}: not all numbers of {name} are finite")
 
 
@@ -233,7 +244,12 @@ def save_model(path: Path, config: Config, vqvae: VQVAE, prior: Prior, notes: di
 
     Returns:
         The id of the weights, 4 bytes.
+
+    Raises:
+        WeightsError: not all numbers are finite. Nothing is written, and the prior is as it was.
     """
+    for prefix, part in (("vqvae", vqvae), ("prior", prior)):
+        _check_finite(path, {f"{prefix}.{name}": tensor for name, tensor in part.state_dict().items()})
     prior.freeze()
     tables = Tables(config)
     for level in range(len(config.levels)):
@@ -272,7 +288,12 @@ def save_look(path: Path, config: Config, vqvae: VQVAE, weights_id: str, notes: 
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], notes: dict[str, Any]) -> bytes:
-    """Write a safetensors file atomically; return its id."""
+    """Write a safetensors file atomically; return its id.
+
+    Raises:
+        WeightsError: not all numbers are finite, in half precision where they are stored so.
+    """
+    _check_finite(path, tensors)
     data = _sort_header(save(tensors, {**metadata, "notes": json.dumps(notes, sort_keys=True)}))
     files.write_atomically(path, data)
     return id_of(data)

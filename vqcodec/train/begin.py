@@ -43,7 +43,7 @@ def afresh(run: Run) -> None:
     if not run.job.config.structured:
         with torch.no_grad(), maintaining(run.model, codebooks.start_by_k_means):
             run.model(pixels, torch.full((len(pixels),), 50))
-    _validate_first(run)
+    _start_files(run, _validate_first(run))
 
 
 def with_weights(run: Run, given: Model, path: Path) -> None:
@@ -62,7 +62,7 @@ def with_weights(run: Run, given: Model, path: Path) -> None:
     run.rate_start = 1.0
     rounding = run.model.rounding
     run.model.rounding = run.average.rounding = None
-    _validate_first(run)  # the log begins with the weights as they are
+    first = _validate_first(run)  # the log begins with the weights as they are
     if rounding is not None:
         for book in codebooks.books_of(run.model.vqvae):
             codebooks.restart(book)
@@ -73,6 +73,7 @@ def with_weights(run: Run, given: Model, path: Path) -> None:
         run.model.rounding = rounding
         run.average.rounding = copy.deepcopy(rounding).requires_grad_(False).eval()
         _start_average(run)
+    _start_files(run, first)
 
 
 @torch.no_grad()
@@ -106,9 +107,17 @@ def _start_average(run: Run) -> None:
     run.average.load_state_dict(run.model.state_dict())
 
 
-def _validate_first(run: Run) -> None:
-    """Take the model as it is, and see what it does before it has learned anything."""
+def _validate_first(run: Run) -> dict[str, float]:
+    """Take the model as it is, and see what it does before it has learned anything: the first line of the log."""
     _start_average(run)
+    if run.job.rank:
+        return {}
+    run.before = validation.restored(run)
+    return validation.line_of(run)
+
+
+def _start_files(run: Run, first: dict[str, float]) -> None:
+    """Save the first checkpoint and then begin the log: wherever there is a log, the run can be resumed."""
     if run.job.rank == 0:
-        run.before = validation.restored(run)
-        validation.validate(run)
+        checkpoint.save(run)
+        validation.write_log(run, [first])

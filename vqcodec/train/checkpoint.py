@@ -62,7 +62,11 @@ def path_of(output: Path) -> Path:
 
 
 def save(run: Run) -> None:
-    """Replace the checkpoint of a run, atomically."""
+    """Replace the checkpoint of a run, atomically.
+
+    Raises:
+        TrainingError: the weights are not finite any more, or the file cannot be written. The one before is kept.
+    """
     tensors = {f"model.{k}": v for k, v in run.model.state_dict().items()}
     tensors |= {f"average.{k}": v for k, v in run.average.state_dict().items()}
     for name, optimiser in run.optimisers.items():
@@ -84,7 +88,11 @@ def save(run: Run) -> None:
         crops=run.crops,
     )
     metadata = {"config": job.config.to_json(), "facts": json.dumps(dataclasses.asdict(facts)), "look_of": job.look_of}
-    files.write_atomically(path_of(job.output), serialised(tensors, metadata))
+    path = path_of(job.output)
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise TrainingError(f"{path} is not saved at step {run.step}: not all numbers of {name} are finite")
+    files.write_atomically(path, serialised(tensors, metadata))
 
 
 def read(output: Path, config: Config, look_of: str) -> Saved:

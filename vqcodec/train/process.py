@@ -3,6 +3,8 @@
 import contextlib
 import ctypes
 import os
+import signal
+import threading
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
@@ -10,6 +12,7 @@ from datetime import timedelta
 import torch
 from torch import distributed
 
+from vqcodec import caller, signals
 from vqcodec.errors import TrainingError
 
 MALLOC_TRIM_THRESHOLD, MALLOC_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -58,32 +61,77 @@ def first_one(value: float, world: int, device: torch.device) -> float:
 
 
 @contextlib.contextmanager
-def tuned() -> Iterator[None]:
-    """Settings of the whole process with which training is fast.
+def tuned(device: torch.device, world: int, seed: int) -> Iterator[None]:
+    """Settings of the process with which training is fast, and is the same whatever the caller has set.
 
-    Afterwards they are as before. What `_keep_memory` does cannot be undone.
+    Afterwards they are as before, and so are the caller's random numbers.
+
+    Args:
+        device: of the run. world: number of its processes. seed: of initial weights.
     """
-    benchmark, flushed = torch.backends.cudnn.benchmark, _flushes_subnormals()
-    with warnings.catch_warnings():
-        # A 1x1 weight has the same layout under both names; DistributedDataParallel takes them for different.
-        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    with contextlib.ExitStack() as settings:
+        settings.enter_context(caller.undisturbed())
+        settings.enter_context(torch.autocast(device.type, enabled=False))
+        settings.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        torch.manual_seed(seed)
+        settings.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
+        settings.callback(setattr, torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
         torch.backends.cudnn.benchmark = True  # every step has the same shapes
+        settings.callback(torch.set_flush_denormal, _flushes_subnormals())
         torch.set_flush_denormal(True)  # subnormal products slow CPUs down several times and mean nothing here
-        _keep_memory()
-        try:
-            yield
-        finally:
-            torch.backends.cudnn.benchmark = benchmark
-            torch.set_flush_denormal(flushed)
+        if world > 1:
+            settings.enter_context(warnings.catch_warnings())
+            # A 1x1 weight has the same layout under both names; DistributedDataParallel takes them for different.
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+        yield
 
 
 def _flushes_subnormals() -> bool:
     """Whether this thread takes numbers next to zero for zero."""
-    return bool(torch.tensor(2e-38) * 0.1 == 0)
+    return bool(torch.tensor(2e-38, dtype=torch.float32, device="cpu") * 0.1 == 0)
 
 
-def _keep_memory() -> None:
-    """Let the process keep what it frees.
+class Interrupted(KeyboardInterrupt):
+    """A signal has ended a run, which waits in its checkpoint to be resumed.
+
+    Attributes:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@contextlib.contextmanager
+def held_signals() -> Iterator[list[int]]:
+    """In the body, SIGINT and SIGTERM wait until somebody looks at them. A second one raises KeyboardInterrupt.
+
+    Only the main thread can do this, and only to signals for which the caller has no handler.
+
+    Yields:
+        the numbers of the signals that came.
+    """
+    came: list[int] = []
+
+    def hold(number: int, _: object) -> None:
+        came.append(number)
+        if len(came) > 1:
+            raise KeyboardInterrupt
+
+    usual = {signal.SIGINT: (signal.default_int_handler,), signal.SIGTERM: (signal.SIG_DFL, signals.leave)}
+    with contextlib.ExitStack() as handlers:
+        if threading.current_thread() is threading.main_thread():
+            for number, known in usual.items():
+                if (handler := signal.getsignal(number)) in known:
+                    handlers.callback(signal.signal, number, handler)
+                    signal.signal(number, hold)
+        yield came
+
+
+def keep_memory() -> None:
+    """Let the process keep what it frees, for good: this is for processes that do nothing but train.
 
     The C library of Linux would hand large tensors back to the system, which clears their memory again at every step: a
     fifth of the time, where measured.

@@ -13,14 +13,16 @@ checkpoint beside the output survives any interruption; `resume` goes on from it
 trains data-parallel, one process a device.
 """
 
+import contextlib
 import dataclasses
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from vqcodec.errors import TrainingError
 from vqcodec.models.config import Config
 from vqcodec.train import begin, checkpoint, crops, data, phases, process, step, validation
 from vqcodec.train.export import export
@@ -35,6 +37,7 @@ CHECKPOINT_SECONDS = 180
 REPORT_SECONDS = 2.0
 VALIDATIONS = 9  # a run or sitting, evenly spaced in time, but more where that would be less often than every
 VALIDATION_SECONDS = 1800.0
+MOST_LOST = 50  # steps in a row whose loss is not finite
 
 
 def train(
@@ -85,15 +88,18 @@ def train(
 
     Raises:
         TrainingError: no pictures, no such device, no checkpoint to resume from, or one of another configuration;
-            weights of another configuration; features without weights to start from, or without the packages.
+            weights of another configuration; features without weights to start from, or without the packages; a loss
+            that is not finite any more; a file that cannot be written.
+        Interrupted: SIGINT or SIGTERM came, for which the program has no handler of its own. The checkpoint is saved.
         ValueError: no such distortion.
         WeightsError: unknown configuration; unreadable weights or features.
     """
     given = begin.open_weights(start_from, output, look=features is not None)
     settings = configuration(config, given, start_from, look=features is not None)
-    with process.joined() as (rank, world):
+    with contextlib.ExitStack() as around:
+        rank, world = around.enter_context(process.joined())
         here = process.device(device, rank)
-        torch.manual_seed(seed)
+        around.enter_context(process.tuned(here, world, seed))
         plan = choose_schedule(schedule, settings, here, world, features is not None, distortion)
         paths = data.find_pictures(pictures)
         look_of = given.id.hex() if given and features else ""
@@ -123,10 +129,9 @@ def train(
             begin.with_weights(run, given, start_from)
         else:
             begin.afresh(run)
-        with process.tuned():
-            _learn(run)
-            if rank == 0 and not run.interrupted:
-                export(run)
+        _learn(run)
+        if rank == 0 and not run.interrupted:
+            export(run)
     return not run.interrupted
 
 
@@ -138,30 +143,42 @@ def _learn(run: Run) -> None:
     reported = saved = validated = time.monotonic()
     stream: Iterator[Tensor] = iter(())
     side = 0
-    while True:
-        # All processes must take the same number of steps: the first one's clock counts.
-        run.spent = process.first_one(time.monotonic() - begun, job.world, job.device)
-        if run.share >= 1 or run.interrupted:
-            break
-        share = max(run.share, schedule.begins(run.phase))  # what was given more time goes on where it was
-        if schedule.phase(share) > run.phase:
-            phases.enter(run, schedule.phase(share))
-        if side != schedule.crop_side(share, job.config.multiple):
-            side = schedule.crop_side(share, job.config.multiple)
-            stream, run.recording = crops.stream(job, run.pictures, side, run.step), None
-        step.take(run, next(stream), share)
-        if job.rank:
-            continue  # the first process reports, saves and validates
-        now = time.monotonic()
-        if now - reported > REPORT_SECONDS:
-            reported = now
-            run.report("train")
-        if now - saved > CHECKPOINT_SECONDS:
+    with process.held_signals() as signals:
+        while True:
+            # All processes must take the same number of steps: the first one's clock and signals count.
+            now = process.first_one(-1.0 if signals else time.monotonic() - begun, job.world, job.device)
+            if now < 0:
+                if job.rank == 0:
+                    checkpoint.save(run)
+                raise process.Interrupted(signals[0] if signals else signal.SIGTERM)
+            run.spent = now
+            if run.share >= 1 or run.interrupted:
+                break
+            share = max(run.share, schedule.begins(run.phase))  # what was given more time goes on where it was
+            if schedule.phase(share) > run.phase:
+                phases.enter(run, schedule.phase(share))
+            if side != schedule.crop_side(share, job.config.multiple):
+                side = schedule.crop_side(share, job.config.multiple)
+                stream, run.recording = crops.stream(job, run.pictures, side, run.step), None
+            step.take(run, next(stream), share)
+            if job.rank:
+                continue  # the first process reports, saves and validates
+            now = time.monotonic()
+            if now - reported > REPORT_SECONDS:
+                reported = now
+                run.report("train")
+                if int(run.lost) >= MOST_LOST:
+                    raise TrainingError(
+                        f"the loss has not been finite for {int(run.lost)} steps, at step {run.step};"
+                        f" {checkpoint.path_of(job.output)} is of an earlier one"
+                    )
+            if now - saved > CHECKPOINT_SECONDS:
+                checkpoint.save(run)
+                saved = time.monotonic()
+            if now - validated > min(job.seconds / VALIDATIONS, VALIDATION_SECONDS):
+                validation.validate(run)
+                validated = time.monotonic()
+        if job.rank == 0:
             checkpoint.save(run)
-            saved = time.monotonic()
-        if now - validated > min(job.seconds / VALIDATIONS, VALIDATION_SECONDS):
-            validation.validate(run)
-            validated = time.monotonic()
     if job.rank == 0:
         validation.validate(run)
-        checkpoint.save(run)

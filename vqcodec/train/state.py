@@ -44,6 +44,7 @@ class Run:
         rounding_learned: what has stood in for the prior until its turn, by the names of a checkpoint.
         recent, loss: exponential moving averages of bits per pixel and PSNR, (2,), and the last step's loss; on the
             device, so that no step waits for numbers.
+        lost: how many steps in a row, up to the last one, had a loss that is not finite; on the device as well.
         recording: of a step on a GPU, for this phase and size of crops.
         judge: LPIPS, for the log alone.
         before: validation crops as the model restored them before all training, uint8 (H, W, 3).
@@ -60,6 +61,7 @@ class Run:
     rate_start: float
     recent: Tensor
     loss: Tensor
+    lost: Tensor
     step: int = 0
     crops: int = 0
     spent: float = 0.0
@@ -129,6 +131,7 @@ def new_run(job: Job, paths: list[Path], features: Path | None = None, judge: Pa
         rate_start=job.schedule.rate_start,
         recent=torch.full((2,), math.nan, device=job.device),
         loss=torch.tensor(math.nan),
+        lost=torch.zeros((), dtype=torch.int64, device=job.device),
         judge=judging,
     )
 

@@ -47,6 +47,7 @@ def take(run: Run, crops: Tensor, share: float) -> None:
         revives = revives and share < REVIVE_SHARE and rate_weight < 1
         with maintaining(run.model, codebooks.revive if revives else None):
             recent, run.loss = _gradients(run, crops.to(job.device), quality.to(job.device), rate_weight)
+    run.lost = torch.where(run.loss.isfinite(), 0, run.lost + 1)
     for optimiser in run.optimisers.values():
         optimiser.step()
     run.step += 1
@@ -79,6 +80,8 @@ def _gradients(run: Run, crops: Tensor, quality: Tensor, rate_weight: float | Te
     pixels = crops.permute(0, 3, 1, 2).float().contiguous(memory_format=torch.channels_last)
     with precision.autocast(run.job.device):
         losses = run.trained(pixels, quality, rate_weight)
+    # Torch would do this itself, but not inside of another autocast: the next step would see the weights of this one.
+    torch.clear_autocast_cache()
     losses.total.backward()
     nn.utils.clip_grad_norm_(run.model.parameters(), run.job.schedule.clip_norm)
     for parameter in run.model.parameters():

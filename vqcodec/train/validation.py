@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vqcodec import files, image, precision
+from vqcodec.errors import TrainingError
 from vqcodec.metrics import ms_ssim
 from vqcodec.ssimulacra2 import score
 from vqcodec.train import data
@@ -27,17 +28,23 @@ SHEET_PICTURES, SHEET_QUALITY = 6, 30
 
 def validate(run: Run) -> None:
     """Append a line to the log."""
+    line = line_of(run)
+    write_log(run, [*_log(run, run.step), line])
+
+
+def line_of(run: Run) -> dict[str, float]:
+    """What the averaged weights do now, as a line of the log."""
     run.report("validate")
     row: dict[str, float] = {"step": run.step, "crops": run.crops, "minutes": round(run.spent / 60, 2)}
     row |= {"gpu": int(run.job.device.type == "cuda"), **measure(run, run.average)}
     row["perplexity"] = round(perplexity(run.model.vqvae), 2)
-    _write_log(run, [*(_log(run, run.step) if run.step else []), row])
+    return row
 
 
 def shorten_log(run: Run) -> None:
     """Drop the lines of the log that came after the run's step: after an interruption these steps are lost."""
     if rows := _log(run, run.step + 1):
-        _write_log(run, rows)
+        write_log(run, rows)
 
 
 def _log(run: Run, end: int) -> list[dict[str, Any]]:
@@ -46,16 +53,19 @@ def _log(run: Run, end: int) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if int(row["step"]) < end]
+        try:
+            return [row for row in csv.DictReader(file) if int(row["step"]) < end]
+        except (KeyError, TypeError, ValueError):
+            raise TrainingError(f"{path} is not the log of a training run") from None
 
 
-def _write_log(run: Run, rows: list[dict[str, Any]]) -> None:
-    text = io.StringIO()
+def write_log(run: Run, rows: list[dict[str, Any]]) -> None:
+    file = io.StringIO(newline="")
     # A run that is resumed may log more than before, or less.
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+    writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
     writer.writeheader()
     writer.writerows(rows)
-    files.write_atomically(run.job.output.with_suffix(".csv"), text.getvalue().encode())
+    files.write_atomically(run.job.output.with_suffix(".csv"), file.getvalue().encode())
 
 
 @torch.no_grad()
