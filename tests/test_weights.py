@@ -53,6 +53,30 @@ def refused(path: Path, data: bytes, match: str) -> None:
 # There and back
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("stages.0.decoder.0.expand.weight", math.nan),
+        ("stages.0.decoder.0.expand.weight", 1e6),  # infinite in half precision
+        ("slices.1.0.codebook.vectors", math.inf),
+        ("levels.1.start.curve", math.nan),
+    ],
+)
+def test_numbers_that_are_not_finite_are_not_saved(name: str, value: float, tmp_path: Path) -> None:
+    model = models.tiny()
+    path = tmp_path / "mine.safetensors"
+    path.write_bytes(b"as before")
+    part = model.prior if name.startswith("levels") else model.vqvae
+    part.state_dict()[name].view(-1)[0] = value
+    with pytest.raises(WeightsError, match=rf"mine\.safetensors: not all numbers of \w+\.{name} are finite"):
+        weights.save_model(path, TINY, model.vqvae, model.prior, {})
+    assert path.read_bytes() == b"as before"
+    if part is model.vqvae and name.startswith("stages"):
+        with pytest.raises(WeightsError, match="are finite"):
+            weights.save_look(path, TINY, model.vqvae, "00000000", {})
+        assert path.read_bytes() == b"as before"
+
+
 def test_round_trip(tmp_path: Path) -> None:
     model = models.tiny(seed=3)
     path = tmp_path / "mine.safetensors"

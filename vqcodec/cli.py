@@ -1,6 +1,7 @@
 """The commands of vqcodec: each checks its arguments, calls the library and returns an exit code.
 
-Exit codes: 0 everything was done, 1 at least one file failed, 2 wrong usage, 130 interrupted. Only data goes to stdout.
+Exit codes: 0 everything was done, 1 at least one file failed, 2 wrong usage, 130 interrupted, 143 training terminated.
+Only data goes to stdout.
 The commands import numpy and torch themselves, after the checks that need neither.
 """
 
