@@ -2,18 +2,21 @@ import io
 import struct
 import warnings
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, ImageOps
+from pictures import srgb_of_light, srgb_of_p3
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 from PIL.PngImagePlugin import PngInfo
 
-from vqcodec import image
+from vqcodec import colour, image, signalling
 from vqcodec.errors import ImageError
-from vqcodec.image import Picture, from_pil, load, save, to_pil
+from vqcodec.image import Picture, adapt, from_pil, load, save, to_pil
+from vqcodec.signalling import CodePoints
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-GREY = SRGB[:16] + b"GRAY" + SRGB[20:]  # nothing here looks further into a grey profile than its header
+GREY = colour.ColourSpace((0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06), (1.0,)).profile(grey=True)
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
 
 
@@ -193,6 +196,30 @@ def test_16_bit_grey_is_rounded(kind):
     assert picture.notes == ("16 bits per channel were reduced to 8",)
 
 
+@pytest.mark.parametrize(
+    ("data", "bits"),
+    [
+        (b"P6 1 1 65535\n" + bytes(6), 16),
+        (b"P5 1 1 1023\n" + bytes(2), 10),
+        (b"P3 1 1 4095 0 0 0\n", 12),
+        (b"P6 1 1 15\n" + bytes(3), 8),
+        (tiff(np.zeros((2, 2, 1)), bits=12, photometric=1, data=bytes(6)), 12),
+    ],
+)
+def test_lost_depth_is_noted(data, bits):
+    notes = load(data, max_pixels=None).notes
+    assert notes == ((f"{bits} bits per channel were reduced to 8",) if bits > 8 else ())
+
+
+@pytest.mark.parametrize(("field", "bits"), [(b"av1C\x81\x00\x4c", 10), (b"av1C\x81\x00\x6c", 12)])
+def test_lost_depth_of_avif_is_noted(make_photo, field, bits):
+    data = encoded(Image.fromarray(make_photo(16, 16)), "AVIF")
+    start = data.index(b"av1C")
+    changed = data[:start] + field[:5] + data[start + 5 : start + 6] + field[6:] + data[start + 7 :]
+    assert signalling.read(data).bits == 8
+    assert signalling.read(changed).bits == bits
+
+
 def test_16_bit_big_endian_tiff():
     little = Image.fromarray(DEEP.reshape(3, 4))
     big = Image.frombytes("I;16B", (4, 3), DEEP.astype(">u2").tobytes())
@@ -274,7 +301,7 @@ def test_cmyk_is_converted_by_its_profile():
 
 
 def test_cmyk_with_a_useless_profile():
-    profile = cmyk_profile()[:200].ljust(300, b"\0")
+    profile = struct.pack(">L", 300) + cmyk_profile()[4:200].ljust(296, b"\0")
     picture = load(encoded(Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "JPEG", icc_profile=profile), max_pixels=None)
     assert picture.pixels[0, 0].tolist()[0] < 10 and picture.pixels[0, 0].tolist()[2] > 200
     assert picture.notes[0].startswith("the CMYK profile cannot be used")
@@ -285,22 +312,52 @@ def test_profile_is_kept(make_photo, suffix):
     assert load(save(Picture(make_photo(8, 8), icc=SRGB), suffix), max_pixels=None).icc == SRGB
 
 
-@pytest.mark.parametrize(("suffix", "kept"), [(".png", True), (".jpg", True), (".tif", True), (".webp", False)])
-def test_profile_of_grey_goes_with_grey_pixels(make_photo, suffix, kept):
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif"])
+def test_profile_of_grey_goes_with_grey_pixels(make_photo, suffix):
     grey = from_pil(Image.fromarray(make_photo(8, 8)).convert("L"))
-    data = save(Picture(grey.pixels, grey=True, icc=GREY), suffix)
-    again = load(data, max_pixels=None)
-    assert again.icc == (GREY if kept else None)
-    assert again.notes == ()
+    again = load(save(Picture(grey.pixels, grey=True, icc=GREY), suffix), max_pixels=None)
+    assert again.icc == GREY and again.notes == ()
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".avif", ".bmp", ".ppm"])
+def test_where_a_grey_profile_does_not_fit_pixels_become_srgb(suffix):
+    linear = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
+    again = load(save(Picture(linear, grey=True, icc=GREY), suffix), max_pixels=None)
+    assert again.icc is None and again.notes == ()
+    assert np.abs(again.pixels - srgb_of_light(linear / 255)).max() <= (8 if suffix == ".avif" else 1)
+
+
+@pytest.mark.parametrize("suffix", [".bmp", ".ppm"])
+def test_where_a_profile_does_not_fit_pixels_become_srgb(suffix):
+    """Full green of Display P3 is outside of sRGB; greys are the same in both."""
+    p3 = colour.stated(CodePoints(12, 13, 0, True), {}).profile(grey=False)
+    pixels = np.array([[[0, 255, 0], [77, 77, 77], [200, 120, 100]]], np.uint8)
+    again = load(save(Picture(pixels, icc=p3), suffix), max_pixels=None)
+    assert np.abs(again.pixels - srgb_of_p3(pixels)).max() <= 1
+    assert again.icc is None and again.pixels[0, :2].tolist() == pixels[0, :2].tolist()
+
+
+def test_a_profile_that_cannot_be_used_is_noted(make_photo):
+    useless = struct.pack(">L", 300) + cmyk_profile()[4:16] + b"RGB " + cmyk_profile()[20:200].ljust(280, b"\0")
+    pixels = make_photo(4, 4)
+    fitting = adapt(Picture(pixels, icc=useless, notes=("first",)), ".bmp")
+    assert fitting.notes[0] == "first" and fitting.notes[1].startswith("colours may be wrong: the RGB profile cannot")
+    assert np.array_equal(load(save(fitting, ".bmp"), max_pixels=None).pixels, pixels)
 
 
 def test_profile_that_does_not_fit_is_dropped():
     picture = load(encoded(Image.new("L", (4, 4)), icc_profile=SRGB), max_pixels=None)
     assert picture.icc is None
     assert picture.notes == ("the ICC profile is for RGB pixels and was dropped",)
-    picture = load(encoded(Image.new("RGB", (4, 4)), icc_profile=b"nonsense"), max_pixels=None)
-    assert picture.icc is None
-    assert picture.notes == ("the ICC profile is damaged and was dropped",)
+    for profile, problem in (
+        (b"nonsense", "is damaged"),
+        (SRGB[:-1], f"is cut: it has {len(SRGB) - 1} of {len(SRGB)} bytes"),
+        (SRGB[:128] + b"\xff" * 400 + SRGB[528:], "is damaged"),
+    ):
+        for format in ("PNG", "JPEG", "WEBP"):
+            picture = load(encoded(Image.new("RGB", (4, 4)), format, icc_profile=profile), max_pixels=None)
+            assert picture.icc is None
+            assert picture.notes == (f"the ICC profile {problem} and was dropped",)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
@@ -483,12 +540,6 @@ def test_damaged_exif_does_no_harm(make_photo, damage):
         assert save(picture, suffix)
 
 
-def test_exif_of_tiff_is_left_out_with_a_note():
-    picture = load(encoded(Image.new("RGB", (4, 4)), "TIFF", tiffinfo={0x8769: {0x829A: 0.5}}), max_pixels=None)
-    assert picture.exif is None
-    assert picture.notes == ("EXIF data of TIFF files is not kept",)
-
-
 def test_to_pil_has_the_metadata(make_photo):
     picture = to_pil(Picture(make_photo(4, 4), icc=SRGB, exif=b"II*\0\x08\0\0\0\0\0\0\0\0\0", xmp=b"<x/>"))
     assert picture.info["icc_profile"] == SRGB
@@ -605,9 +656,76 @@ def test_size_limits_of_formats():
         save(Picture(np.zeros((1, 16384, 3), np.uint8)), ".webp")
 
 
-def test_metadata_that_does_not_fit(make_photo):
-    with pytest.raises(ImageError, match="the picture cannot be written as JPEG: XMP data is too long"):
-        save(Picture(make_photo(4, 4), xmp=bytes(70_000)), ".jpg")
+@pytest.mark.parametrize(
+    ("suffix", "exif", "xmp", "lost"),
+    [
+        (".jpg", 65527, 65504, ""),
+        (".jpg", 65528, 65504, "EXIF"),
+        (".jpg", 65527, 65505, "XMP"),
+        (".png", 70_000, 70_000, ""),
+        (".tif", 100, 70_000, "EXIF"),
+        (".bmp", 100, 100, "EXIF and XMP"),
+        (".ppm", 100, 0, "EXIF"),
+    ],
+)
+def test_metadata_that_do_not_fit_are_left_out_with_a_note(make_photo, suffix, exif, xmp, lost):
+    picture = Picture(make_photo(4, 4), exif=exif_of(3, 1, "<").ljust(exif, b"\0"), xmp=bytes(xmp).replace(b"\0", b"x"))
+    fitting = adapt(picture, suffix)
+    assert [note.split(" left out: ")[0] for note in fitting.notes] == [lost] * bool(lost)
+    again = load(save(picture, suffix), max_pixels=None)
+    assert len(again.exif or b"") == (0 if "EXIF" in lost else exif)
+    assert len(again.xmp or b"") == (0 if "XMP" in lost else xmp)
+
+
+def test_long_metadata_in_png_files_are_read_again(make_photo, monkeypatch):
+    """Pillow stops at 1 MiB of a profile or a text, unless it is told that more may come."""
+    long = struct.pack(">L", len(SRGB) + 3_000_000) + SRGB[4:] + bytes(3_000_000)
+    picture = Picture(make_photo(4, 4), icc=long, xmp=b"x" * 3_000_000)
+    again = load(save(picture, ".png"), max_pixels=None)
+    assert (again.icc, again.xmp) == (picture.icc, picture.xmp)
+    assert PngImagePlugin.MAX_TEXT_CHUNK == 1 << 20
+    monkeypatch.setitem(image._WRITERS, ".png", replace(image._WRITERS[".png"], icc=2_000_000, xmp=2_000_000))
+    fitting = adapt(picture, ".png")
+    assert fitting.icc is None and fitting.xmp is None and np.array_equal(fitting.pixels, picture.pixels)
+
+
+def test_the_limit_of_pillow_comes_back_when_the_last_thread_is_done():
+    with image._long_texts():
+        with image._long_texts():
+            assert PngImagePlugin.MAX_TEXT_CHUNK == PngImagePlugin.MAX_TEXT_MEMORY
+        assert PngImagePlugin.MAX_TEXT_CHUNK == PngImagePlugin.MAX_TEXT_MEMORY
+    assert PngImagePlugin.MAX_TEXT_CHUNK == 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("pixels", "alpha", "message"),
+    [
+        (np.zeros((4, 5, 3)), None, r"pixels must be uint8 \(H, W, 3\), got float64 \(4, 5, 3\)"),
+        (np.zeros((4, 5), np.uint8), None, r"got uint8 \(4, 5\)"),
+        (np.zeros((4, 5, 4), np.uint8), None, r"got uint8 \(4, 5, 4\)"),
+        (np.zeros((0, 5, 3), np.uint8), None, r"got uint8 \(0, 5, 3\)"),
+        ([[[0, 0, 0]]], None, "got list"),
+        (np.zeros((4, 5, 3), np.uint8), np.zeros((4, 5)), r"alpha must be uint8 \(4, 5\), got float64 \(4, 5\)"),
+        (np.zeros((4, 5, 3), np.uint8), np.zeros((5, 4), np.uint8), r"got uint8 \(5, 4\)"),
+    ],
+)
+def test_pictures_of_another_type_or_shape_are_refused(pixels, alpha, message):
+    with pytest.raises(ImageError, match=message):
+        Picture(pixels, alpha=alpha)
+
+
+def test_any_damage_of_alpha_is_an_image_error():
+    data = image.encode_alpha(np.arange(12, dtype=np.uint8).reshape(3, 4))
+    end = data.index(b"IEND") - 4
+    for chunk in (b"iCCP", b"iCCPx\0", b"acTL" + bytes(8), b"tRNS", b"zTXta\0\x01"):
+        block = struct.pack(">L", len(chunk) - 4) + chunk + struct.pack(">L", zlib.crc32(chunk))
+        for place in (33, end):
+            try:
+                image.decode_alpha(data[:place] + block + data[place:], 4, 3)
+            except ImageError as error:
+                assert "\n" not in str(error)
+    with pytest.raises(ImageError, match="alpha cannot be read: "):
+        image.decode_alpha(data[:end] + b"\0\0\0\0iCCP" + struct.pack(">L", zlib.crc32(b"iCCP")) + data[end:], 4, 3)
 
 
 def test_every_suffix_is_one_that_folders_are_searched_for():

@@ -6,6 +6,7 @@ The commands import numpy and torch themselves, after the checks that need neith
 """
 
 import contextlib
+import dataclasses
 import math
 import os
 import shlex
@@ -170,7 +171,7 @@ def compress(
             picture = _load(data, max_pixels)
         with terminal.search_bar(wanted=effort > 1 and len(jobs) == 1 and not quiet) as show:
             encoded = codec.compress(
-                picture,
+                dataclasses.replace(picture, notes=()),  # they are said below
                 quality=quality,
                 target=target,
                 max_size=max_size,
@@ -261,12 +262,16 @@ def decompress(
                 data, weights=weights, look=look, device=device, partial=partial, max_pixels=max_pixels
             )
         encoded = b""
+        notes: tuple[str, ...] = ()
         if not test:
-            encoded = image.save(picture, _suffix(job.target))
+            fitting = image.adapt(dataclasses.replace(picture, notes=()), _suffix(job.target))
+            encoded, notes = image.save(fitting, _suffix(job.target)), fitting.notes
             files.write(job.target, encoded, overwrite=force)
         for problem in picture.notes:
             terminal.say(f"vqcodec: {job.source}: warning: {problem}")
         if not quiet:
+            for note in notes:
+                terminal.say(f"vqcodec: {job.source}: note: {note}")
             terminal.say_result(
                 job,
                 picture,
@@ -624,7 +629,8 @@ def reconstruct(
         picture = _load(files.read(source))
         restored = codec.reconstruct(picture, quality=quality, weights=weights, device=device)
         pixels = image.contact_sheet([*restored, picture.pixels]) if levels else restored[-1]
-        files.write(output, image.save(image.Picture(pixels), _suffix(output)), overwrite=force)
+        shown = image.Picture(pixels, grey=picture.grey, icc=picture.icc)
+        files.write(output, image.save(shown, _suffix(output)), overwrite=force)
     return report.status
 
 

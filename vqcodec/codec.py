@@ -51,7 +51,7 @@ def compress(
     verify: bool = False,
     on_progress: Callable[[float], None] | None = None,
 ) -> bytes:
-    """Compress a picture to the bytes of a .vqz file.
+    """Compress a picture to the bytes of a .vqz file. Each note of the picture gives a warning.
 
     Args:
         picture: a Pillow image of any mode that `image.from_pil` takes; uint8 (H, W), (H, W, 3) or (H, W, 4); or a
@@ -87,6 +87,8 @@ def compress(
     if tune is not None and tune not in packaged.TUNES:
         raise ValueError(f"tune must be one of {', '.join(packaged.TUNES)}, got {tune!r}")
     source = _as_picture(picture)
+    for note in source.notes:
+        warnings.warn(note, stacklevel=2)
     model = _load(weights, device)
     tuned = _tuning(weights, model, tune, target)
     unit = math.lcm(bitstream.TILE_UNIT, model.config.multiple)

@@ -1,36 +1,36 @@
 """Picture files <-> pixels: Pillow reads files, and they become 8-bit RGB. Notes say what was converted or lost.
 
-    bytes -> load() -+
-                     +-> Picture -> to_pil() -> save() -> bytes
-    PIL.Image -> from_pil()
+    bytes -> load() ---------+                +-> to_pil() -> PIL.Image
+                             +-> Picture -----+
+    PIL.Image -> from_pil() -+                +-> adapt() -> Picture as a format holds it -> save() -> bytes
 
-Loading applies the orientation, reduces 16 bits per channel to 8 and converts CMYK. RGB and grey pictures keep their
-ICC profile.
+Loading applies the orientation (metadata.py), reduces more bits per channel to 8 and converts CMYK, HDR and gammas
+other than that of sRGB (colour.py). Other RGB and grey pictures keep their ICC profile or get one.
 """
 
 import io
 import math
-import re
-import struct
+import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-from vqcodec import plugins
+from vqcodec import colour, metadata, plugins, signalling
 from vqcodec.caught import caught_warnings
 from vqcodec.errors import ImageError
+from vqcodec.metadata import EXIF_PREFIX
+from vqcodec.signalling import CodePoints, Signals
 
 # Pillow reads many more formats. Some start other programs (EPS), and many have hardly been tested against bad files.
 _READ_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM", *plugins.register())
 _GREY_MODES = {"1", "L", "LA", "La"}
 _READ_MODES = _GREY_MODES | {"P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"}
-_ORIENTATION_TAG = 0x0112
 _BITS, _SAMPLES, _PLANAR, _COLOUR_MAP, _SAMPLE_FORMAT = 258, 277, 284, 320, 339  # tags of TIFF files
 _GREY_SCALES = {"L;2": 85, "L;4": 17}  # what Pillow multiplies few bits of grey by, by its name of the layout
 _TRANSPOSE = {
@@ -42,10 +42,6 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_EXIF_PREFIX = b"Exif\0\0"
-_XMP_PREFIX = b"http://ns.adobe.com/xap/1.0/\0"
-_XMP_ORIENTATION = re.compile(rb"""(tiff:Orientation\s*(?:=\s*["']|>)\s*)([1-8])(?=\s*["'<])""")
-_INTEGERS = {1: "B", 3: "H", 4: "L"}  # types of EXIF values that an orientation is stored as
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +56,9 @@ class Picture:
         exif: EXIF data, starting with its TIFF header. Its orientation is always 1.
         xmp: XMP packet.
         notes: one line for each thing that was converted or lost.
+
+    Raises:
+        ImageError: pixels or alpha have another type or shape.
     """
 
     pixels: NDArray[np.uint8]
@@ -69,6 +68,21 @@ class Picture:
     exif: bytes | None = None
     xmp: bytes | None = None
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not _is_uint8(self.pixels) or self.pixels.ndim != 3 or self.pixels.shape[2] != 3 or not self.pixels.size:
+            raise ImageError(f"pixels must be uint8 (H, W, 3), got {_described(self.pixels)}")
+        height, width, _ = self.pixels.shape
+        if self.alpha is not None and (not _is_uint8(self.alpha) or self.alpha.shape != (height, width)):
+            raise ImageError(f"alpha must be uint8 ({height}, {width}), got {_described(self.alpha)}")
+
+
+def _is_uint8(value: object) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype == np.uint8
+
+
+def _described(value: object) -> str:
+    return f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
 
 
 def load(data: bytes, *, max_pixels: int | None) -> Picture:
@@ -83,27 +97,28 @@ def load(data: bytes, *, max_pixels: int | None) -> Picture:
         ImageError: the file has another format, is damaged, too large or animated, or has a pixel type that from_pil()
             does not accept.
     """
-    with _pillow("decoded") as caught:
+    with _pillow("the picture cannot be decoded") as caught:
         image = Image.open(io.BytesIO(data), formats=_READ_FORMATS)
         if max_pixels is not None and image.width * image.height > max_pixels:
             raise ImageError(
                 f"the picture has {image.width} x {image.height} = {image.width * image.height} pixels,"
                 f" the limit is {max_pixels}"
             )
-        return _convert(image, caught)
+        return _convert(image, signalling.read(data), caught)
 
 
 def from_pil(image: Image.Image) -> Picture:
     """Convert a Pillow image.
 
     Args:
-        image: bilevel, grey, palette, RGB or CMYK, with 8 or 16 bits per channel, with or without alpha.
+        image: bilevel, grey, palette, RGB or CMYK, with 8 or 16 bits per channel, with or without alpha. Code points of
+            its colours, as PNG and AVIF files may have, are only known before its load().
 
     Raises:
         ImageError: the image has several frames, another pixel type or no pixels, or its file cannot be decoded.
     """
-    with _pillow("decoded") as caught:
-        return _convert(image, caught)
+    with _pillow("the picture cannot be decoded") as caught:
+        return _convert(image, signalling.read(_file(image)), caught)
 
 
 def to_pil(picture: Picture) -> Image.Image:
@@ -120,10 +135,13 @@ def to_pil(picture: Picture) -> Image.Image:
     if picture.icc is not None:
         image.info["icc_profile"] = picture.icc
     if picture.exif is not None:
-        image.info["exif"] = _EXIF_PREFIX + picture.exif
+        image.info["exif"] = EXIF_PREFIX + picture.exif
     if picture.xmp is not None:
         image.info["xmp"] = picture.xmp
     return image
+
+
+_NO_LIMIT = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -135,7 +153,7 @@ class _Writer:
         max_side: largest width and height that the format allows.
         alpha: whether the format has an alpha channel.
         grey: whether it has a grey mode.
-        icc, exif, xmp: whether it can hold this metadata.
+        icc, exif, xmp: largest size of this metadata in bytes.
         options: for Pillow. They ask for lossless coding if the format has it, and else for quality 95.
     """
 
@@ -143,24 +161,34 @@ class _Writer:
     max_side: int = 0xFFFFFF
     alpha: bool = True
     grey: bool = True
-    icc: bool = True
-    exif: bool = True
-    xmp: bool = True
+    icc: int = _NO_LIMIT
+    exif: int = _NO_LIMIT
+    xmp: int = _NO_LIMIT
     options: dict[str, Any] = field(default_factory=dict)
 
 
-_JPEG = _Writer("JPEG", max_side=65500, alpha=False, options={"quality": 95, "subsampling": "4:4:4"})
-_TIFF = _Writer("TIFF", exif=False, options={"compression": "tiff_adobe_deflate"})
+_SEGMENT = 65533  # bytes in a segment of a JPEG file; profiles may have 255 of them
+_JPEG = _Writer(
+    "JPEG",
+    max_side=65500,
+    alpha=False,
+    icc=255 * (_SEGMENT - 14),
+    exif=_SEGMENT - len(EXIF_PREFIX),
+    xmp=_SEGMENT - 29,
+    options={"quality": 95, "subsampling": "4:4:4"},
+)
+_TEXT = PngImagePlugin.MAX_TEXT_MEMORY  # what can be read of PNG files
+_TIFF = _Writer("TIFF", exif=0, options={"compression": "tiff_adobe_deflate"})
 _WRITERS = {
-    ".png": _Writer("PNG"),
+    ".png": _Writer("PNG", icc=_TEXT, xmp=_TEXT),
     ".jpg": _JPEG,
     ".jpeg": _JPEG,
     ".webp": _Writer("WEBP", max_side=16383, grey=False, options={"lossless": True, "exact": True}),
     ".tif": _TIFF,
     ".tiff": _TIFF,
-    ".bmp": _Writer("BMP", alpha=False, icc=False, exif=False, xmp=False),
+    ".bmp": _Writer("BMP", alpha=False, icc=0, exif=0, xmp=0),
     ".avif": _Writer("AVIF", max_side=65536, grey=False, options={"quality": 95, "subsampling": "4:4:4"}),
-    ".ppm": _Writer("PPM", alpha=False, icc=False, exif=False, xmp=False),
+    ".ppm": _Writer("PPM", alpha=False, icc=0, exif=0, xmp=0),
 }
 
 
@@ -177,11 +205,43 @@ def check_suffix(suffix: str) -> None:
         raise ImageError(f"no picture format has the suffix {suffix!r}, expected one of {' '.join(_WRITERS)}")
 
 
+def adapt(picture: Picture, suffix: str) -> Picture:
+    """Make of a picture what the files of a format can hold.
+
+    Metadata that do not fit are left out. Where the ICC profile does not fit, pixels become sRGB.
+
+    Args:
+        picture: the picture.
+        suffix: as of `save`.
+
+    Returns:
+        The picture, with a further note if something was left out.
+
+    Raises:
+        ImageError: no format has this suffix.
+    """
+    check_suffix(suffix)
+    writer = _WRITERS[suffix.lower()]
+    pixels, icc, notes = picture.pixels, picture.icc, list(picture.notes)
+    grey_icc = icc is not None and colour.space(icc) == "GRAY"
+    if icc is not None and (len(icc) > writer.icc or (picture.grey and grey_icc and not writer.grey)):
+        try:
+            pixels = colour.to_srgb(pixels, icc, grey=picture.grey)
+        except ImageError as error:
+            notes.append(f"colours may be wrong: {error}")
+        icc = None
+    exif = picture.exif if len(picture.exif or b"") <= writer.exif else None
+    xmp = picture.xmp if len(picture.xmp or b"") <= writer.xmp else None
+    lost = [name for name, old, new in (("EXIF", picture.exif, exif), ("XMP", picture.xmp, xmp)) if old and not new]
+    if lost:
+        notes.append(f"{' and '.join(lost)} left out: {writer.name} files have no room for so much of it")
+    return replace(picture, pixels=pixels, icc=icc, exif=exif, xmp=xmp, notes=tuple(notes))
+
+
 def save(picture: Picture, suffix: str) -> bytes:
     """Encode a picture: lossless as PNG, WebP, TIFF, BMP and PPM, at quality 95 as JPEG and AVIF.
 
-    No error or note says that these are left out: all metadata in BMP and PPM, EXIF in TIFF, the profile of a grey
-    picture in WebP and AVIF (they hold it as RGB), and an alpha channel that is opaque everywhere in JPEG, BMP and PPM.
+    What `adapt` leaves out is left out, as is an alpha channel that is opaque everywhere in JPEG, BMP and PPM.
 
     Args:
         picture: the picture to encode.
@@ -193,7 +253,7 @@ def save(picture: Picture, suffix: str) -> bytes:
     Raises:
         ImageError: no format has this suffix, or the format cannot hold the picture, for its transparency or size.
     """
-    check_suffix(suffix)
+    picture = adapt(picture, suffix)
     writer = _WRITERS[suffix.lower()]
     image = to_pil(picture)
     if max(image.size) > writer.max_side:
@@ -204,20 +264,18 @@ def save(picture: Picture, suffix: str) -> bytes:
         if picture.alpha.min() < 255:
             raise ImageError(f"the picture has transparency, which {writer.name} files cannot hold; .png files can")
         image = image.convert("L" if picture.grey else "RGB")
-    options = dict(writer.options)
-    icc = picture.icc if writer.icc else None
     if picture.grey and not writer.grey:
         image = image.convert("RGB" if picture.alpha is None else "RGBA")
-        icc = None if icc is not None and _profile_space(icc) == "GRAY" else icc
     image.info.clear()  # only some of Pillow's writers take metadata from here, so all is passed explicitly
-    if icc is not None:
-        options["icc_profile"] = icc
-    if picture.exif is not None and writer.exif:
-        options["exif"] = _EXIF_PREFIX + picture.exif
-    if picture.xmp is not None and writer.xmp:
+    options = dict(writer.options)
+    if picture.icc is not None:
+        options["icc_profile"] = picture.icc
+    if picture.exif is not None:
+        options["exif"] = EXIF_PREFIX + picture.exif
+    if picture.xmp is not None:
         options |= _xmp_option(writer.name, picture.xmp)
     out = io.BytesIO()
-    with _pillow(f"written as {writer.name}"):
+    with _pillow(f"the picture cannot be written as {writer.name}"):
         image.save(out, format=writer.name, **options)
     return out.getvalue()
 
@@ -242,14 +300,11 @@ def decode_alpha(data: bytes, width: int, height: int) -> NDArray[np.uint8]:
     Raises:
         ImageError: the data are not a grey PNG file of this size.
     """
-    try:
-        # Image.open refuses sizes that a caller may allow. Here the size of the picture is the limit.
-        with PngImagePlugin.PngImageFile(io.BytesIO(data)) as png:
-            if png.size != (width, height) or png.mode != "L":
-                raise ImageError(f"alpha is {png.mode} {png.width} x {png.height}, the picture {width} x {height}")
-            return np.asarray(png).copy()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ImageError(f"alpha cannot be read: {error}") from None
+    # Image.open refuses sizes that a caller may allow. Here the size of the picture is the limit.
+    with _pillow("alpha cannot be read"), PngImagePlugin.PngImageFile(io.BytesIO(data)) as png:
+        if png.size != (width, height) or png.mode != "L":
+            raise ImageError(f"alpha is {png.mode} {png.width} x {png.height}, the picture {width} x {height}")
+        return np.asarray(png).copy()
 
 
 def _xmp_option(format_name: str, xmp: bytes) -> dict[str, Any]:
@@ -263,10 +318,10 @@ def _xmp_option(format_name: str, xmp: bytes) -> dict[str, Any]:
 
 
 @contextmanager
-def _pillow(done: str) -> Iterator[list[warnings.WarningMessage]]:
-    """Collect Pillow's warnings, and replace any exception by an ImageError: "the picture cannot be {done}: ..."."""
+def _pillow(failure: str) -> Iterator[list[warnings.WarningMessage]]:
+    """Collect Pillow's warnings, and replace any exception by an ImageError: "{failure}: ..."."""
     try:
-        with caught_warnings() as caught:
+        with _long_texts(), caught_warnings() as caught:
             yield caught
     except (ImageError, MemoryError):
         raise
@@ -275,7 +330,34 @@ def _pillow(done: str) -> Iterator[list[warnings.WarningMessage]]:
     except Image.DecompressionBombError as error:
         raise ImageError(f"the picture is too large: {_line(error)}") from error
     except Exception as error:  # plugins raise exceptions of nearly all types
-        raise ImageError(f"the picture cannot be {done}: {_line(error)}") from error
+        raise ImageError(f"{failure}: {_line(error)}") from error
+
+
+class _LongTexts:
+    """Lets Pillow read profiles and texts of PNG files up to its limit for all of a file, while any thread reads."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.readers = 0
+        self.usual = 0
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self.lock:
+            if not self.readers:
+                self.usual = PngImagePlugin.MAX_TEXT_CHUNK
+                PngImagePlugin.MAX_TEXT_CHUNK = max(self.usual, _TEXT)
+            self.readers += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.readers -= 1
+                if not self.readers:
+                    PngImagePlugin.MAX_TEXT_CHUNK = self.usual
+
+
+_long_texts = _LongTexts()
 
 
 def _line(error: object) -> str:
@@ -283,7 +365,19 @@ def _line(error: object) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _convert(image: Image.Image, caught: list[warnings.WarningMessage]) -> Picture:
+def _file(image: Image.Image) -> bytes:
+    """The file that an image is to be loaded from, b"" if there is none."""
+    file = getattr(image, "fp", None)
+    if file is None or not file.seekable():
+        return b""
+    place = file.tell()
+    file.seek(0)
+    data = file.read()
+    file.seek(place)
+    return data
+
+
+def _convert(image: Image.Image, signals: Signals, caught: list[warnings.WarningMessage]) -> Picture:
     notes: list[str] = []
     frames = getattr(image, "n_frames", 1)
     if frames > 1:
@@ -293,24 +387,20 @@ def _convert(image: Image.Image, caught: list[warnings.WarningMessage]) -> Pictu
         notes.append(f"the file has {frames} pictures, only the first is kept")
     if image.width == 0 or image.height == 0:
         raise ImageError(f"the picture is {image.width} x {image.height} pixels, expected at least 1 x 1")
-    layout = " ".join(str(tile[3]) for tile in getattr(image, "tile", ()))  # load() empties the list of tiles
-    sixteen_bits = ";16" in layout
-    if image.format == "TIFF":
+    layouts = [tile[3] for tile in getattr(image, "tile", ())]  # load() empties the list of tiles
+    source, bits = image.format, _bits(image, layouts, signals)
+    if source == "TIFF":
         _check_tiff(image, notes)
     image.load()  # before the metadata are read, because they may follow the pixels in the file
-    _mend(image, layout)
+    _mend(image, " ".join(map(str, layouts)))
 
-    exif, xmp = _exif(image, notes), _xmp(image)
-    if image.format != "TIFF":  # Pillow applies the orientation of TIFF files itself
-        orientation = _exif_orientation(exif)[2] or _xmp_orientation(xmp)
-        if orientation in _TRANSPOSE:
-            image = image.transpose(_TRANSPOSE[orientation])
-    exif, xmp = _with_orientation_1(exif, xmp)
+    exif, xmp, orientation = metadata.read(image, notes, gain_map=signals.gain_map)
+    if source != "TIFF" and orientation in _TRANSPOSE:  # Pillow applies the orientation of TIFF files itself
+        image = image.transpose(_TRANSPOSE[orientation])
 
-    icc = _profile(image, notes)
-    alpha = None
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
-        sixteen_bits, grey = True, True
+    info, icc, alpha = image.info, _profile(image, notes), None
+    if image.mode.startswith("I;16") or (image.mode == "I" and source == "PPM"):
+        grey = True
         values, alpha = _to_8_bits(image)
         pixels = np.repeat(values[..., None], 3, axis=2)
     elif image.mode not in _READ_MODES:
@@ -323,13 +413,67 @@ def _convert(image: Image.Image, caught: list[warnings.WarningMessage]) -> Pictu
             image = _in_mode(image, "LA" if grey else "RGBA")
             alpha = np.array(image.getchannel("A"))
         pixels = _array(_in_mode(image, "RGB"))
-    if sixteen_bits:
-        notes.append("16 bits per channel were reduced to 8")
-    if icc is not None and _profile_space(icc) != ("GRAY" if grey else "RGB "):
-        notes.append(f"the ICC profile is for {_profile_space(icc).strip()} pixels and was dropped")
+    if bits > 8:
+        notes.append(f"{bits} bits per channel were reduced to 8")
+    if icc is not None and colour.space(icc) != ("GRAY" if grey else "RGB "):
+        notes.append(f"the ICC profile is for {colour.space(icc).strip()} pixels and was dropped")
         icc = None
+    if icc is None or (source == "PNG" and signals.colours):  # in PNG files, code points go before a profile
+        pixels, icc = _with_colours(pixels, icc, signals.colours, info, notes, grey=grey, png=source == "PNG")
     notes += [_line(warning.message) for warning in caught if warning.category is UserWarning]
     return Picture(pixels, grey, alpha, icc, exif, xmp, tuple(notes))
+
+
+def _bits(image: Image.Image, layouts: Sequence[Any], signals: Signals) -> int:
+    """Return the bits per channel of an image that is not loaded yet.
+
+    Args:
+        image: the image.
+        layouts: how samples are laid out, in Pillow's words.
+        signals: what its file states.
+    """
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(_BITS, (8,)))  # type: ignore[attr-defined]
+    if image.format == "PPM":
+        maxima = [layout[1] for layout in layouts if isinstance(layout, tuple) and isinstance(layout[1], int)]
+        if maxima:
+            return max(maxima).bit_length()
+    deep = image.mode.startswith("I") or any(";16" in str(layout) for layout in layouts)
+    return signals.bits or (16 if deep else 8)
+
+
+def _with_colours(
+    pixels: NDArray[np.uint8],
+    icc: bytes | None,
+    colours: CodePoints | None,
+    info: Mapping[Any, Any],
+    notes: list[str],
+    *,
+    grey: bool,
+    png: bool,
+) -> tuple[NDArray[np.uint8], bytes | None]:
+    """Apply the colours that a file states by numbers: return the pixels and their ICC profile.
+
+    A profile is made for wide-gamut pictures, which would lose colours in sRGB. Others are converted, because the codec
+    is made for pixels whose steps look about equal.
+    """
+    try:
+        if png and colours is not None and (colours.matrix or not colours.full_range):
+            raise ImageError("YCbCr values or a narrow range")
+        space = colour.stated(colours, info)
+        if space is None or space.is_srgb(grey=grey):
+            return pixels, None
+        made = space.profile(grey=grey)
+        if space.wide() and not grey and not space.hdr:
+            return pixels, made
+        pixels = colour.to_srgb(pixels, made, grey=grey)
+    except ImageError as error:
+        notes.append(f"the file states {error}, which is not supported: colours may be wrong")
+        return pixels, icc
+    notes.append(
+        f"HDR ({space.hdr}) was tone-mapped to sRGB" if space.hdr else "the gamma was converted to that of sRGB"
+    )
+    return pixels, None
 
 
 def _check_tiff(image: Image.Image, notes: list[str]) -> None:
@@ -351,7 +495,8 @@ def _mend(image: Image.Image, layout: str) -> None:
     """Correct what Pillow took for something else in a loaded image.
 
     Args:
-        image: gets right values. layout: how the file's samples are laid out, in Pillow's words.
+        image: gets right values.
+        layout: how the file's samples are laid out, in Pillow's words.
     """
     transparent = image.info.get("transparency")
     scale = _GREY_SCALES.get(layout)
@@ -391,15 +536,12 @@ def _to_8_bits(image: Image.Image) -> tuple[NDArray[np.uint8], NDArray[np.uint8]
 
 
 def _cmyk_to_srgb(image: Image.Image, icc: bytes | None, notes: list[str]) -> Image.Image:
-    if icc is not None and _profile_space(icc) == "CMYK":
+    if icc is not None and colour.space(icc) == "CMYK":
         try:
-            converted = ImageCms.profileToProfile(
-                image, ImageCms.ImageCmsProfile(io.BytesIO(icc)), ImageCms.createProfile("sRGB"), outputMode="RGB"
-            )
-        except (ImageCms.PyCMSError, OSError) as error:
-            notes.append(f"the CMYK profile cannot be used: {_line(error)}")
+            converted = colour.cmyk_to_srgb(image, icc)
+        except ImageError as error:
+            notes.append(_line(error))
         else:
-            assert converted is not None  # only None when converting in place
             notes.append("CMYK was converted to sRGB by the ICC profile of the picture")
             return converted
     notes.append("CMYK was converted to RGB by the plain formula, because there is no ICC profile to go by")
@@ -407,97 +549,15 @@ def _cmyk_to_srgb(image: Image.Image, icc: bytes | None, notes: list[str]) -> Im
 
 
 def _profile(image: Image.Image, notes: list[str]) -> bytes | None:
-    icc = image.info.get("icc_profile")
-    if not icc:
+    icc = image.info.get("icc_profile") or metadata.raw_profile(image, "icc") or metadata.raw_profile(image, "icm")
+    if not isinstance(icc, bytes) or not icc:
+        if "icc_profile" in image.info:  # Pillow could not unpack it
+            notes.append("the ICC profile is damaged and was dropped")
         return None
-    if len(icc) < 128 or icc[36:40] != b"acsp":
-        notes.append("the ICC profile is damaged and was dropped")
+    if problem := colour.problem(icc):
+        notes.append(f"the ICC profile {problem} and was dropped")
         return None
-    return bytes(icc)
-
-
-def _profile_space(icc: bytes) -> str:
-    """Return the colour space that a profile describes: "RGB ", "GRAY", "CMYK" or another four characters."""
-    return icc[16:20].decode("latin-1")
-
-
-def _exif(image: Image.Image, notes: list[str]) -> bytes | None:
-    """Return the EXIF data of an opened file, starting with the TIFF header."""
-    if image.format == "TIFF":
-        if 0x8769 in image.getexif():  # the sub-directory with the exposure and so on
-            notes.append("EXIF data of TIFF files is not kept")
-        return None
-    exif = bytes(image.info.get("exif") or _raw_profile(image, "exif") or _raw_profile(image, "APP1"))
-    if not exif or exif.startswith(_XMP_PREFIX):
-        return None
-    while exif.startswith(_EXIF_PREFIX):  # Pillow adds a second one to that of some writers
-        exif = exif.removeprefix(_EXIF_PREFIX)
-    try:
-        Image.Exif().load(exif)
-    except Exception:  # noqa: BLE001 - as in _pillow()
-        notes.append("the EXIF data is damaged and was dropped")
-        return None
-    return exif
-
-
-def _xmp(image: Image.Image) -> bytes | None:
-    xmp = image.info.get("xmp")
-    if isinstance(xmp, str):
-        return xmp.encode()
-    if not xmp:
-        app1 = _raw_profile(image, "APP1")
-        xmp = _raw_profile(image, "xmp") or (app1 if app1.startswith(_XMP_PREFIX) else b"")
-    return bytes(xmp).removeprefix(_XMP_PREFIX) or None
-
-
-def _raw_profile(image: Image.Image, kind: str) -> bytes:
-    """Metadata that ImageMagick stores in a text chunk of PNG files: a name, a length, and hexadecimal digits."""
-    text = image.info.get(f"Raw profile type {kind}")
-    try:
-        return bytes.fromhex("".join(text.split()[2:])) if isinstance(text, str) else b""
-    except ValueError:
-        return b""
-
-
-def _exif_orientation(exif: bytes | None) -> tuple[int, str, int]:
-    """Find the orientation in EXIF data.
-
-    Returns:
-        Its offset, its type as of `struct`, and its value; (0, "", 0) if there is none.
-    """
-    if exif is None:
-        return 0, "", 0
-    order = "<" if exif[:2] == b"II" else ">"
-    try:
-        (directory,) = struct.unpack_from(order + "L", exif, 4)
-        (entries,) = struct.unpack_from(order + "H", exif, directory)
-        for entry in range(directory + 2, directory + 2 + 12 * entries, 12):
-            tag, kind, count = struct.unpack_from(order + "HHL", exif, entry)
-            if tag == _ORIENTATION_TAG and kind in _INTEGERS and count:
-                form = order + _INTEGERS[kind]
-                # Values that do not fit into the entry are where it points to.
-                place = entry + 8
-                if count * struct.calcsize(form) > 4:
-                    (place,) = struct.unpack_from(order + "L", exif, place)
-                return place, form, struct.unpack_from(form, exif, place)[0]
-    except struct.error:
-        pass
-    return 0, "", 0
-
-
-def _xmp_orientation(xmp: bytes | None) -> int:
-    found = _XMP_ORIENTATION.search(xmp or b"")
-    return int(found[2]) if found else 0
-
-
-def _with_orientation_1(exif: bytes | None, xmp: bytes | None) -> tuple[bytes | None, bytes | None]:
-    """Set the orientation in the metadata to 1. All other bytes stay, because rewriting EXIF loses maker notes."""
-    place, form, value = _exif_orientation(exif)
-    if exif is not None and value:
-        exif = exif[:place] + struct.pack(form, 1) + exif[place + struct.calcsize(form) :]
-    if xmp is not None:
-        xmp = _XMP_ORIENTATION.sub(rb"\g<1>1", xmp)
-    return exif, xmp
+    return icc
 
 
 def contact_sheet(pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
