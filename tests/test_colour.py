@@ -108,7 +108,7 @@ def test_display_p3_gets_a_profile(data: bytes) -> None:
 def test_display_p3_by_nclx_gets_a_profile() -> None:
     """Also of a Pillow image that is open and not loaded yet."""
     picture = load(avif(12, 13), max_pixels=None)
-    assert picture.icc == loaded(cicp(12, 13)).icc
+    assert picture.icc is not None and picture.icc == loaded(cicp(12, 13)).icc
     with Image.open(io.BytesIO(avif(12, 13))) as opened:
         assert from_pil(opened).icc == picture.icc
 
