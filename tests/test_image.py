@@ -10,7 +10,7 @@ from pictures import srgb_of_light, srgb_of_p3
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 from PIL.PngImagePlugin import PngInfo
 
-from vqcodec import colour, image, signalling
+from vqcodec import colour, image, pillow, signalling
 from vqcodec.errors import ImageError
 from vqcodec.image import Picture, adapt, from_pil, load, save, to_pil
 from vqcodec.signalling import CodePoints
@@ -690,8 +690,8 @@ def test_long_metadata_in_png_files_are_read_again(make_photo, monkeypatch):
 
 
 def test_the_limit_of_pillow_comes_back_when_the_last_thread_is_done():
-    with image._long_texts():
-        with image._long_texts():
+    with pillow.long_texts():
+        with pillow.long_texts():
             assert PngImagePlugin.MAX_TEXT_CHUNK == PngImagePlugin.MAX_TEXT_MEMORY
         assert PngImagePlugin.MAX_TEXT_CHUNK == PngImagePlugin.MAX_TEXT_MEMORY
     assert PngImagePlugin.MAX_TEXT_CHUNK == 1 << 20

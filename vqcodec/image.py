@@ -4,25 +4,22 @@
                              +-> Picture -----+
     PIL.Image -> from_pil() -+                +-> adapt() -> Picture as a format holds it -> save() -> bytes
 
-Loading applies the orientation (metadata.py), reduces more bits per channel to 8 and converts CMYK, HDR and gammas
-other than that of sRGB (colour.py). Other RGB and grey pictures keep their ICC profile or get one.
+Loading applies the orientation (metadata.py), reduces more bits per channel to 8 (samples.py) and converts CMYK, HDR
+and gammas other than that of sRGB (colour.py). Other RGB and grey pictures keep their ICC profile or get one.
 """
 
 import io
 import math
-import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 
-from vqcodec import colour, metadata, plugins, signalling
-from vqcodec.caught import caught_warnings
+from vqcodec import colour, metadata, pillow, plugins, samples, signalling
 from vqcodec.errors import ImageError
 from vqcodec.metadata import EXIF_PREFIX
 from vqcodec.signalling import CodePoints, Signals
@@ -31,8 +28,6 @@ from vqcodec.signalling import CodePoints, Signals
 _READ_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM", *plugins.register())
 _GREY_MODES = {"1", "L", "LA", "La"}
 _READ_MODES = _GREY_MODES | {"P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"}
-_BITS, _SAMPLES, _PLANAR, _COLOUR_MAP, _SAMPLE_FORMAT = 258, 277, 284, 320, 339  # tags of TIFF files
-_GREY_SCALES = {"L;2": 85, "L;4": 17}  # what Pillow multiplies few bits of grey by, by its name of the layout
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -97,7 +92,7 @@ def load(data: bytes, *, max_pixels: int | None) -> Picture:
         ImageError: the file has another format, is damaged, too large or animated, or has a pixel type that from_pil()
             does not accept.
     """
-    with _pillow("the picture cannot be decoded") as caught:
+    with pillow.errors("the picture cannot be decoded") as caught:
         image = Image.open(io.BytesIO(data), formats=_READ_FORMATS)
         if max_pixels is not None and image.width * image.height > max_pixels:
             raise ImageError(
@@ -117,7 +112,7 @@ def from_pil(image: Image.Image) -> Picture:
     Raises:
         ImageError: the image has several frames, another pixel type or no pixels, or its file cannot be decoded.
     """
-    with _pillow("the picture cannot be decoded") as caught:
+    with pillow.errors("the picture cannot be decoded") as caught:
         return _convert(image, signalling.read(_file(image)), caught)
 
 
@@ -177,10 +172,9 @@ _JPEG = _Writer(
     xmp=_SEGMENT - 29,
     options={"quality": 95, "subsampling": "4:4:4"},
 )
-_TEXT = PngImagePlugin.MAX_TEXT_MEMORY  # what can be read of PNG files
 _TIFF = _Writer("TIFF", exif=0, options={"compression": "tiff_adobe_deflate"})
 _WRITERS = {
-    ".png": _Writer("PNG", icc=_TEXT, xmp=_TEXT),
+    ".png": _Writer("PNG", icc=pillow.MAX_TEXT, xmp=pillow.MAX_TEXT),
     ".jpg": _JPEG,
     ".jpeg": _JPEG,
     ".webp": _Writer("WEBP", max_side=16383, grey=False, options={"lossless": True, "exact": True}),
@@ -275,7 +269,7 @@ def save(picture: Picture, suffix: str) -> bytes:
     if picture.xmp is not None:
         options |= _xmp_option(writer.name, picture.xmp)
     out = io.BytesIO()
-    with _pillow(f"the picture cannot be written as {writer.name}"):
+    with pillow.errors(f"the picture cannot be written as {writer.name}"):
         image.save(out, format=writer.name, **options)
     return out.getvalue()
 
@@ -301,7 +295,7 @@ def decode_alpha(data: bytes, width: int, height: int) -> NDArray[np.uint8]:
         ImageError: the data are not a grey PNG file of this size.
     """
     # Image.open refuses sizes that a caller may allow. Here the size of the picture is the limit.
-    with _pillow("alpha cannot be read"), PngImagePlugin.PngImageFile(io.BytesIO(data)) as png:
+    with pillow.errors("alpha cannot be read"), PngImagePlugin.PngImageFile(io.BytesIO(data)) as png:
         if png.size != (width, height) or png.mode != "L":
             raise ImageError(f"alpha is {png.mode} {png.width} x {png.height}, the picture {width} x {height}")
         return np.asarray(png).copy()
@@ -317,64 +311,16 @@ def _xmp_option(format_name: str, xmp: bytes) -> dict[str, Any]:
     return {"xmp": xmp}
 
 
-@contextmanager
-def _pillow(failure: str) -> Iterator[list[warnings.WarningMessage]]:
-    """Collect Pillow's warnings, and replace any exception by an ImageError: "{failure}: ..."."""
-    try:
-        with _long_texts(), caught_warnings() as caught:
-            yield caught
-    except (ImageError, MemoryError):
-        raise
-    except UnidentifiedImageError as error:
-        raise ImageError("not a PNG, JPEG, WebP, AVIF, TIFF, BMP, GIF or PNM picture, or cut short") from error
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"the picture is too large: {_line(error)}") from error
-    except Exception as error:  # plugins raise exceptions of nearly all types
-        raise ImageError(f"{failure}: {_line(error)}") from error
-
-
-class _LongTexts:
-    """Lets Pillow read profiles and texts of PNG files up to its limit for all of a file, while any thread reads."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.readers = 0
-        self.usual = 0
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        with self.lock:
-            if not self.readers:
-                self.usual = PngImagePlugin.MAX_TEXT_CHUNK
-                PngImagePlugin.MAX_TEXT_CHUNK = max(self.usual, _TEXT)
-            self.readers += 1
-        try:
-            yield
-        finally:
-            with self.lock:
-                self.readers -= 1
-                if not self.readers:
-                    PngImagePlugin.MAX_TEXT_CHUNK = self.usual
-
-
-_long_texts = _LongTexts()
-
-
-def _line(error: object) -> str:
-    """The message of an exception or warning in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def _file(image: Image.Image) -> bytes:
     """The file that an image is to be loaded from, b"" if there is none."""
     file = getattr(image, "fp", None)
-    if file is None or not file.seekable():
+    if file is None or file.closed or not file.seekable():
         return b""
     place = file.tell()
     file.seek(0)
     data = file.read()
     file.seek(place)
-    return data
+    return bytes(data)
 
 
 def _convert(image: Image.Image, signals: Signals, caught: list[warnings.WarningMessage]) -> Picture:
@@ -388,11 +334,11 @@ def _convert(image: Image.Image, signals: Signals, caught: list[warnings.Warning
     if image.width == 0 or image.height == 0:
         raise ImageError(f"the picture is {image.width} x {image.height} pixels, expected at least 1 x 1")
     layouts = [tile[3] for tile in getattr(image, "tile", ())]  # load() empties the list of tiles
-    source, bits = image.format, _bits(image, layouts, signals)
+    source, bits = image.format, samples.depth(image, layouts, signals)
     if source == "TIFF":
-        _check_tiff(image, notes)
+        samples.check_tiff(image, notes)
     image.load()  # before the metadata are read, because they may follow the pixels in the file
-    _mend(image, " ".join(map(str, layouts)))
+    samples.mend(image, " ".join(map(str, layouts)))
 
     exif, xmp, orientation = metadata.read(image, notes, gain_map=signals.gain_map)
     if source != "TIFF" and orientation in _TRANSPOSE:  # Pillow applies the orientation of TIFF files itself
@@ -401,7 +347,7 @@ def _convert(image: Image.Image, signals: Signals, caught: list[warnings.Warning
     info, icc, alpha = image.info, _profile(image, notes), None
     if image.mode.startswith("I;16") or (image.mode == "I" and source == "PPM"):
         grey = True
-        values, alpha = _to_8_bits(image)
+        values, alpha = samples.to_8_bits(image)
         pixels = np.repeat(values[..., None], 3, axis=2)
     elif image.mode not in _READ_MODES:
         raise ImageError(f"the pixel type is {image.mode!r}, expected 8 or 16 bits per channel of grey, RGB or CMYK")
@@ -410,9 +356,9 @@ def _convert(image: Image.Image, signals: Signals, caught: list[warnings.Warning
             image, icc = _cmyk_to_srgb(image, icc, notes), None
         grey = image.mode in _GREY_MODES
         if image.has_transparency_data:
-            image = _in_mode(image, "LA" if grey else "RGBA")
+            image = samples.in_mode(image, "LA" if grey else "RGBA")
             alpha = np.array(image.getchannel("A"))
-        pixels = _array(_in_mode(image, "RGB"))
+        pixels = samples.to_array(samples.in_mode(image, "RGB"))
     if bits > 8:
         notes.append(f"{bits} bits per channel were reduced to 8")
     if icc is not None and colour.space(icc) != ("GRAY" if grey else "RGB "):
@@ -420,26 +366,8 @@ def _convert(image: Image.Image, signals: Signals, caught: list[warnings.Warning
         icc = None
     if icc is None or (source == "PNG" and signals.colours):  # in PNG files, code points go before a profile
         pixels, icc = _with_colours(pixels, icc, signals.colours, info, notes, grey=grey, png=source == "PNG")
-    notes += [_line(warning.message) for warning in caught if warning.category is UserWarning]
+    notes += [pillow.line(warning.message) for warning in caught if warning.category is UserWarning]
     return Picture(pixels, grey, alpha, icc, exif, xmp, tuple(notes))
-
-
-def _bits(image: Image.Image, layouts: Sequence[Any], signals: Signals) -> int:
-    """Return the bits per channel of an image that is not loaded yet.
-
-    Args:
-        image: the image.
-        layouts: how samples are laid out, in Pillow's words.
-        signals: what its file states.
-    """
-    if image.format == "TIFF":
-        return max(image.tag_v2.get(_BITS, (8,)))  # type: ignore[attr-defined]
-    if image.format == "PPM":
-        maxima = [layout[1] for layout in layouts if isinstance(layout, tuple) and isinstance(layout[1], int)]
-        if maxima:
-            return max(maxima).bit_length()
-    deep = image.mode.startswith("I") or any(";16" in str(layout) for layout in layouts)
-    return signals.bits or (16 if deep else 8)
 
 
 def _with_colours(
@@ -476,71 +404,12 @@ def _with_colours(
     return pixels, None
 
 
-def _check_tiff(image: Image.Image, notes: list[str]) -> None:
-    """Refuse TIFF files that Pillow reads wrongly, and note what it leaves out.
-
-    Raises:
-        ImageError: samples are signed, or have 16 bits in separate planes.
-    """
-    tags = image.tag_v2  # type: ignore[attr-defined]
-    if 2 in tags.get(_SAMPLE_FORMAT, ()) and image.mode not in ("I", "F"):
-        raise ImageError("the samples are signed integers, expected unsigned ones")
-    if tags.get(_PLANAR) == 2 and len(tags.get(_BITS, ())) > 1 and max(tags[_BITS]) > 8:
-        raise ImageError("more than 8 bits per sample in separate planes are not supported")
-    if image.mode in ("RGB", "RGBX") and tags.get(_SAMPLES, 3) > 3:
-        notes.append("the fourth channel, of which the file does not say what it is, was dropped")
-
-
-def _mend(image: Image.Image, layout: str) -> None:
-    """Correct what Pillow took for something else in a loaded image.
-
-    Args:
-        image: gets right values.
-        layout: how the file's samples are laid out, in Pillow's words.
-    """
-    transparent = image.info.get("transparency")
-    scale = _GREY_SCALES.get(layout)
-    if image.format == "PNG" and image.mode == "L" and scale and isinstance(transparent, int):
-        image.info["transparency"] = transparent * scale  # of the file's few values; pixels have the whole range
-    if image.format == "TIFF" and image.mode == "P":
-        colours = image.tag_v2.get(_COLOUR_MAP, ())  # type: ignore[attr-defined]
-        if colours and max(colours) < 256:  # of 8 bits, although the format asks for 16
-            image.putpalette(np.array(colours, np.uint8).reshape(3, -1).T.tobytes())
-
-
-def _in_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Convert an image, without a copy if it has the mode already."""
-    return image if image.mode == mode else image.convert(mode)
-
-
-def _array(image: Image.Image) -> NDArray[np.uint8]:
-    """Return the pixels of an RGB image, uint8 (H, W, 3). Strips save memory: np.asarray makes several copies."""
-    pixels = np.empty((image.height, image.width, 3), np.uint8)
-    for top in range(0, image.height, 256):
-        bottom = min(top + 256, image.height)
-        pixels[top:bottom] = np.asarray(image.crop((0, top, image.width, bottom)))
-    return pixels
-
-
-def _to_8_bits(image: Image.Image) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
-    """Return the grey values and alpha of a picture with 16 bits per pixel (12 in some TIFFs), rounded to 8 bits."""
-    tags = getattr(image, "tag_v2", {})
-    bits = tags.get(258, (16,))[0]  # bits per sample
-    maximum = (1 << bits) - 1
-    values = np.asarray(image).astype(np.uint32)
-    transparent = image.info.get("transparency")
-    alpha = None if transparent is None else np.where(values == transparent, 0, 255).astype(np.uint8)
-    if tags.get(262) == 0:  # photometric interpretation "white is zero"; Pillow applies it to 8 bits only
-        values = maximum - values
-    return ((values * 255 + maximum // 2) // maximum).astype(np.uint8), alpha
-
-
 def _cmyk_to_srgb(image: Image.Image, icc: bytes | None, notes: list[str]) -> Image.Image:
     if icc is not None and colour.space(icc) == "CMYK":
         try:
             converted = colour.cmyk_to_srgb(image, icc)
         except ImageError as error:
-            notes.append(_line(error))
+            notes.append(pillow.line(error))
         else:
             notes.append("CMYK was converted to sRGB by the ICC profile of the picture")
             return converted

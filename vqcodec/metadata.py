@@ -201,22 +201,24 @@ def _xmp(image: Image.Image) -> bytes | None:
 def _name(xmp: bytes, namespace: bytes, usual: bytes, local: bytes) -> bytes:
     """A regular expression for names in a namespace, by the prefixes that a packet declares and by the usual one."""
     bound = re.findall(rb"""xmlns:([^\s=:]{1,40})\s*=\s*["']""" + re.escape(namespace) + rb"""["']""", xmp)
-    return rb"(?<![\w.-])(?:" + b"|".join(re.escape(prefix) for prefix in sorted({usual, *bound})) + b"):" + local
+    prefixes = list(dict.fromkeys([usual, *bound]))[:8]  # thousands of them would take minutes
+    return rb"(?<![\w.-])(?:" + b"|".join(map(re.escape, prefixes)) + b"):" + local
 
 
 def _orientations(xmp: bytes) -> re.Pattern[bytes]:
-    """Finds orientations in attributes and elements: before, value."""
+    """Finds orientations in attributes and elements: before, and the value with spaces."""
     name = _name(xmp, b"http://ns.adobe.com/tiff/1.0/", b"tiff", b"Orientation")
-    return re.compile(rb"((?:%s\s*=\s*[\"']|<%s(?:\s[^<>]*)?>)\s*)([^\"'<>]*?)(?=\s*[\"'<])" % (name, name))
+    return re.compile(rb"((?:%s\s*=\s*[\"']|<%s(?:\s[^<>]*)?>))([^\"'<>]*)" % (name, name))
 
 
 def _xmp_orientation(xmp: bytes | None) -> int:
     found = _orientations(xmp).search(xmp) if xmp else None
-    return int(found[2]) if found and re.fullmatch(rb"[1-8]", found[2]) else 0
+    value = found[2].strip() if found else b""
+    return int(value) if re.fullmatch(rb"[1-8]", value) else 0
 
 
 def _upright_xmp(xmp: bytes) -> bytes:
-    return _orientations(xmp).sub(rb"\g<1>1", xmp)
+    return _orientations(xmp).sub(lambda found: found[1] + found[2].replace(found[2].strip(), b"1", 1), xmp)
 
 
 def _without_attachments(xmp: bytes | None) -> tuple[bytes | None, list[str]]:
