@@ -158,7 +158,9 @@ def test_no_xmp_claims_what_is_not_there(xmp: bytes, kind: str, format: str) -> 
 
 
 def test_xmp_that_cannot_be_mended_is_dropped() -> None:
-    picture = load(with_xmp(b"<hdrgm:Version>1.0" + packet()), max_pixels=None)
+    """Its orientation is applied all the same."""
+    picture = load(with_xmp(b"<hdrgm:Version>1.0" + packet("tiff:Orientation='6'")), max_pixels=None)
+    assert picture.pixels.shape == (40, 24, 3)
     assert picture.xmp is None and picture.notes == ("not kept: gain map, XMP",)
 
 

@@ -314,7 +314,7 @@ def _xmp_option(format_name: str, xmp: bytes) -> dict[str, Any]:
 def _file(image: Image.Image) -> bytes:
     """The file that an image is to be loaded from, b"" if there is none."""
     file = getattr(image, "fp", None)
-    if file is None or file.closed or not file.seekable():
+    if file is None or getattr(file, "closed", True) or not file.seekable():
         return b""
     place = file.tell()
     file.seek(0)

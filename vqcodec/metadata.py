@@ -53,8 +53,9 @@ def read(image: Image.Image, notes: list[str], *, gain_map: bool = False) -> tup
     if exif is not None and not _readable(exif):
         exif = None
         notes.append("the EXIF data is damaged and was dropped")
-    xmp, attachments = _without_attachments(_xmp(image))
-    orientation = _exif_orientation(exif) or _xmp_orientation(xmp)
+    packet = _xmp(image)
+    orientation = _exif_orientation(exif) or _xmp_orientation(packet)
+    xmp, attachments = _without_attachments(packet)
     if exif is not None:
         exif = _upright_exif(exif, turned=orientation > 1)
     if xmp is not None:
