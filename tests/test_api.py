@@ -5,16 +5,20 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from PIL import Image
 
 import vqcodec
 from vqcodec import errors
 
+TINY = Path(__file__).parent / "golden" / "tiny.vqz"
+WEIGHTS = TINY.with_suffix(".safetensors")
+
 
 def modules_after(code: str) -> set[str]:
-    code += "; import sys; print(*sys.modules)"
+    code = f"import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr)); {code}"
     environment = {**os.environ, "PYTHONPATH": str(Path(vqcodec.__file__).parents[1])}
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    return set(ran.stdout.split())
+    return set(ran.stderr.split())
 
 
 def test_public_names():
@@ -40,7 +44,22 @@ def test_codec_is_loaded_when_asked_for(monkeypatch):
 
 
 def test_import_is_light():
-    assert modules_after("import vqcodec; vqcodec.read_info").isdisjoint({"torch", "numpy", "PIL", "click"})
+    assert modules_after("import vqcodec; vqcodec.read_info").isdisjoint({"torch", "numpy", "click"})
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["compress", "--help"], ["info", str(TINY)]])
+def test_commands_that_compute_nothing_are_light(arguments):
+    assert modules_after(f"from vqcodec.cli import main; main({arguments})").isdisjoint({"torch", "numpy"})
+
+
+@pytest.mark.parametrize("arguments", [["compress", "in.png", "-o", "out"], ["decompress", str(TINY), "-o", "out.png"]])
+def test_commands_import_no_more_of_torch_than_they_need(tmp_path, arguments):
+    """What `import torch` does not import, but a call of `torch.compile` or of a metric might."""
+    Image.new("RGB", (20, 30)).save(tmp_path / "in.png")
+    arguments += ["--weights", str(WEIGHTS)]
+    found = modules_after(f"import os; os.chdir({str(tmp_path)!r}); from vqcodec.cli import main; main({arguments})")
+    assert "torch" in found and (tmp_path / arguments[3]).exists()
+    assert found.isdisjoint({"torch._dynamo", "torch._inductor", "torchvision", "lpips", "scipy", "matplotlib"})
 
 
 @pytest.mark.parametrize("module", ["image", "metrics"])

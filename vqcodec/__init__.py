@@ -7,6 +7,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from vqcodec import pillow_plugin
 from vqcodec.bitstream import read_info
 from vqcodec.errors import (
     ChecksumError,
@@ -50,6 +51,8 @@ __all__ = [
     "decompress",
     "read_info",
 ]
+
+pillow_plugin.register()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,189 @@
+"""Pillow opens and saves .vqz files."""
+
+import io
+import pickle
+from pathlib import Path
+
+import models
+import numpy as np
+import pytest
+from commandline import process
+from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
+
+import vqcodec
+from vqcodec import bitstream, codec, packaged
+from vqcodec.bitstream import Chunk
+
+PHOTO = Path(__file__).parent / "golden" / "photo" / "visual.vqz"  # made with the packaged weights
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+@pytest.fixture(autouse=True)
+def _tiny_weights_are_packaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`models.tiny_weights` is what a file finds that names it, and what None stands for."""
+    monkeypatch.setattr(packaged, "every", lambda: [models.tiny_weights()])
+    find = packaged.find
+    monkeypatch.setattr(packaged, "find", lambda weights=None: find(weights or models.tiny_weights()))
+
+
+def source(mode: str = "RGB") -> Image.Image:
+    """30 x 20 pixels; alpha, if the mode has it, grows from left to right."""
+    image = Image.fromarray(models.picture(20, 30)).convert(mode)
+    if mode.endswith("A"):
+        image.putalpha(Image.fromarray(np.tile(np.arange(30, dtype=np.uint8) * 8, (20, 1))))
+    return image
+
+
+def saved(image: Image.Image, **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, "VQZ", **options)
+    return out.getvalue()
+
+
+def opened(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data))
+
+
+def exif(orientation: int) -> Image.Exif:
+    made = Image.Exif()
+    made[0x0110], made[0x0112] = "camera", orientation
+    return made
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA"])
+def test_there_and_back(mode: str, tmp_path: Path) -> None:
+    path = tmp_path / "photo.vqz"
+    source(mode).save(path, quality=60)
+    expected = codec.compress(source(mode), quality=60)
+    assert path.read_bytes() == saved(source(mode), quality=60) == expected
+    with Image.open(path) as image:
+        assert (image.format, image.mode, image.size) == ("VQZ", mode, (30, 20))
+        assert image.get_format_mimetype() == Image.MIME["VQZ"] == "image/x-vqz"
+        assert np.array_equal(np.asarray(image), np.asarray(codec.decompress(expected)))
+        image.load()[0, 0] = image.getpixel((29, 19))
+        assert image.getpixel((0, 0)) == image.getpixel((29, 19))
+
+
+def test_an_image_is_like_others_once_it_is_loaded() -> None:
+    image = opened(saved(source()))
+    expected = np.asarray(opened(saved(source())))
+    for other in (image.copy(), pickle.loads(pickle.dumps(image)), image):
+        assert np.array_equal(np.asarray(other), expected)
+    small = opened(saved(source()))
+    small.thumbnail((15, 15))
+    assert small.size == (15, 10)
+
+
+def test_options_are_those_of_compress() -> None:
+    size = len(saved(source(), quality=50))
+    assert len(saved(source(), max_size=size)) <= size
+    target = vqcodec.Target("psnr", 30)
+    assert saved(source(), target=target, effort=2, optimize=True) == codec.compress(source(), target=target, effort=2)
+    with pytest.raises(ValueError, match="quality must be"):
+        saved(source(), quality=101)
+    with pytest.raises(OSError, match="10 bytes"):
+        saved(source(), max_size=10)
+
+
+def test_metadata() -> None:
+    """They are taken from im.info, unless an option says otherwise, and are there without decoding."""
+    image = source()
+    image.info |= {"icc_profile": SRGB, "exif": exif(1).tobytes(), "xmp": b"<x/>"}
+    kept = {name: image.info[name] for name in ("icc_profile", "exif", "xmp")}
+    assert opened(saved(image)).info == kept
+    assert opened(saved(image)).getexif() == exif(1)
+    assert opened(saved(image, icc_profile=None, exif=b"", xmp=b"<y/>")).info == {"xmp": b"<y/>"}
+    assert opened(saved(source(), exif=exif(1))).info == {"exif": kept["exif"]}
+    assert image.info == kept, "saving changes nothing"
+    turned = opened(saved(source(), exif=exif(6)))
+    assert (turned.size, turned.getexif()[0x0112]) == ((20, 30), 1)
+
+
+def test_weights_that_are_not_packaged(fast_weights: Path) -> None:
+    data = saved(source(), weights=fast_weights)
+    image = opened(data)
+    with pytest.raises(OSError, match="made with weights"):
+        image.load()
+    image.weights = fast_weights
+    assert np.array_equal(np.asarray(image), np.asarray(codec.decompress(data, weights=fast_weights)))
+
+
+def test_several_frames(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="single picture"):
+        source().save(tmp_path / "a.vqz", save_all=True, append_images=[source()])
+    source().save(tmp_path / "a.gif", save_all=True, append_images=[source().rotate(90)])
+    with Image.open(tmp_path / "a.gif") as image, pytest.raises(OSError, match="2 frames"):
+        image.save(tmp_path / "a.vqz", save_all=True)
+    assert not (tmp_path / "a.vqz").exists()
+    assert saved(source(), save_all=True) == saved(source())
+
+
+def test_foreign_data() -> None:
+    for data in (b"", b"VQZ", bytes(100)):
+        with pytest.raises(UnidentifiedImageError):
+            opened(data)
+
+
+def test_damage() -> None:
+    data = saved(source(), xmp=b"<x/>")
+    header = bytearray(data)
+    header[10] ^= 1
+    for bad, message in (
+        (bytes(header), "header check"),
+        (data[:20], "header ends"),
+        (data.replace(b"<x/>", b"<y/>"), "chunk 1 of 1 is damaged"),
+    ):
+        with pytest.raises(OSError, match=message):
+            opened(bad)
+    for bad, message in ((data[:-1], "ends at byte"), (data[:-1] + bytes([data[-1] ^ 1]), "is damaged")):
+        with pytest.raises(OSError, match=message):
+            opened(bad).verify()
+        image = opened(bad)
+        for _ in range(2):
+            with pytest.raises(OSError, match=message):
+                image.load()
+    opened(data).verify()
+
+
+def test_truncated_images_are_loaded_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = saved(source())[:-1]
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with pytest.warns(UserWarning, match="ends at byte"):
+        pixels = np.asarray(opened(data))
+    with pytest.warns(UserWarning, match="ends at byte"):
+        assert np.array_equal(pixels, np.asarray(codec.decompress(data, partial=True)))
+
+
+def test_the_alpha_channel_is_checked() -> None:
+    container = bitstream.read(saved(source("RGBA")))
+    data = bitstream.write(container.header, [Chunk("ALPH", b"no PNG")], [s for s in container.segments if s])
+    assert opened(data).mode == "RGBA"
+    with pytest.raises(OSError, match="alpha"):
+        opened(data).load()
+
+
+def test_decompression_bombs(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = saved(source())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 299)
+    with pytest.raises(Image.DecompressionBombError, match="600 pixels"):
+        opened(data)
+
+
+def test_a_fresh_interpreter(tmp_path: Path) -> None:
+    """`import vqcodec` is all that Pillow needs. It decodes only when it must, with the packaged weights."""
+    script = f"""
+import sys, vqcodec
+from PIL import Image
+with Image.open({str(PHOTO)!r}) as image:
+    print(image.mode, image.size, image.info, "torch" in sys.modules, "numpy" in sys.modules)
+    image.save("again.png")
+    image.save("again.vqz", quality=40)
+"""
+    with Image.open(PHOTO.with_suffix(".png")) as golden:
+        expected = np.array(golden)
+    with process("-c", script, cwd=tmp_path) as ran:
+        assert ran.communicate() == (f"RGB {golden.size} {{}} False False\n".encode(), b"")
+    with Image.open(tmp_path / "again.png") as again:
+        assert int(np.abs(np.array(again).astype(int) - expected).max()) <= 1
+    header, first = (bitstream.read_header(path.read_bytes()) for path in (tmp_path / "again.vqz", PHOTO))
+    assert (header.quality, header.weights_id) == (40, first.weights_id)
