@@ -231,7 +231,7 @@ def _vqcodec(
     try:
         path = vqcodec.packaged.find(model or weights)
         vqcodec.packaged.find_look(path, look)
-        weights_id = vqcodec.weights.describe(path)["id"]
+        weights_id = vqcodec.weights_file.describe(path)["id"]
     except VqcodecError as error:
         raise CodecUnavailableError(str(error)) from error
 

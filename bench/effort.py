@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from bench.bd_rate import Curve, bd_rate
-from vqcodec import codec, packaged, weights
+from vqcodec import codec, packaged, weights_file
 from vqcodec.metrics import psnr
 from vqcodec.train import data
 
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     paths = data.find_pictures(given.pictures)
     known: dict[str, dict[str, float]] = json.loads(given.output.read_text()) if given.output.exists() else {}
     given.output.parent.mkdir(parents=True, exist_ok=True)
-    weights_id = weights.describe(packaged.find())["id"]
+    weights_id = weights_file.describe(packaged.find())["id"]
     digests = {path: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths}
 
     def name(path: Path, effort: int, quality: int) -> str:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vqcodec import bitstream, codec, packaged, weights
+from vqcodec import bitstream, codec, packaged, weights, weights_file
 from vqcodec.errors import WeightsError
 from vqcodec.models.integers import IntegerConv
 
@@ -201,7 +201,7 @@ def _default(folder: Path, weights_file: Path | None) -> list[Job]:
 def golden(file: Path) -> Job:
     """A golden file, whose codes and weights are beside it."""
     wanted = bitstream.read_header(file.read_bytes()).weights_id
-    (made_with,) = (p for p in file.parent.glob("*.safetensors") if weights.id_of(p.read_bytes()) == wanted)
+    (made_with,) = (p for p in file.parent.glob("*.safetensors") if weights_file.id_of(p.read_bytes()) == wanted)
     with np.load(file.with_suffix(".npz"), allow_pickle=False) as arrays:
         codes = [arrays[f"level{number}"] for number in range(len(arrays.files))]
     return Job(file, made_with, hash_of(codes))

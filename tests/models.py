@@ -86,6 +86,16 @@ def picture(height: int, width: int, seed: int = 0) -> Pixels:
     return np.clip(np.rint(image), 0, 255).astype(np.uint8).transpose(1, 2, 0).copy()
 
 
+def shapes(vqvae: VQVAE, prior: Prior | None = None) -> dict[str, tuple[int, ...]]:
+    """Shapes of tensors, by their names in a weights file."""
+    parts = {"vqvae": vqvae} if prior is None else {"vqvae": vqvae, "prior": prior}
+    return {
+        f"{part}.{name}": tuple(tensor.shape)
+        for part, module in parts.items()
+        for name, tensor in module.state_dict().items()
+    }
+
+
 def batch(*images: Pixels) -> Tensor:
     """Pictures of one size -> float (B, 3, H, W), 0..255."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()

@@ -47,7 +47,7 @@ def test_import_is_light():
     assert modules_after("import vqcodec; vqcodec.read_info").isdisjoint({"torch", "numpy", "click"})
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["compress", "--help"], ["info", str(TINY)]])
+@pytest.mark.parametrize("arguments", [["--help"], ["compress", "--help"], ["info", str(TINY)], ["info", "--weights"]])
 def test_commands_that_compute_nothing_are_light(arguments):
     assert modules_after(f"from vqcodec.cli import main; main({arguments})").isdisjoint({"torch", "numpy"})
 

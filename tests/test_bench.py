@@ -588,7 +588,7 @@ def test_effort_measures_other_weights_and_pictures(tmp_path: Path, monkeypatch:
     for path in (*pictures, pictures[0]):
         assert effort.main([str(path), *arguments]) == 0
     assert measured == pictures[:2]
-    monkeypatch.setattr("vqcodec.weights.describe", lambda _: {"id": "new"})
+    monkeypatch.setattr("vqcodec.weights_file.describe", lambda _: {"id": "new"})
     assert effort.main([str(pictures[0]), *arguments]) == 0
     assert measured == [*pictures[:2], pictures[0]]
 

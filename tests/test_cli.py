@@ -514,7 +514,7 @@ def test_info_of_standard_input():
 
 
 def test_info_of_weights(monkeypatch):
-    weights = ModuleType("vqcodec.weights")
+    weights = ModuleType("vqcodec.weights_file")
     monkeypatch.setattr(packaged, "find", lambda path: Path(path or "built-in"))
     weights.describe = lambda path: {"file": str(path), "macs": 12.5, "config": {"a": 1}}
     use(monkeypatch, weights)

@@ -20,7 +20,7 @@ from torch.nn import functional
 from trainer import small_runs
 
 import vqcodec
-from vqcodec import codec, packaged, weights
+from vqcodec import codec, packaged, weights, weights_file
 from vqcodec.errors import TrainingError, WeightsError
 from vqcodec.models.config import Config
 from vqcodec.models.model import Model
@@ -201,7 +201,7 @@ def test_refused(own: Path, look: Path, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="not a vqcodec look file"):
         weights.load(own, look=own)
     tensors = load_file(look)
-    metadata = {"format": weights.LOOK_FORMAT, "weights": weights.load(own).id.hex()}
+    metadata = {"format": weights_file.LOOK_FORMAT, "weights": weights.load(own).id.hex()}
     metadata["config"] = weights.load(own).config.look().to_json()
     save_file(dict(list(tensors.items())[1:]), look, metadata)
     with pytest.raises(WeightsError, match=r"natural\.safetensors lack"):

@@ -42,7 +42,7 @@ from trainer import (
     small_runs,
 )
 
-from vqcodec import codec, files, tuning, weights
+from vqcodec import codec, files, tuning, weights, weights_file
 from vqcodec.errors import TrainingError, WeightsError
 from vqcodec.metrics import ms_ssim, psnr
 from vqcodec.models.config import Config, PriorConfig, SliceConfig
@@ -175,7 +175,7 @@ def test_a_few_seconds_beat_the_untrained_state(trained_tiny: Run, small: None) 
         assert logged[0] == pytest.approx(ssimulacra2(original, restored), abs=0.05)
         assert logged[1] == pytest.approx(ms_ssim(original, restored), abs=1e-5)
 
-    notes = weights.describe(output)["notes"]
+    notes = weights_file.describe(output)["notes"]
     assert notes["steps"] == seen[-1].step
     assert notes["processes"] == 1
     assert notes["visual_share"] == 0.5
@@ -581,7 +581,7 @@ def test_two_processes(pictures: Path, tmp_path: Path, script: Path) -> None:
     assert rows[0]["step"] == 0 < rows[-1]["step"]
     assert len(rows) <= 6, "one process writes the log"
     assert rows[-1]["cost"] < rows[0]["cost"]
-    assert weights.describe(output)["notes"]["processes"] == 2
+    assert weights_file.describe(output)["notes"]["processes"] == 2
     codec.compress(models.picture(40, 40), weights=output, verify=True)
 
 
@@ -660,7 +660,7 @@ def test_distortions(pictures: Path, tmp_path: Path, unmeasured: None, monkeypat
         (None, squared, 0.0),
     ):
         run(pictures, output, 1, distortion=distortion, schedule=schedule)
-        assert shares.pop() == share == weights.describe(output)["notes"]["visual_share"]
+        assert shares.pop() == share == weights_file.describe(output)["notes"]["visual_share"]
 
 
 def test_a_resumed_run_keeps_its_distortion(pictures: Path, tmp_path: Path, unmeasured: None) -> None:
@@ -669,7 +669,7 @@ def test_a_resumed_run_keeps_its_distortion(pictures: Path, tmp_path: Path, unme
 
     def share(seconds: float, **options: Any) -> float:
         run(pictures, output, seconds, resume=output.exists(), **options)
-        notes: float = weights.describe(output)["notes"]["visual_share"]
+        notes: float = weights_file.describe(output)["notes"]["visual_share"]
         return notes
 
     assert SMALL.visual_share == 0.5

@@ -17,9 +17,9 @@ from models import TINY
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from vqcodec import weights
+from vqcodec import weights, weights_file
 from vqcodec.errors import WeightsError
-from vqcodec.models.prior import Prior
+from vqcodec.models.operations import macs_per_pixel
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def test_loading_draws_no_random_numbers(tmp_path: Path, data: bytes) -> None:
     path.write_bytes(data)
     before = torch.get_rng_state()
     weights.load(path)
-    weights.describe(path)
+    weights_file.describe(path)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -323,7 +323,7 @@ def test_a_flipped_byte_is_another_id(tmp_path: Path, data: bytes) -> None:
 
 
 def test_describe(data: bytes) -> None:
-    found = weights.describe(models.tiny_weights())
+    found = weights_file.describe(models.tiny_weights())
     assert json.loads(json.dumps(found)) == found
     assert found["id"] == weights.load(models.tiny_weights()).id.hex()
     assert found["bytes"] == len(data)
@@ -331,12 +331,27 @@ def test_describe(data: bytes) -> None:
     assert found["config"] == json.loads(TINY.to_json())
     assert found["notes"] == {"made by": "tests/models.py"}
     model = models.tiny()
-    assert found["prior_kmac_per_pixel"] == round(Prior(TINY).macs_per_pixel(TINY) / 1000, 2) > 0
-    macs = model.vqvae.macs_per_pixel()
-    for part in ("encoder", "refinement", "decoder"):
+    macs = macs_per_pixel(TINY, models.shapes(model.vqvae, model.prior))
+    for part in ("encoder", "refinement", "decoder", "prior"):
         assert found[f"{part}_kmac_per_pixel"] == round(macs[part] / 1000, 2) > 0
-    decoding = macs["refinement"] + macs["decoder"] + Prior(TINY).macs_per_pixel(TINY)
+    decoding = macs["refinement"] + macs["decoder"] + macs["prior"]
     assert found["decoding_kmac_per_pixel"] == round(decoding / 1000, 2)
     assert found["parameters"] == sum(p.numel() for p in model.parameters())
     with pytest.raises(WeightsError, match="cannot read weights"):
-        weights.describe(Path(__file__))
+        weights_file.describe(Path(__file__))
+
+
+@pytest.mark.parametrize("name", ["odd", "vqvae.stages.9.decoder.0.reduce.weight", "prior.levels.x.expand.weight"])
+def test_describe_refuses_names_of_another_model(tmp_path: Path, name: str) -> None:
+    metadata = {"format": weights_file.FORMAT, "config": TINY.to_json()}
+    save_file({name: torch.zeros(1)}, tmp_path / "odd.safetensors", metadata)
+    with pytest.raises(WeightsError, match="do not fit their configuration"):
+        weights_file.describe(tmp_path / "odd.safetensors")
+
+
+@pytest.mark.parametrize("tensor", [1, {}, {"shape": 3}, {"shape": ["3"]}])
+def test_shapes_are_checked(tmp_path: Path, tensor: object) -> None:
+    header = json.dumps({"__metadata__": {"format": weights_file.FORMAT, "config": TINY.to_json()}, "a": tensor})
+    (tmp_path / "odd.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode())
+    with pytest.raises(WeightsError, match="not a safetensors file"):
+        weights_file.describe(tmp_path / "odd.safetensors")

@@ -309,7 +309,7 @@ def info(paths: tuple[str, ...], weights: str | None, as_json: bool) -> int:
     report = ErrorReport()
     if weights is not None:
         with report.errors_of("weights"):
-            from vqcodec.weights import describe
+            from vqcodec.weights_file import describe
 
             described = describe(packaged.find(weights or None))
         if not report.failed:

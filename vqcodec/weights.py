@@ -1,20 +1,9 @@
-"""Loads, checks and saves weights files.
-
-A weights file is a safetensors file. It holds encoder and decoder in half precision (codebooks and steps in single),
-and the prior and its tables as the integers that they compute with. Its metadata hold the configuration as JSON and
-notes on the training. The first four bytes of the SHA-256 of the file are its id, by which every .vqz file names its
-weights.
-
-A look is a second safetensors file for the same codes. It holds only the part of the decoder behind the codes
-(`VQVAE.renderer`), in half precision; its metadata hold its configuration and the id of its weights.
-"""
+"""Loads, checks and saves weights files; `weights_file` says what is in them."""
 
 import functools
-import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +23,7 @@ from vqcodec.models.model import Model
 from vqcodec.models.prior import Prior
 from vqcodec.models.quantizer import Codebook
 from vqcodec.models.vqvae import VQVAE, SliceQuantizer
-
-FORMAT = "vqcodec weights 2"
-LOOK_FORMAT = "vqcodec look 1"
-ID_BYTES = 4
+from vqcodec.weights_file import FORMAT, LOOK_FORMAT, WeightsFile, id_of, read
 
 
 @caller.undisturbed()
@@ -69,17 +55,17 @@ def _version(path: Path) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=2)
 def _load(path: Path, device: str, look: Path | None, versions: tuple[tuple[int, int], ...]) -> Model:
-    file = _read(path)
-    config, tensors = file.config, file.tensors()
+    file = read(path)
+    config, tensors = file.config, _tensors(file)
     if look is not None:
-        second = _read(look, LOOK_FORMAT)
+        second = read(look, LOOK_FORMAT)
         config, of = second.config, second.metadata.get("weights")
         if of != file.id.hex():
             raise WeightsError(f"{look} is a look of weights {of}, {path} are {file.id.hex()}")
     vqvae, prior, tables = _blank(config)
     if look is not None:
         replaced = tuple(f"vqvae.{name}." for name in vqvae.renderer())
-        tensors = {k: v for k, v in tensors.items() if not k.startswith(replaced)} | second.tensors()
+        tensors = {k: v for k, v in tensors.items() if not k.startswith(replaced)} | _tensors(second)
     _check_numbers(look or path, tensors)
     for module, prefix in ((vqvae, "vqvae."), (prior, "prior."), (tables, "tables.")):
         state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
@@ -161,67 +147,17 @@ def _id_of_file(path: Path, version: tuple[int, int]) -> bytes:
 def is_look_of(path: Path, weights_id: bytes) -> bool:
     """Whether a file is a look of the weights with this id."""
     try:
-        return path.is_file() and _read(path, LOOK_FORMAT).metadata.get("weights") == weights_id.hex()
+        return path.is_file() and read(path, LOOK_FORMAT).metadata.get("weights") == weights_id.hex()
     except WeightsError:
         return False
 
 
-@dataclass(frozen=True)
-class _File:
-    """A weights file or a look, read once: config, metadata, id and tensors are of the same bytes.
-
-    Attributes:
-        path: where it was. data: its bytes. metadata, config: of its header. id: see `Model`.
-    """
-
-    path: Path
-    data: bytes
-    metadata: dict[str, str]
-    config: Config
-    id: bytes
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name."""
-        try:
-            return load_tensors(self.data)
-        except SafetensorError as error:
-            raise WeightsError(f"cannot read weights {self.path}: {error}") from None
-
-
-def _read(path: Path, expected: str = FORMAT) -> _File:
-    """Read a file of the format that is expected.
-
-    Raises:
-        WeightsError: it cannot be read, or it is of another format.
-    """
+def _tensors(file: WeightsFile) -> dict[str, Tensor]:
+    """All tensors of a file by name."""
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise WeightsError(f"cannot read weights {path}: {error.strerror}") from None
-    metadata = _metadata(data)
-    if metadata is None:
-        raise WeightsError(f"cannot read weights {path}: not a safetensors file")
-    if metadata.get("format") != expected:
-        raise WeightsError(f"{path} is not a {expected[:-2]} file: format {metadata.get('format')!r}, not {expected!r}")
-    return _File(path, data, metadata, Config.from_json(metadata.get("config", "")), id_of(data))
-
-
-def _metadata(data: bytes) -> dict[str, str] | None:
-    """The metadata in the header of a safetensors file; None if there is no such header."""
-    end = 8 + int.from_bytes(data[:8], "little")
-    if not 8 < end <= len(data):
-        return None
-    try:
-        header = json.loads(data[8:end])
-    except (ValueError, RecursionError):
-        return None
-    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else None
-    return metadata if isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values()) else None
-
-
-def id_of(data: bytes) -> bytes:
-    """The id of weights: the first four bytes of the SHA-256 of their file."""
-    return hashlib.sha256(data).digest()[:ID_BYTES]
+        return load_tensors(file.data)
+    except SafetensorError as error:
+        raise WeightsError(f"cannot read weights {file.path}: {error}") from None
 
 
 def _not_stored(module: torch.nn.Module) -> set[str]:
@@ -318,25 +254,3 @@ def _narrow_integers(tensor: Tensor) -> Tensor:
         if largest <= torch.iinfo(kind).max:
             return tensor.to(kind)
     return tensor.to(torch.int64)
-
-
-def describe(path: Path) -> dict[str, Any]:
-    """Describe a weights file: id, configuration, sizes, multiply-accumulates per pixel and training notes.
-
-    Raises:
-        WeightsError: the file is not a readable weights file.
-    """
-    file = _read(path)
-    config = file.config
-    vqvae, prior, _ = _blank(config)
-    macs = {**vqvae.macs_per_pixel(), "prior": prior.macs_per_pixel(config)}
-    return {
-        "id": file.id.hex(),
-        "bytes": len(file.data),
-        "name": config.name,
-        "parameters": sum(p.numel() for m in (vqvae, prior) for p in m.parameters()),
-        **{f"{part}_kmac_per_pixel": round(count / 1000, 2) for part, count in macs.items()},
-        "decoding_kmac_per_pixel": round((sum(macs.values()) - macs["encoder"]) / 1000, 2),
-        "notes": json.loads(file.metadata.get("notes", "{}")),
-        "config": json.loads(file.metadata["config"]),
-    }

@@ -157,10 +157,6 @@ class Lap(nn.Module):
         self.change = Linear1x1(channels * ratio**2, channels * ratio**2)
         nn.init.zeros_(self.change.weight)
 
-    def macs(self) -> int:
-        """Multiply-accumulate operations for each block."""
-        return self.change.weight.numel()
-
     def forward(self, x: Tensor) -> Tensor:
         if min(x.shape[2:]) <= self.ratio:
             return x  # all of it is outermost

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-CELL = 4  # side of the renderer's cells in pixels
+from vqcodec.models.config import CELL
+
 FEATURES = 24  # features that each cell gets from its patch
 STRIP = 1536  # cells that a CPU processes at a time
 
@@ -41,10 +42,6 @@ class SeparableLap(nn.Module):
                 inner = torch.matmul(self.weight, lines).flatten(2, 3)
                 x = torch.cat([x[:, :, :half], inner, x[:, :, -half:]], 2)
         return x
-
-    def macs(self) -> int:
-        """Multiply-accumulate operations for each patch: `size` for a value, along rows and along columns."""
-        return 2 * self.size * 3 * self.size**2
 
 
 class Renderer(nn.Module):
@@ -145,12 +142,6 @@ class Renderer(nn.Module):
                 y = functional.linear(y.reshape(-1, len(mix)), expand, expand_bias)
                 torch.add(before, y.reshape(before.shape), out=after)
         return out
-
-    def macs_per_pixel(self) -> float:
-        """Multiply-accumulate operations per picture pixel in decoding; see `_of_one`."""
-        patch = (self.features.weight.numel() + self.modulation.weight.numel()) / (CELL * self.ratio) ** 2
-        cell = sum(part.weight.numel() for part in (self.reduce, self.mix, self.expand))
-        return patch + cell / CELL**2
 
 
 def _cells(pixels: Tensor) -> Tensor:

@@ -324,21 +324,6 @@ class Prior(nn.Module):
             if isinstance(part, IntegerConv | QualityBias):
                 part.thaw()
 
-    def macs_per_pixel(self, config: Config) -> float:
-        """Multiply-accumulate operations per picture pixel."""
-        total = 0.0
-        for index, stage in enumerate(config.levels):
-            level = self.level(index)
-            for name, part in level.named_modules():
-                if isinstance(part, IntegerConv):
-                    once = part.weight.numel() / stage.stride**2
-                    if name == "expand":
-                        once /= level.ratio**2
-                    # Each phase convolution runs at a quarter of the positions; `near` runs before three phases.
-                    runs_before_each_phase = name.endswith("near") and not config.prior.layers
-                    total += once / 4 if "phases" in name else once * 3 if runs_before_each_phase else once
-        return total
-
 
 def rates(parameters: Tensor, dim: int) -> Rates:
     """Convert integer parameters to a rate model in floats, for training and the choice of codes.

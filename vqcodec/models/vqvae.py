@@ -263,22 +263,3 @@ class VQVAE(nn.Module):
         start = self.config.stages.index(self.config.levels[level])
         finer = [i for i in range(start) if self.config.stages[i].slices]
         return range(start, finer[-1] if finer else -1, -1)
-
-    def macs_per_pixel(self) -> dict[str, float]:
-        """Multiply-accumulate operations per picture pixel of the "encoder", the "refinement" and the "decoder"."""
-
-        def once(*modules: nn.Module | None) -> int:
-            convs = (c for m in modules if m for c in m.modules() if isinstance(c, nn.Conv2d | Linear1x1))
-            return sum(c.weight.numel() for c in convs)
-
-        found = dict.fromkeys(("encoder", "refinement", "decoder"), 0.0)
-        for index, config in enumerate(self.config.stages):
-            stage, positions = self.stage(index), config.stride**2
-            laps = 0 if stage.lap is None else stage.lap.macs() / positions
-            found["encoder"] += once(stage.encoder, stage.analysis) / positions + laps
-            found["decoder"] += once(stage.decoder, stage.synthesis) / positions + laps
-            if stage.renderer is not None:
-                found["decoder"] += stage.renderer.macs_per_pixel()
-        for level, config in enumerate(self.config.levels):
-            found["refinement"] += once(*self.level_slices(level)) / config.stride**2
-        return found

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vqcodec.models.config import CELL
 from vqcodec.models.layers import Lap, ResidualBlock
-from vqcodec.models.pixels import CELL, SeparableLap
+from vqcodec.models.pixels import SeparableLap
 from vqcodec.models.vqvae import PIXEL_CENTRE, PIXEL_SCALE, VQVAE
 
 # Of the lapped transform: 1 would be orthogonal. More compacts the energy better but spreads errors.
