@@ -9,7 +9,7 @@ from PIL import Image
 
 from vqcodec import bitstream, files, pillow_plugin
 
-FOLDER = ROOT / "desktop"
+FOLDER = ROOT / "docs" / "desktop"
 PHOTO = ROOT / "tests" / "golden" / "photo" / "psnr.vqz"
 
 

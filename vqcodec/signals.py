@@ -14,7 +14,7 @@ def leave(number: int, _: object) -> NoReturn:
 
 @contextlib.contextmanager
 def exiting() -> Iterator[None]:
-    """Clean up when the process is told to end: as on Ctrl-C, no temporary files remain. Ignored signals stay ignored."""
+    """Let the process clean up when it is told to end, as on Ctrl-C. Signals that are ignored stay ignored."""
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     caught = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
     for number in caught:
