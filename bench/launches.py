@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.speed import sample, sizes
 from vqcodec import codec, coding, synthesis
 from vqcodec.errors import VqcodecError
+from vqcodec.models import counts
 
 QUALITY = 50
 # Operators that only allocate memory; those that only look at it differently are views.
@@ -82,9 +83,9 @@ def count(work: Callable[[], object]) -> tuple[Counter[str], Counter[str]]:
     """Launches and synchronisations of some work, by their names."""
     launches, synchronisations = _Launches(), _Synchronisations()
     with ExitStack() as stack:
-        for pixels in (coding.BATCH_PIXELS, synthesis.BAND_PIXELS):  # at a time, by the type of the device
-            stack.callback(pixels.update, dict(pixels))
-            pixels["cpu"] = pixels["cuda"]
+        for amounts in (coding.BATCH_PIXELS, synthesis.BAND_PIXELS, counts.BLOCK):  # at a time, by the type of device
+            stack.callback(amounts.update, dict(amounts))
+            amounts["cpu"] = amounts["cuda"]
         stack.enter_context(synchronisations)
         stack.enter_context(launches)
         work()

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import TINY
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vqcodec.models import counts
@@ -33,6 +34,11 @@ def tables_of(piece: SliceConfig, spread: float = 2.0) -> tuple[CodeTables, Code
     tables = CodeTables(piece)
     tables.fill(book)
     return tables, book
+
+
+def value_counts(tables: CodeTables, parameters: Tensor, other: Tensor) -> NDArray[np.float32]:
+    """All blocks in one array."""
+    return np.concatenate(list(tables.value_counts(parameters, other)))
 
 
 def random_parameters(piece: SliceConfig, rows: int, largest: int = 127) -> Tensor:
@@ -89,7 +95,7 @@ def test_values(piece: SliceConfig, spread: float, kind: str) -> None:
     )
     other = torch.rand(parameters.shape[:2]) < 0.7
     other[0] = True
-    found = tables.value_counts(parameters, other)
+    found = value_counts(tables, parameters, other)
     assert found.shape == (int(other.sum()), piece.codes - 1)
     assert found.dtype == np.float32 and found.flags.c_contiguous
     assert (found >= 0).all() and (found == np.rint(found)).all()
@@ -110,19 +116,20 @@ def test_values(piece: SliceConfig, spread: float, kind: str) -> None:
 
 def test_no_symbols() -> None:
     tables, _ = tables_of(SLICES[1])
-    found = tables.value_counts(random_parameters(SLICES[1], 5), torch.zeros(5, 3, dtype=torch.bool))
-    assert found.shape == (0, 39)
+    assert list(tables.value_counts(random_parameters(SLICES[1], 5), torch.zeros(5, 3, dtype=torch.bool))) == []
     assert flag_counts(torch.zeros(0, 3, 5)).shape == (0, 2)
 
 
-def test_the_result_does_not_depend_on_how_planes_are_chunked(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("limit", [1, 7, 40, 70])
+def test_the_result_does_not_depend_on_how_symbols_are_blocked(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     piece = SLICES[1]
     tables, _ = tables_of(piece)
     parameters, other = random_parameters(piece, 60), torch.rand(60, piece.planes) < 0.5
-    whole = tables.value_counts(parameters, other)
-    for chunk in (1, 39 * 40, 39 * 70):
-        monkeypatch.setattr(counts, "CHUNK", chunk)
-        assert np.array_equal(tables.value_counts(parameters, other), whole)
+    whole = value_counts(tables, parameters, other)
+    monkeypatch.setitem(counts.BLOCK, "cpu", 39 * limit)
+    blocks = list(tables.value_counts(parameters, other))
+    assert {len(block) for block in blocks[:-1]} <= {limit} and len(blocks[-1]) <= limit
+    assert np.array_equal(np.concatenate(blocks), whole)
 
 
 def test_the_result_of_a_symbol_does_not_depend_on_the_others() -> None:
@@ -130,9 +137,9 @@ def test_the_result_of_a_symbol_does_not_depend_on_the_others() -> None:
     tables, _ = tables_of(piece)
     parameters = random_parameters(piece, 100)
     other = torch.ones(100, piece.planes, dtype=torch.bool)
-    together = tables.value_counts(parameters, other).reshape(piece.planes, 100, -1)
+    together = value_counts(tables, parameters, other).reshape(piece.planes, 100, -1)
     for n in (0, 50, 99):
-        alone = tables.value_counts(parameters[n, None], other[n, None])
+        alone = value_counts(tables, parameters[n, None], other[n, None])
         assert np.array_equal(alone, together[:, n])
 
 
@@ -174,7 +181,7 @@ def test_counts_are_close_to_the_rate_model_of_training(piece: SliceConfig) -> N
     model = rates(parameters, piece.dim)
     logp = log_probabilities(book.features(), book.bias.detach(), model.theta, model.zero)[0].permute(1, 0, 2)
     flags = torch.from_numpy((flag_counts(parameters) + 1) / TOTAL).reshape(200, piece.planes, 2)
-    values = tables.value_counts(parameters, torch.ones(200, piece.planes, dtype=torch.bool))
+    values = value_counts(tables, parameters, torch.ones(200, piece.planes, dtype=torch.bool))
     share = torch.from_numpy((values + 1) / TOTAL).reshape(piece.planes, 200, -1).transpose(0, 1)
     exact = torch.cat([flags[..., :1], flags[..., 1:] * share], -1)
     believed = torch.exp2(logp)

@@ -113,7 +113,10 @@ def _put(coder: Encoder, tables: CodeTables, parameters: Tensor, k: Tensor) -> N
     """Range-code symbols k, int64 (N, P): all flags, then values plane by plane."""
     other = k > 0
     coder.put(other.reshape(-1).cpu().numpy(), flag_counts(parameters))
-    coder.put(k.T[other.T].cpu().numpy() - 1, tables.value_counts(parameters, other))
+    values, start = k.T[other.T].cpu().numpy() - 1, 0
+    for counts in tables.value_counts(parameters, other):
+        coder.put(values[start : start + len(counts)], counts)
+        start += len(counts)
 
 
 @timed("range coder")
@@ -140,8 +143,9 @@ def _get(coder: Source, tables: CodeTables, parameters: Tensor) -> Tensor:
     flags = coder.get(flag_counts(parameters))
     k = torch.from_numpy(flags.astype(np.int64)).reshape(parameters.shape[:2]).to(parameters.device)
     other = k > 0
-    values = coder.get(tables.value_counts(parameters, other))
-    k.T[other.T] += torch.from_numpy(values.astype(np.int64)).to(k.device)
+    values = [coder.get(counts) for counts in tables.value_counts(parameters, other)]
+    if values:
+        k.T[other.T] += torch.from_numpy(np.concatenate(values).astype(np.int64)).to(k.device)
     return k
 
 

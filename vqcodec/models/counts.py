@@ -15,7 +15,9 @@ decoder both call these functions.
 """
 
 import functools
+import itertools
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -25,11 +27,13 @@ from torch import Tensor, nn
 from vqcodec.entropy import Table
 from vqcodec.models.config import Config, SliceConfig
 from vqcodec.models.quantizer import Codebook
-from vqcodec.models.rates import CHUNK, RowTable, plane_blocks, row_of
+from vqcodec.models.rates import CHUNK, RowTable, row_of
 
 # The range coder's precision. It adds 1 to every count, so n counts sum to TOTAL - n.
 TOTAL = 1 << 24
 LOGIT_SHIFT = 21  # from units of 2^-27 bits to units of 1/64 bit
+# Counts that are made at a time, by the type of the device: what fits the cache of a CPU, or 64 MiB.
+BLOCK = {"cpu": CHUNK, "cuda": 1 << 24}
 WEIGHT_BITS = 20  # of the most probable value's unnormalised probability
 
 
@@ -115,30 +119,37 @@ class CodeTables(nn.Module):
         """Numbers of rows of `values` that belong to means, squares and absolute values."""
         return [self.piece.dim, self.piece.scales, self.piece.scales]
 
-    def value_counts(self, parameters: Tensor, other: Tensor) -> NDArray[np.float32]:
+    def value_counts(self, parameters: Tensor, other: Tensor) -> Iterator[NDArray[np.float32]]:
         """Counts of the values 1..K-1, for those symbols of one pass whose flag says that k > 0.
 
         Args:
             parameters: integers (N, P, D + 2 S + 1) from the prior, in any float dtype.
             other: bool (N, P), the flags: whether k > 0.
 
-        Returns:
-            float32 (n, K - 1), C-contiguous, plane by plane and within a plane in the order of N. Integers; each row
-            sums to 2^24 - (K - 1).
+        Yields:
+            For the next n symbols float32 (n, K - 1), C-contiguous: at most `BLOCK` numbers, or one symbol. Symbols
+            come plane by plane and within a plane in the order of N. Counts are integers; each row sums to
+            2^24 - (K - 1).
         """
-        o = parameters.transpose(0, 1)[other.T].double()
-        root, square, linear, weights = (t.to(o.device) for t in (ROOT, SQUARE, LINEAR, WEIGHTS))
-        mean, s, a = torch.split(o[:, :-1], self._groups(), 1)
-        s, a = (s + 127).long(), (a + 127).long()
-        coefficients = torch.cat([mean * root[s], square[s], linear[a]], 1)
-        members = other.sum(0).tolist()
-        counts = torch.empty(len(o), self.bias.shape[1], dtype=torch.float32, device=o.device)
-        for rows, parts in plane_blocks(members, CHUNK // self.bias.shape[1]):
-            logits = torch.empty(rows.stop - rows.start, self.bias.shape[1], dtype=torch.float64, device=o.device)
-            for plane, part, here in parts:
-                torch.addmm(self.bias[plane] * 2.0**19, coefficients[part], self.values[plane], out=logits[here])
-            _counts(logits, weights, counts[rows])
-        return counts.cpu().numpy()
+        given = parameters.transpose(0, 1)[other.T]
+        ends = [0, *itertools.accumulate(other.sum(0).tolist())]
+        root, square, linear, weights = (t.to(given.device) for t in (ROOT, SQUARE, LINEAR, WEIGHTS))
+        width = self.bias.shape[1]
+        limit = max(1, BLOCK[given.device.type] // width)
+        for start in range(0, len(given), limit):
+            o = given[start : start + limit].double()
+            mean, s, a = torch.split(o[:, :-1], self._groups(), 1)
+            s, a = (s + 127).long(), (a + 127).long()
+            coefficients = torch.cat([mean * root[s], square[s], linear[a]], 1)
+            logits = torch.empty(len(o), width, dtype=torch.float64, device=o.device)
+            for plane, (first, end) in enumerate(itertools.pairwise(ends)):
+                here = slice(max(first - start, 0), min(end - start, len(o)))
+                if here.start < here.stop:
+                    bias = self.bias[plane] * 2.0**19
+                    torch.addmm(bias, coefficients[here], self.values[plane], out=logits[here])
+            counts = torch.empty(len(o), width, dtype=torch.float32, device=o.device)
+            _counts(logits, weights, counts)
+            yield counts.cpu().numpy()
 
 
 def _counts(logits: Tensor, weights: Tensor, counts: Tensor) -> None:
