@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def with_layers(*layers: int) -> tuple[SliceConfig, ...]:
         ((stage(4), stage(8, slices=())), "coarsest stage"),
         ((stage(4, channels=9, slices=with_layers(0, 0)),), "8 of 9 channels"),
         ((stage(4, channels=521),), "more than 520 channels"),
-        ((stage(4), stage(256)), "must divide 128"),
+        ((stage(4), stage(96)), "must divide 128"),
         ((stage(4, slices=with_layers(1, 0)),), "layers must be"),
         ((stage(4, slices=with_layers(0, 2)),), "layers must be"),
         ((stage(4, slices=with_layers(0, 0)), stage(8, slices=with_layers(1, 1))), "layers must be"),
@@ -85,7 +86,12 @@ def test_codebook_must_be_known() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("planes", 0), ("dim", 0), ("dim", 1.0), ("codes", 2), ("codes", 40000), ("layer", -1)]
+    ("name", "value"),
+    [
+        *[("planes", 0), ("dim", 0), ("dim", 1.0), ("codes", 2), ("codes", 40000), ("layer", -1)],
+        *[("planes", 1041), ("dim", True), ("dim", math.nan), ("codes", "64"), ("layer", 255), ("layer", [0])],
+        *[("scales", True), ("scales", 1.0), ("rows", False)],
+    ],
 )
 def test_sizes_out_of_range(name: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"{name} must be"):
@@ -127,11 +133,34 @@ def changed(path: list[Any], value: Any) -> str:
         changed(["lambda_range"], 3),
         changed(["lambda_range"], [0.1]),
         changed(["lambda_range"], [0.1, 0.001]),
+        changed(["lambda_range"], [1e-300, 1e300]),
+        changed(["lambda_range"], [0.1, 10**400]),
+        changed(["lambda_range"], [True, 2]),
+        changed(["lambda_range"], ["a", "b"]),
+        changed(["commitment"], 10**400),
+        changed(["commitment"], True),
+        changed(["residual_unit"], math.inf),
+        changed(["residual_unit"], math.nan),
+        changed(["name"], 7),
+        changed(["prior", "blocks"], 10**6),
+        changed(["prior", "layers"], True),
+        changed(["stages", 0, "channels"], 10**9),
+        changed(["stages", 0, "hidden"], 10**9),
+        changed(["stages", 0, "encoder_blocks"], 10**6),
+        changed(["stages", 1, "refine_blocks"], 10**6),
+        changed(["stages", 2, "renderer"], 16),
+        changed(["stages", 0, "renderer"], 10**6),
+        changed(["stages", 0, "lapped"], 1),
+        "[" * 1000 + "]" * 1000,
+        "[" * 10**6,
+        changed(["stages", 0, "stride"], [4] * 10**5),
     ],
+    ids=lambda text: text[:40],
 )
 def test_bad_json(text: str) -> None:
-    with pytest.raises(WeightsError, match="not a model configuration"):
+    with pytest.raises(WeightsError, match="not a model configuration") as caught:
         Config.from_json(text)
+    assert len(str(caught.value)) < 300
 
 
 def test_load_config(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from models import TINY
 from torch import Tensor
 from torch.nn import functional
 
+from vqcodec.errors import WeightsError
 from vqcodec.models import integers as module
 from vqcodec.models.config import MAX_INPUTS, Config
 from vqcodec.models.integers import IntegerConv, QualityBias
@@ -237,11 +238,20 @@ def test_float64_gives_the_same_integers() -> None:
     assert_same([x.float() for x in found], parameters_of(frozen(), codes()))
 
 
+@pytest.fixture(params=["highest", "medium"])
+def products(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The caller's precision of products of float32; "medium" allows bfloat16."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.parametrize("extreme", [True, False])
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_convolution_with_as_many_inputs_as_allowed(
-    extreme: bool, layout: Callable[[Tensor], Tensor], stride: int, two_threads: None
+    extreme: bool, layout: Callable[[Tensor], Tensor], stride: int, two_threads: None, products: None
 ) -> None:
     """1035 inputs, all at their bounds: 16.7 million, a hair below 2^24 = 16.8 million, whatever the kernel."""
     torch.manual_seed(0)
@@ -264,7 +274,7 @@ def test_convolution_with_as_many_inputs_as_allowed(
     assert torch.equal(found.long(), expected)
 
 
-def test_unfolded_convolution_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unfolded_convolution_is_the_same(products: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """What CUDA would do, on the CPU: the branch itself needs a device, its arithmetic does not."""
     torch.manual_seed(0)
     x, weight = torch.randint(-127, 128, (2, 8, 7, 9)).float(), torch.randint(-127, 128, (6, 8, 3, 3)).float()
@@ -272,8 +282,16 @@ def test_unfolded_convolution_is_the_same(monkeypatch: pytest.MonkeyPatch) -> No
         expected = functional.conv2d(x, weight, None, stride, padding)
         with monkeypatch.context() as patch:
             patch.setattr(Tensor, "is_cpu", False)
+            patch.setattr(Tensor, "is_cuda", True)
             found = module._convolve_exactly(x, weight, stride, padding)
         assert torch.equal(found, expected)
+
+
+def test_devices_that_are_not_known_to_be_exact_are_refused() -> None:
+    conv = IntegerConv(4, 4, 3).to("meta")
+    conv.frozen = True
+    with pytest.raises(WeightsError, match="exact on CPUs and CUDA devices only, not on 'meta'"):
+        conv.run(torch.zeros(1, 4, 5, 5, device="meta"))
 
 
 # Quantisation while training

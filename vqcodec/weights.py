@@ -23,7 +23,9 @@ from vqcodec.models.model import Model
 from vqcodec.models.prior import Prior
 from vqcodec.models.quantizer import Codebook
 from vqcodec.models.vqvae import VQVAE, SliceQuantizer
-from vqcodec.weights_file import FORMAT, LOOK_FORMAT, WeightsFile, id_of, read
+from vqcodec.weights_file import FORMAT, LOOK_FORMAT, WeightsFile, check_shapes, id_of, read
+
+DEVICES = ("cpu", "cuda")  # on others nobody has shown that codes are exact
 
 
 @caller.undisturbed()
@@ -40,7 +42,9 @@ def load(path: Path, device: str = "cpu", look: Path | None = None) -> Model:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
+    if device.partition(":")[0] not in DEVICES:
+        raise WeightsError(f"device must be auto, {' or '.join(DEVICES)}, got {device!r}")
+    if device != "cpu" and not torch.cuda.is_available():
         raise WeightsError("no CUDA device is available")
     return _load(path, device, look, tuple(_version(file) for file in (path, look) if file))
 
@@ -56,17 +60,19 @@ def _version(path: Path) -> tuple[int, int]:
 @functools.lru_cache(maxsize=2)
 def _load(path: Path, device: str, look: Path | None, versions: tuple[tuple[int, int], ...]) -> Model:
     file = read(path)
-    config, tensors = file.config, _tensors(file)
+    config, shapes, tensors = file.config, file.shapes, _tensors(file)
     if look is not None:
         second = read(look, LOOK_FORMAT)
-        config, of = second.config, second.metadata.get("weights")
+        config, of, own = second.config, second.metadata.get("weights"), _tensors(second)
         if of != file.id.hex():
             raise WeightsError(f"{look} is a look of weights {of}, {path} are {file.id.hex()}")
+        shapes, tensors = {**shapes, **second.shapes}, {**tensors, **own}
+    check_shapes(look or path, config, shapes)
+    _check_numbers(look or path, tensors)
     vqvae, prior, tables = _blank(config)
     if look is not None:
         replaced = tuple(f"vqvae.{name}." for name in vqvae.renderer())
-        tensors = {k: v for k, v in tensors.items() if not k.startswith(replaced)} | _tensors(second)
-    _check_numbers(look or path, tensors)
+        tensors = {k: v for k, v in tensors.items() if k in own or not k.startswith(replaced)}
     for module, prefix in ((vqvae, "vqvae."), (prior, "prior."), (tables, "tables.")):
         state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         try:
@@ -88,7 +94,7 @@ def _load(path: Path, device: str, look: Path | None, versions: tuple[tuple[int,
 
 
 def _check_numbers(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Check that the prior and its tables are integers, and that all other numbers are finite.
+    """Check that the prior and its tables are integers, and that all other tensors are finite fractions.
 
     Raises:
         WeightsError: they are not.
@@ -97,6 +103,8 @@ def _check_numbers(path: Path, tensors: dict[str, Tensor]) -> None:
         if name.startswith(("prior.", "tables.")):
             if tensor.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64):
                 raise WeightsError(f"weights {path}: {name} must hold integers, not {tensor.dtype}")
+        elif tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise WeightsError(f"weights {path}: {name} must hold fractions, not {tensor.dtype}")
         else:
             _check_finite(path, {name: tensor})
 

@@ -18,6 +18,8 @@ from typing import Any
 from vqcodec.errors import WeightsError
 from vqcodec.models import operations
 from vqcodec.models.config import Config
+from vqcodec.models.operations import Shapes
+from vqcodec.models.shapes import large_tensors
 
 FORMAT = "vqcodec weights 2"
 LOOK_FORMAT = "vqcodec look 1"
@@ -38,7 +40,7 @@ class WeightsFile:
     metadata: dict[str, str]
     config: Config
     id: bytes
-    shapes: operations.Shapes
+    shapes: Shapes
 
 
 def read(path: Path, expected: str = FORMAT) -> WeightsFile:
@@ -61,7 +63,7 @@ def read(path: Path, expected: str = FORMAT) -> WeightsFile:
     return WeightsFile(path, data, metadata, config, id_of(data), shapes)
 
 
-def _header(data: bytes) -> tuple[dict[str, str], operations.Shapes]:
+def _header(data: bytes) -> tuple[dict[str, str], Shapes]:
     """The metadata and the shapes of all tensors in the header of a safetensors file.
 
     Raises:
@@ -80,6 +82,19 @@ def _header(data: bytes) -> tuple[dict[str, str], operations.Shapes]:
     return metadata, shapes
 
 
+def check_shapes(path: Path, config: Config, shapes: Shapes) -> None:
+    """Check that networks will not be much larger than the file, before any are made.
+
+    Raises:
+        WeightsError: a tensor is missing or has another shape than the configuration says.
+    """
+    for name, shape in large_tensors(config):
+        if name not in shapes:
+            raise WeightsError(f"weights {path} lack {name}, which their configuration asks for")
+        if shapes[name] != shape:
+            raise WeightsError(f"weights {path} do not fit their configuration: {name} is {shapes[name]}, not {shape}")
+
+
 def id_of(data: bytes) -> bytes:
     """The id of weights: the first four bytes of the SHA-256 of their file."""
     return hashlib.sha256(data).digest()[:ID_BYTES]
@@ -92,10 +107,15 @@ def describe(path: Path) -> dict[str, Any]:
         WeightsError: the file is not a readable weights file.
     """
     file = read(path)
+    check_shapes(path, file.config, file.shapes)
     try:
         macs, parameters = operations.macs_per_pixel(file.config, file.shapes), operations.parameters(file.shapes)
     except (ValueError, LookupError, OverflowError):
         raise WeightsError(f"weights {path} do not fit their configuration") from None
+    try:
+        notes = json.loads(file.metadata.get("notes", "{}"))
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"weights {path}: the notes are not JSON: {error}") from None
     return {
         "id": file.id.hex(),
         "bytes": len(file.data),
@@ -103,6 +123,6 @@ def describe(path: Path) -> dict[str, Any]:
         "parameters": parameters,
         **{f"{part}_kmac_per_pixel": round(count / 1000, 2) for part, count in macs.items()},
         "decoding_kmac_per_pixel": round((sum(macs.values()) - macs["encoder"]) / 1000, 2),
-        "notes": json.loads(file.metadata.get("notes", "{}")),
+        "notes": notes,
         "config": json.loads(file.metadata["config"]),
     }

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import reprlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,13 +21,24 @@ CELL = 4  # side in pixels of the cells that `pixels.Renderer` works on
 LARGEST_LATTICE = 8
 # Additional residual blocks of a look, in every decoder stage finer than the finest codes.
 LOOK_BLOCKS = 2
+# Largest stride: tiles are multiples of 64 pixels, and large training crops of 128.
+MAX_STRIDE = 128
+# Side of the cells of `pixels.Renderer`, in pixels.
+CELL = 4
+# Bounds of what weights files may ask for, far above what any model needs; a .vqz header has 255 layers at most.
+MOST_CHANNELS, MOST_BLOCKS, MOST_LAYERS = 1 << 13, 1 << 8, 255
 
 
-def _check_range(config: object, low: int, *names: str, high: int = 1 << 20) -> None:
+def _check_range(config: object, low: int, *names: str, high: int) -> None:
     for name in names:
         value = getattr(config, name)
-        if not isinstance(value, int) or not low <= value <= high:
-            raise ValueError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ValueError(f"{name} must be a whole number from {low} to {high}, got {reprlib.repr(value)}")
+
+
+def _check_number(name: str, value: object, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ValueError(f"{name} must be a number from {low:g} to {high:g}, got {reprlib.repr(value)}")
 
 
 @dataclass(frozen=True)
@@ -57,11 +69,11 @@ class SliceConfig:
     rows: int = 0
 
     def __post_init__(self) -> None:
-        _check_range(self, 1, "planes", "dim")
-        _check_range(self, 0, "layer")
+        _check_range(self, 1, "planes", "dim", high=MAX_INPUTS)
+        _check_range(self, 0, "layer", high=MOST_LAYERS - 1)
         # The range coder needs at least two values besides code 0. Codes are stored as int16.
         _check_range(self, 3, "codes", high=1 << 15)
-        if self.scales not in (1, self.dim):
+        if type(self.scales) is not int or self.scales not in (1, self.dim):
             raise ValueError(f"scales must be 1 or dim, {self.dim}, got {self.scales!r}")
         if self.outposts not in ("far", "near"):
             raise ValueError(f"outposts must be far or near, got {self.outposts!r}")
@@ -118,11 +130,16 @@ class StageConfig:
     groups: int = 1
 
     def __post_init__(self) -> None:
-        _check_range(self, 1, "stride", "channels", "hidden", "refine_blocks")
-        _check_range(self, 0, "encoder_blocks", "decoder_blocks", "renderer")
+        _check_range(self, 1, "stride", high=MAX_STRIDE)
+        _check_range(self, 1, "channels", "hidden", high=MOST_CHANNELS)
+        _check_range(self, 1, "refine_blocks", high=MOST_BLOCKS)
+        _check_range(self, 0, "encoder_blocks", "decoder_blocks", high=MOST_BLOCKS)
+        _check_range(self, 0, "renderer", high=MOST_CHANNELS)
         _check_range(self, 1, "groups", high=self.hidden)
         if self.hidden % self.groups:
             raise ValueError(f"groups must divide hidden, {self.hidden}, got {self.groups}")
+        if type(self.lapped) is not bool:
+            raise ValueError(f"lapped must be true or false, got {reprlib.repr(self.lapped)}")
 
     @property
     def spans(self) -> tuple[slice, ...]:
@@ -149,7 +166,7 @@ class PriorConfig:
 
     def __post_init__(self) -> None:
         _check_range(self, 1, "channels", "embedding", high=MAX_INPUTS // 9)
-        _check_range(self, 0, "blocks", "layers")
+        _check_range(self, 0, "blocks", "layers", high=MOST_BLOCKS)
 
 
 @dataclass(frozen=True)
@@ -183,6 +200,8 @@ class Config:
     residual_unit: float = 1.5
 
     def __post_init__(self) -> None:
+        if type(self.name) is not str:
+            raise ValueError(f"name must be text, got {reprlib.repr(self.name)}")
         strides = [1, *(stage.stride for stage in self.stages)]
         if any(b % a or b <= a for a, b in itertools.pairwise(strides)):
             raise ValueError(f"strides must grow by whole factors, got {strides[1:]}")
@@ -198,15 +217,17 @@ class Config:
         if any(2 * s.channels > MAX_INPUTS for stage in self.stages for s in stage.slices):
             raise ValueError(f"a slice must not cover more than {MAX_INPUTS // 2} channels")
         low, high = self.lambda_range
-        if not 0 < low < high:
+        for number in self.lambda_range:
+            _check_number("lambda_range", number, 1e-9, 1e9)
+        if not low < high:
             raise ValueError(f"lambda_range must be two growing positive numbers, got {self.lambda_range}")
-        # Tiles are multiples of 64 pixels and large training crops of 128.
-        if 128 % self.multiple:
-            raise ValueError(f"the coarsest stride must divide 128, got {self.multiple}")
-        if not (isinstance(self.commitment, int | float) and 0 <= self.commitment < math.inf):
-            raise ValueError(f"commitment must be a number from 0, got {self.commitment!r}")
-        if not (isinstance(self.residual_unit, int | float) and 0 < self.residual_unit < math.inf):
-            raise ValueError(f"residual_unit must be a positive number, got {self.residual_unit!r}")
+        if MAX_STRIDE % self.multiple:
+            raise ValueError(f"the coarsest stride must divide {MAX_STRIDE}, got {self.multiple}")
+        finest = self.stages[0]
+        if any(stage.renderer for stage in self.stages[1:]) or (finest.renderer and finest.stride % CELL):
+            raise ValueError(f"a renderer needs the finest stage, with a stride that {CELL} divides")
+        _check_number("commitment", self.commitment, 0, 1e6)
+        _check_number("residual_unit", self.residual_unit, 1e-6, 1e6)
         if self.rate not in ("joint", "after"):
             raise ValueError(f"rate must be joint or after, got {self.rate!r}")
         if self.rate == "joint" and self.prior.layers:
@@ -272,5 +293,5 @@ class Config:
             prior = PriorConfig(**fields.pop("prior"))
             fields["lambda_range"] = tuple(fields["lambda_range"])
             return Config(stages=stages, prior=prior, **fields)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise WeightsError(f"not a model configuration: {error}") from None

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vqcodec.errors import WeightsError
 from vqcodec.models.config import MAX_INPUTS, QUALITIES
 
 UNIT = 32  # activations are multiples of 1/32
@@ -147,13 +148,18 @@ class IntegerConv(nn.Conv2d):
 def _convolve_exactly(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     """Convolve integers without transform-domain algorithms, whose intermediate values are not integers.
 
-    CPU libraries sum the products directly, but for NNPACK, which torch falls back to for large batches. Elsewhere
-    libraries may choose Winograd or FFT, so there the inputs are unfolded for a matrix product. Its operands are exact
-    even in TF32.
+    CPU libraries sum the products directly, but for NNPACK, which torch falls back to for large batches. CUDA's may
+    choose Winograd or FFT, so there the inputs are unfolded for a matrix product. Operands are exact in TF32 and in
+    bfloat16, and their sums are float32 everywhere, so the caller's precision of products does not matter.
+
+    Raises:
+        WeightsError: nobody has shown that this type of device computes exactly.
     """
     if x.is_cpu:
         parts = [functional.conv2d(part, weight, None, stride, padding) for part in torch.split(x, WITHOUT_NNPACK)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+    if not x.is_cuda:
+        raise WeightsError(f"codes are exact on CPUs and CUDA devices only, not on {x.device.type!r}")
     kernel = weight.shape[2:]
     height = (x.shape[2] + 2 * padding - kernel[0]) // stride + 1
     columns = functional.unfold(x, kernel, padding=padding, stride=stride)
