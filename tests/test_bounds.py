@@ -1,5 +1,6 @@
 """Bounds on memory and work: what a picture, a target or a file may ask for."""
 
+from collections import Counter
 from typing import Any
 
 import models
@@ -8,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vqcodec import coding
+from vqcodec import codec, coding, encoder, search, synthesis
+from vqcodec import trials as trials_module
 from vqcodec.frame import Frame
 from vqcodec.models import counts
+from vqcodec.target import Setting, Target
 from vqcodec.weights import load
 
 
@@ -46,3 +49,76 @@ def test_range_coding_makes_no_table_of_a_whole_pass(rows: bool, monkeypatch: py
     assert all(torch.equal(a, b) for a, b in zip(found, codes, strict=True))
     most = 256 * 192 * (4 if rows else 1)
     assert encoding.numbers <= most and decoding.numbers <= most
+
+
+class Calls:
+    """Counts the calls of functions, which run as they are."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.patch, self.seen = patch, Counter[str]()
+
+    def watch(self, owner: Any, name: str) -> None:
+        plain = getattr(owner, name)
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            self.seen[name] += 1
+            return plain(*arguments, **options)
+
+        self.patch.setattr(owner, name, counted)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    watched = Calls(monkeypatch)
+    for owner, name in [(synthesis, "analyse"), (synthesis, "reconstruct"), (encoder, "choose"), (coding, "put")]:
+        watched.watch(owner, name)
+    for owner, name in [(codec.metrics, "psnr"), (codec, "ssimulacra2"), (coding, "encode"), (search, "improve")]:
+        watched.watch(owner, name)
+    return watched
+
+
+PUTS = 4 + 4 + 4  # passes of the three slices of `models.TINY`, in one batch of tiles
+
+
+@pytest.mark.parametrize(
+    ("options", "measured"),
+    [
+        ({"target": Target("size", 400)}, None),
+        ({"target": Target("bpp", 0.5)}, None),
+        ({"max_size": 400}, None),
+        ({"target": Target("psnr", 32)}, "psnr"),
+        ({"target": Target("ssimulacra2", 50)}, "ssimulacra2"),
+        ({"target": Target("psnr", 33), "max_size": 400}, "psnr"),
+        ({"target": Target("psnr", 32), "effort": 2}, "psnr"),
+        ({"target": Target("size", 400), "effort": 2}, None),
+    ],
+    ids=str,
+)
+def test_trials_do_what_the_target_asks_for(options: dict[str, Any], measured: str | None, calls: Calls) -> None:
+    """Lengths need no pictures, likenesses need no files, and latents are hardly ever made twice for a quality."""
+    trials: list[Setting] = []
+    choose = trials_module.Trials._choose
+    calls.patch.setattr(trials_module.Trials, "_choose", lambda *a: trials.append(a[1]) or choose(*a))
+    codec.compress(models.picture(64, 96), weights=models.tiny_weights(), verify=False, **options)
+    seen = calls.seen
+    assert len(trials) == len(set(trials)) == seen["choose"] > 2
+    qualities = len({setting.quality for setting in trials})
+    assert qualities <= seen["analyse"] <= qualities + 1, "at most the quality of the emphasis was forgotten"
+    assert seen["improve"] == (len(trials) if "effort" in options else 0)
+    likenesses = 0 if measured is None else seen[measured]
+    assert seen["psnr"] + seen["ssimulacra2"] == seen["reconstruct"] == likenesses
+    if measured is None:
+        assert seen["put"] == len(trials) * PUTS
+    elif "max_size" not in options:
+        assert likenesses == len(trials)
+        assert (seen["put"], seen["encode"]) == (PUTS, 1), "only the file that is found is range-coded"
+    else:
+        assert 1 < likenesses < len(trials)
+
+
+def test_latents_are_not_made_anew_for_another_emphasis(calls: Calls) -> None:
+    source = models.picture(64, 96)
+    low, high = (len(codec.compress(source, quality=q, weights=models.tiny_weights())) for q in (60, 62))
+    calls.seen.clear()
+    codec.compress(source, target=Target("size", (2 * low + high) / 3), weights=models.tiny_weights())
+    assert calls.seen["analyse"] < calls.seen["choose"]

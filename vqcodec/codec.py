@@ -8,7 +8,6 @@ Entropy coding works tile by tile, with integers and codes only (coding.py). The
 whole picture (synthesis.py), so tiles leave no seams.
 """
 
-import functools
 import math
 import operator
 import warnings
@@ -23,13 +22,14 @@ from torch import Tensor
 
 from vqcodec import bitstream, caller, coding, image, metrics, packaged, search, synthesis, tuning, weights
 from vqcodec.bitstream import Chunk, Container, Header
-from vqcodec.encoder import encode
+from vqcodec.encoder import choose
 from vqcodec.errors import ChecksumError, FormatError, HeaderError, ImageError, WeightsError
 from vqcodec.frame import Frame
 from vqcodec.image import Picture
 from vqcodec.models.model import Model
 from vqcodec.ssimulacra2 import ssimulacra2
 from vqcodec.target import HIGHEST, LOWEST, Setting, Target, largest_within
+from vqcodec.trials import Trials, digest
 from vqcodec.tuning import Tuning
 
 DEFAULT_QUALITY = 50
@@ -98,39 +98,32 @@ def compress(
     height, width = source.pixels.shape[:2]
     chunks = _chunks(source)
 
-    @functools.cache
-    def at(setting: Setting) -> tuple[bytes, float, list[Tensor]]:
-        """Compress at a setting: the file, the value that the target measures (else the size), and the codes."""
-        frame = Frame(width, height, setting.quality, tile, source.grey)
-        if tuned is None:
-            importance = tuning.flat(model.config, *setting)
-        else:
-            importance = tuned.importance(model.config, source.pixels, *setting)
-        with coding.exact(model):
-            segments, codes = encode(model, frame, source.pixels, importance)
-        if rounds := search.ROUNDS[effort - 1]:
-            codes = search.improve(model, frame, source.pixels, codes, rounds, importance, on_progress)
-        with coding.exact(model):
-            if rounds:
-                segments = coding.encode(model, frame, codes)
-            data = bitstream.write(Header.of(frame, model.id, model.config.layers), chunks, segments)
-            if target is None or target.measure == "size":
-                return data, len(data), codes
-            if target.measure == "bpp":
-                return data, metrics.bits_per_pixel(len(data), width, height), codes
-            restored = synthesis.reconstruct(model, frame, codes)
-            metric = metrics.psnr if target.measure == "psnr" else ssimulacra2
-            return data, metric(source.pixels, restored), codes
+    def frame_of(quality: int) -> Frame:
+        return Frame(width, height, quality, tile, source.grey)
+
+    def write(frame: Frame, segments: list[bytes]) -> bytes:
+        return bitstream.write(Header.of(frame, model.id, model.config.layers), chunks, segments)
+
+    rounds = search.ROUNDS[effort - 1]
+    trials = Trials(model, source.pixels, tuned, frame_of, write, rounds, on_progress)
+
+    def evaluate(setting: Setting) -> float:
+        """What the target measures."""
+        assert target is not None
+        if target.measure in ("size", "bpp"):
+            size = trials.size(setting)
+            return size if target.measure == "size" else metrics.bits_per_pixel(size, width, height)
+        return trials.likeness(setting, metrics.psnr if target.measure == "psnr" else ssimulacra2, target.value)
 
     best = Setting(quality or (DEFAULT_QUALITY if max_size is None else HIGHEST))
     if target is not None:
-        best = target.find(lambda setting: at(setting)[1])
+        best = target.find(evaluate)
     if max_size is not None:
-        best = largest_within(lambda setting: len(at(setting)[0]), max_size, best)
-    written, _, codes = at(best)
+        best = largest_within(trials.size, max_size, best)
+    written, chosen = trials.file(best)
     if verify:
         decoded = decode_codes(bitstream.read(written, max_pixels=None), model)
-        if not all(torch.equal(a, b) for a, b in zip(codes, decoded, strict=True)):
+        if digest(decoded) != chosen:
             raise FormatError("verification failed: the file would not decode to the codes it was made from")
     return written
 
@@ -221,7 +214,8 @@ def reconstruct(
     height, width = picture.pixels.shape[:2]
     frame = Frame(width, height, quality, TILE, picture.grey)
     with coding.exact(model):
-        _, codes = encode(model, frame, picture.pixels)
+        latents = synthesis.analyse(model, picture.pixels, torch.tensor([quality], device=model.device))
+        codes = choose(model, frame, latents)
         partial = (
             [c if level <= last else torch.zeros_like(c) for level, c in enumerate(codes)] for last in range(len(codes))
         )

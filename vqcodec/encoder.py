@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vqcodec import coding, synthesis, tuning
+from vqcodec.entropy import Encoder
 from vqcodec.frame import Frame
 from vqcodec.models.model import Model, Pass, Slice, walk
 from vqcodec.models.quantizer import rows
@@ -25,13 +26,34 @@ def encode(
     Returns:
         The segments in file order, and the codes in the form that `coding.decode` returns.
     """
+    latents = synthesis.analyse(model, pixels, torch.tensor([frame.quality], device=model.device))
+    coders = coding.new_coders(model, frame)
+    codes = choose(model, frame, latents, importance, coders)
+    return coding.in_file_order(coders), codes
+
+
+def choose(
+    model: Model,
+    frame: Frame,
+    latents: list[Tensor],
+    importance: Importance | None = None,
+    coders: list[list[Encoder]] | None = None,
+) -> list[Tensor]:
+    """Choose codes.
+
+    Args:
+        model: the weights. frame: the picture's frame. latents: from `synthesis.analyse`.
+        importance: weights of the errors; None for plain squared error.
+        coders: `coders[tile][layer]`, which range-code the codes; None to leave that out.
+
+    Returns:
+        The codes in the form that `coding.decode` returns.
+    """
     importance = (importance or tuning.flat(model.config, frame.quality)).to(model.device)
     quality = torch.tensor([frame.quality], device=model.device)
-    latents = synthesis.analyse(model, pixels, quality)
     codes = coding.no_codes(model.config, frame)
     estimate = synthesis.GridEstimate(model, frame)
     batches = coding.batches_of(model, frame)
-    coders = coding.new_coders(model, frame)
     for piece in walk(model.levels, estimate, *batches):
         step_cost = piece.error_weight(importance.weight, quality) * importance.of_planes(piece.level, piece.planes)
         whole = latents[piece.level][:, piece.channels]
@@ -43,13 +65,14 @@ def encode(
             for one in batch.passes(_nearest(piece, v)):
                 if one.codes is None:
                     one.codes = _choose(piece, one, v, step_cost, factors, model.config.rate_factor)
-                coding.put([coders[number][piece.config.layer] for number in batch.numbers], piece, one)
+                if coders is not None:
+                    coding.put([coders[number][piece.config.layer] for number in batch.numbers], piece, one)
             chosen = batch.take_codes()
             vectors, narrow = piece.vectors(chosen), chosen.to("cpu", torch.int16)
             for tile, window in enumerate(batch.windows):
                 estimate.add_at(window, vectors[tile : tile + 1])
                 codes[piece.level][(*window, piece.planes)] = narrow[tile]
-    return coding.in_file_order(coders), codes
+    return codes
 
 
 def _nearest(piece: Slice, v: Tensor) -> Tensor | None:

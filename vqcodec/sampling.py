@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vqcodec import codec, coding, packaged, synthesis, weights
-from vqcodec.encoder import encode
+from vqcodec.encoder import choose
 from vqcodec.entropy import Counts, Symbols, Table
 from vqcodec.errors import ImageError
 from vqcodec.frame import Frame
@@ -96,8 +96,11 @@ def sample(
         raise ValueError(f"temperature must be a number from 0, got {temperature!r}")
     model = weights.load(packaged.find(weights_file), device)
     frame = Frame(width, height, quality)
-    with coding.exact(model):
-        given = encode(model, frame, picture.pixels)[1] if picture is not None else None
+    given = None
+    if picture is not None:
+        with coding.exact(model):
+            latents = synthesis.analyse(model, picture.pixels, torch.tensor([quality], device=model.device))
+            given = choose(model, frame, latents)
     kept = frame.padded(model.config.multiple)[0] // model.config.levels[-1].stride // 2 if rows is None else rows
     dice = Dice(temperature, np.random.default_rng(seed))
     for _ in range(count):
