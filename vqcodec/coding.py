@@ -208,8 +208,9 @@ def decode(model: Model, frame: Frame, segments: Sequence[bytes | None]) -> list
         for piece in walk(model.levels, batch):
             layer = piece.config.layer
             for number, own in list(left.items()):
-                if (data := own[layer]) is None:
-                    del left[number]
+                data = own[layer]
+                if data is None or not any(own[layer:]):
+                    del left[number]  # no bytes: the rest of its codes are 0
                 elif (number, layer) not in coders:
                     coders[number, layer] = Decoder(data)
             if not left:
