@@ -102,20 +102,25 @@ def put(coders: Sequence[Encoder], piece: Slice, one: Pass) -> None:
             coder.put_rows(symbols[number][order[number]], rows[number][order[number]], tables.table)
         return
     assert tables is not None
-    parts = (_by_tile(x, coders) for x in (one.parameters, one.codes))
-    for coder, parameters, codes in zip(coders, *parts, strict=True):
-        count = 1 if piece.prior.at_once else len(codes)
-        for start in range(0, len(codes), count):
-            _put(coder, tables, parameters[start : start + count], codes[start : start + count])
+    if not piece.prior.at_once:
+        _put(coders, tables, one.parameters, one.codes)
+        return
+    for coder, parameters, codes in zip(
+        coders, *(_by_tile(x, coders) for x in (one.parameters, one.codes)), strict=True
+    ):
+        for place in range(len(codes)):
+            _put([coder], tables, parameters[place : place + 1], codes[place : place + 1])
 
 
-def _put(coder: Encoder, tables: CodeTables, parameters: Tensor, k: Tensor) -> None:
-    """Range-code symbols k, int64 (N, P): all flags, then values plane by plane."""
+def _put(coders: Sequence[Encoder], tables: CodeTables, parameters: Tensor, k: Tensor) -> None:
+    """Range-code symbols k, int64 (N, P), of the tiles of a batch: all flags of a tile, then values plane by plane."""
     other = k > 0
-    coder.put(other.reshape(-1).cpu().numpy(), flag_counts(parameters))
-    values, start = k.T[other.T].cpu().numpy() - 1, 0
-    for counts in tables.value_counts(parameters, other):
-        coder.put(values[start : start + len(counts)], counts)
+    flags = other.reshape(len(coders), -1).cpu().numpy()
+    for coder, own, counts in zip(coders, flags, np.split(flag_counts(parameters), len(coders)), strict=True):
+        coder.put(own, counts)
+    values, start = (_planes(k, coders)[_planes(other, coders)] - 1).cpu().numpy(), 0
+    for number, counts in _value_counts(tables, parameters, other, len(coders)):
+        coders[number].put(values[start : start + len(counts)], counts)
         start += len(counts)
 
 
@@ -131,22 +136,52 @@ def get(coders: Sequence[Source | None], piece: Slice, one: Pass) -> Tensor:
                 symbols[number][order[number]] = coder.get_rows(rows[number][order[number]], tables.table)
         return torch.from_numpy(symbols).reshape(one.parameters.shape[:2]).to(one.parameters.device)
     assert tables is not None
-    codes = []
-    for coder, parameters in zip(coders, _by_tile(one.parameters, coders), strict=True):
-        zeros = torch.zeros(parameters.shape[:2], dtype=torch.int64, device=parameters.device)
-        codes.append(zeros if coder is None else _get(coder, tables, parameters))
-    return torch.cat(codes)
-
-
-def _get(coder: Source, tables: CodeTables, parameters: Tensor) -> Tensor:
-    """The inverse of `_put`."""
-    flags = coder.get(flag_counts(parameters))
-    k = torch.from_numpy(flags.astype(np.int64)).reshape(parameters.shape[:2]).to(parameters.device)
+    counts = np.split(flag_counts(one.parameters), len(coders))
+    flags = [np.zeros(len(c), np.int32) if x is None else x.get(c) for x, c in zip(coders, counts, strict=True)]
+    k = torch.from_numpy(np.concatenate(flags).astype(np.int64)).reshape(one.parameters.shape[:2])
+    k = k.to(one.parameters.device)
     other = k > 0
-    values = [coder.get(counts) for counts in tables.value_counts(parameters, other)]
+    values = []
+    for number, own in _value_counts(tables, one.parameters, other, len(coders)):
+        coder = coders[number]
+        assert coder is not None  # a tile without a coder has no values
+        values.append(coder.get(own))
     if values:
-        k.T[other.T] += torch.from_numpy(np.concatenate(values).astype(np.int64)).to(k.device)
+        found = torch.from_numpy(np.concatenate(values).astype(np.int64)).to(k.device)
+        _planes(k, coders)[_planes(other, coders)] += found
     return k
+
+
+def _value_counts(
+    tables: CodeTables, parameters: Tensor, other: Tensor, tiles: int
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """The counts of the values of a pass in the order of tiles: the number of a tile and a block as of `value_counts`.
+
+    Small tiles share a block, because to make one takes as long however few symbols it has.
+    """
+    count = len(other) // tiles
+    members = other.reshape(tiles, -1).sum(1).tolist()
+    start = 0
+    while start < tiles:
+        stop, total = start + 1, members[start]
+        while stop < tiles and total + members[stop] <= tables.symbols_of_block:
+            total += members[stop]
+            stop += 1
+        part = slice(start * count, stop * count)
+        blocks = tables.value_counts(parameters[part], other[part])
+        if stop == start + 1:
+            yield from ((start, block) for block in blocks)
+        elif total:
+            (block,) = blocks
+            tile = other[part].T.nonzero()[:, 1].cpu().numpy() // count
+            order = np.split(np.argsort(tile, kind="stable"), np.cumsum(members[start:stop])[:-1])
+            yield from ((number, block[own]) for number, own in enumerate(order, start) if len(own))
+        start = stop
+
+
+def _planes(x: Tensor, coders: Sequence[object]) -> Tensor:
+    """A view of the symbols of a pass, (N, P), by tiles and planes: (tiles, P, N / tiles)."""
+    return x.reshape(len(coders), -1, x.shape[1]).transpose(1, 2)
 
 
 def _by_tile(x: Tensor, coders: Sequence[object]) -> tuple[Tensor, ...]:

@@ -119,6 +119,11 @@ class CodeTables(nn.Module):
         """Numbers of rows of `values` that belong to means, squares and absolute values."""
         return [self.piece.dim, self.piece.scales, self.piece.scales]
 
+    @property
+    def symbols_of_block(self) -> int:
+        """Most symbols whose counts `value_counts` makes at a time."""
+        return max(1, BLOCK[self.bias.device.type] // self.bias.shape[1])
+
     def value_counts(self, parameters: Tensor, other: Tensor) -> Iterator[NDArray[np.float32]]:
         """Counts of the values 1..K-1, for those symbols of one pass whose flag says that k > 0.
 
@@ -134,8 +139,7 @@ class CodeTables(nn.Module):
         given = parameters.transpose(0, 1)[other.T]
         ends = [0, *itertools.accumulate(other.sum(0).tolist())]
         root, square, linear, weights = (t.to(given.device) for t in (ROOT, SQUARE, LINEAR, WEIGHTS))
-        width = self.bias.shape[1]
-        limit = max(1, BLOCK[given.device.type] // width)
+        width, limit = self.bias.shape[1], self.symbols_of_block
         for start in range(0, len(given), limit):
             o = given[start : start + limit].double()
             mean, s, a = torch.split(o[:, :-1], self._groups(), 1)
