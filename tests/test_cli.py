@@ -1,5 +1,6 @@
 """The command line with a codec that is no codec: PNG files inside of .vqz containers."""
 
+import base64
 import contextlib
 import importlib
 import io
@@ -112,6 +113,9 @@ def test_help_has_ranges_and_defaults():
         (["compress", "a.png", "b.png", "-o", os.devnull], f"{os.devnull} is not a folder"),
         (["decompress", "a.vqz", "-o", "a.xyz"], "no picture format has the suffix '.xyz'"),
         (["decompress", "a.vqz", "--test", "-o", "a.png"], "--test writes nothing, so -o has no use."),
+        (["compare", "a", "b", "c"], "More than two pictures are compared on a page: give --html."),
+        (["compare", "a", "b", "--html", "a.html", "--json"], "Give one of --html and --json."),
+        (["compare", "a.png", "b.png", "--html", "a.png"], "the page must end in .html, got a.png"),
         (["info"], "Give either files or --weights."),
         (["sample"], "Missing option '-o' / '--output'."),
         (["sample", "-o", "a.xyz"], "no picture format has the suffix '.xyz'"),
@@ -560,6 +564,52 @@ def test_compare_failures(photo):
     ran = run("compare", "photo.png", "small.png")
     fails(ran, 1, "vqcodec: small.png: the picture has 4 x 5 pixels, photo.png has 40 x 30")
     fails(run("compare", "no.png", "photo.png"), 1, "vqcodec: no.png: No such file or directory")
+
+
+def pictures_of(page: str) -> list[dict]:
+    """What a page of `compare --html` holds."""
+    found = re.search(r'<script type="application/json" id="pictures">(.*?)</script>', Path(page).read_text())
+    return json.loads(found[1])
+
+
+def test_compare_on_a_page(codec, photo):
+    run("compress", "photo.png")
+    noisy = np.clip(photo.astype(int) + 5, 0, 255).astype(np.uint8)
+    name = "<script>alert(1)<!--.png"
+    Image.fromarray(noisy).save(name, exif=b"Exif\0\0II*\0 where it was taken")
+    told = json.loads(run("compare", "photo.png", name, "--json").stdout)
+    fails(run("compare", "photo.png", "photo.vqz", name, "--html", "out.html"), 0)
+    shown = pictures_of("out.html")
+    assert [picture["name"] for picture in shown] == ["photo.png", "photo.vqz", name]
+    for picture, pixels in zip(shown, (photo, photo, noisy), strict=True):
+        size = os.path.getsize(picture["name"])
+        assert (picture["width"], picture["height"], picture["figures"]["Bytes"]) == (40, 30, f"{size:,}")
+        assert picture["figures"]["Bits per pixel"] == f"{8 * size / 1200:.4f}"
+        png = base64.b64decode(picture["src"].removeprefix("data:image/png;base64,"))
+        assert np.array_equal(image.load(png, max_pixels=None).pixels, pixels) and b"taken" not in png
+    assert [picture["figures"].get("PSNR") for picture in shown] == [None, "equal", f"{told['psnr']:.2f} dB"]
+    assert 50 < float(shown[2]["figures"]["SSIMULACRA2"]) < 100
+    text = Path("out.html").read_text()
+    assert name not in text and not re.search("https?:|@import|url\\(", text), "nothing from elsewhere"
+
+
+def test_pages_are_not_overwritten_unasked(photo):
+    asked = ["compare", "photo.png", "photo.png", "--html", "out.html"]
+    Path("out.html").write_text("mine")
+    fails(run(*asked), 1, "vqcodec: out.html: File exists, -f would overwrite it")
+    assert Path("out.html").read_text() == "mine"
+    fails(run(*asked, "-f"), 0)
+    assert len(pictures_of("out.html")) == 2 and tree() == ["out.html", "photo.png"]
+
+
+def test_compare_on_a_page_failures(photo):
+    Image.new("RGB", (4, 5)).save("small.png")
+    ran = run("compare", "photo.png", "small.png", "no.png", "--html", "out.html")
+    fails(ran, 1, "vqcodec: no.png: No such file or directory")
+    ran = run("compare", "photo.png", "small.png", "--html", "out.html")
+    fails(ran, 1, "vqcodec: small.png: the picture has 4 x 5 pixels, photo.png has 40 x 30")
+    fails(run("compare", "small.png", "small.png", "--html", "out.html"), 0)
+    assert pictures_of("out.html")[1]["figures"]["SSIMULACRA2"] == "too small"
 
 
 # train

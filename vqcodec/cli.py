@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vqcodec import __version__, bitstream, files, options, packaged, signals, streams, terminal
-from vqcodec.errors import VqcodecError
+from vqcodec.errors import ImageError, VqcodecError
 from vqcodec.packaged import TUNES
 from vqcodec.target import HIGHEST, LOWEST, Target
 from vqcodec.terminal import ErrorReport
@@ -328,31 +328,49 @@ def info(paths: tuple[str, ...], weights: str | None, as_json: bool) -> int:
 @main.command()
 @click.argument("first", metavar="A", type=click.Path())
 @click.argument("second", metavar="B", type=click.Path())
+@click.argument("others", metavar="[C...]", nargs=-1, type=click.Path())
+@click.option("--html", metavar="OUT", type=click.Path(), help="Write a page to see the pictures before and after.")
 @options.weights
 @options.device
+@options.force
 @options.as_json
-def compare(first: str, second: str, weights: str | None, device: str, as_json: bool) -> int:
+def compare(
+    first: str,
+    second: str,
+    others: tuple[str, ...],
+    html: str | None,
+    weights: str | None,
+    device: str,
+    force: bool,
+    as_json: bool,
+) -> int:
     """Compare two pictures by PSNR and MS-SSIM, and show the sizes of .vqz files.
 
     Both metrics compare 8-bit RGB values. They ignore transparency and colour profiles. In JSON, the PSNR of equal
     pictures is null, and so is the MS-SSIM of pictures with a side below 11 pixels.
 
+    With --html, the answer is a page that holds two or more pictures: any two of them under a slider, and a table of
+    sizes, PSNR and SSIMULACRA2 against A.
+
     \b
-    Example:
+    Examples:
       vqcodec compare photo.png photo.vqz
+      vqcodec compare photo.png photo.vqz photo.avif --html photo.html
     """
+    if html is not None:
+        if as_json:
+            raise click.UsageError("Give one of --html and --json.")
+        return _compare_on_a_page((first, second, *others), html, weights=weights, device=device, force=force)
+    if others:
+        raise click.UsageError("More than two pictures are compared on a page: give --html.")
     report = ErrorReport()
     pictures, sizes = [], {}
     for path in (first, second):
         with report.errors_of(path):
             data = files.read(path)
+            pictures.append(_decode(data, weights, device).pixels)
             if data.startswith(bitstream.MAGIC):
-                from vqcodec import codec
-
-                pictures.append(codec.decode_picture(data, weights=weights, device=device).pixels)
                 sizes[path] = len(data)
-            else:
-                pictures.append(_load(data).pixels)
     if report.failed:
         return report.status
     from vqcodec import metrics
@@ -367,6 +385,47 @@ def compare(first: str, second: str, weights: str | None, device: str, as_json: 
     psnr, ms_ssim = metrics.psnr(a, b), metrics.ms_ssim(a, b)
     terminal.print_comparison(width, height, sizes, psnr=psnr, ms_ssim=ms_ssim, as_json=as_json)
     return 0
+
+
+def _compare_on_a_page(paths: Sequence[str], output: str, *, weights: str | None, device: str, force: bool) -> int:
+    """Write the page of `compare --html`, and return the exit code."""
+    if Path(output).suffix.lower() not in (".html", ".htm"):
+        raise click.UsageError(f"the page must end in .html, got {output}")
+    report = ErrorReport()
+    with report.errors_of(output):
+        files.check(files.Job(files.STREAM, output), overwrite=force)
+    for path in paths:
+        with report.errors_of(path):
+            files.check(files.Job(path, files.STREAM), overwrite=force)
+    if report.failed:
+        return report.status
+    from vqcodec import page
+
+    entries: list[page.Entry] = []
+    for path in paths:
+        with report.errors_of(path):
+            data = files.read(path)
+            picture = _decode(data, weights, device)
+            if entries and picture.pixels.shape != (wanted := entries[0].picture.pixels.shape):
+                height, width, _ = picture.pixels.shape
+                raise ImageError(
+                    f"the picture has {width} x {height} pixels, {entries[0].name} has {wanted[1]} x {wanted[0]}"
+                )
+            entries.append(page.Entry(path, len(data), picture))
+    if report.failed:
+        return report.status
+    with report.errors_of(output):
+        files.write(output, page.render(entries).encode(), overwrite=force)
+    return report.status
+
+
+def _decode(data: bytes, weights: str | None, device: str) -> "Picture":
+    """The picture in a .vqz file or in any picture file."""
+    if data.startswith(bitstream.MAGIC):
+        from vqcodec import codec
+
+        return codec.decode_picture(data, weights=weights, device=device)
+    return _load(data)
 
 
 @main.command()
