@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 DEMO := out/demo
 
-.PHONY: help venv demo test check format clean
+.PHONY: help venv demo studio test check format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -13,7 +13,7 @@ venv: $(STAMP)  ## make .venv with this package and all tools
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,bench]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,bench,studio]'
 	touch $@
 
 demo: $(STAMP)  ## compress and restore a photo, and say how large and how good
@@ -23,6 +23,9 @@ demo: $(STAMP)  ## compress and restore a photo, and say how large and how good
 	$(BIN)/vqcodec compress -f $(DEMO)/photo.jpg -o $(DEMO)/photo.vqz
 	$(BIN)/vqcodec decompress -f $(DEMO)/photo.vqz -o $(DEMO)/restored.png
 	$(BIN)/vqcodec compare $(DEMO)/photo.jpg $(DEMO)/photo.vqz
+
+studio: $(STAMP)  ## try qualities and looks on a page in the browser
+	$(BIN)/vqcodec studio
 
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest -q

@@ -77,7 +77,8 @@ def test_version():
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["compress"], ["decompress"], ["info"], ["compare"], ["train"], ["sample"], ["reconstruct"]]
+    "command",
+    [[], ["compress"], ["decompress"], ["info"], ["compare"], ["studio"], ["train"], ["sample"], ["reconstruct"]],
 )
 @pytest.mark.parametrize("option", ["-h", "--help"])
 def test_help(command, option):

@@ -11,7 +11,9 @@ import math
 import os
 import shlex
 import sys
+import threading
 import time
+import webbrowser
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -426,6 +428,44 @@ def _decode(data: bytes, weights: str | None, device: str) -> "Picture":
 
         return codec.decode_picture(data, weights=weights, device=device)
     return _load(data)
+
+
+@main.command()
+@click.argument("picture", metavar="[PICTURE]", required=False, type=click.Path())
+@click.option("--port", type=click.IntRange(1, 65535), help="Port to listen to.  [default: a free one]")
+@click.option("--no-browser", is_flag=True, help="Do not open the page in the browser.")
+@options.weights
+@options.device
+def studio(picture: str | None, port: int | None, no_browser: bool, weights: str | None, device: str) -> int:
+    """Try qualities, targets and looks on a page in the browser, beside AVIF at equal bytes.
+
+    PICTURE is a picture or a .vqz file; the page opens others too. It is served to this computer alone until Ctrl-C.
+
+    \b
+    Example:
+      vqcodec studio photo.png
+    """
+    try:
+        from vqcodec import server
+        from vqcodec.studio import Studio
+    except ModuleNotFoundError as error:
+        terminal.say(f"vqcodec: studio: {error.name} is not installed (pip install 'vqcodec[studio]')")
+        return 1
+
+    def started(address: str) -> None:
+        terminal.say(f"vqcodec: the studio is at {address} (Ctrl-C ends it)")
+        if not no_browser:  # which may be one in this terminal, and wait for the page
+            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+
+    report = ErrorReport()
+    with report.errors_of(picture or "studio"):
+        opened = Studio(weights, device)
+        if picture is not None:
+            opened.open(os.path.basename(picture), files.read(picture))
+    if not report.failed:
+        with report.errors_of(f"port {port}" if port else "studio"), contextlib.suppress(KeyboardInterrupt):
+            server.serve(opened, port or 0, started)
+    return report.status
 
 
 @main.command()

@@ -6,6 +6,7 @@ The page is web/compare.html with the style sheet, the script and the pictures p
 import base64
 import dataclasses
 import importlib.resources
+import io
 import json
 import math
 import string
@@ -64,9 +65,17 @@ def asset(name: str) -> str:
     return importlib.resources.files("vqcodec").joinpath("web", name).read_text("utf-8")
 
 
-def png(picture: Picture) -> bytes:
-    """A picture as a browser shows it: a PNG file with its colour profile, but without EXIF data and XMP."""
-    return image.save(dataclasses.replace(picture, exif=None, xmp=None), ".png")
+def png(picture: Picture, level: int = 6) -> bytes:
+    """A picture as a browser shows it: a PNG file with its colour profile, but without EXIF data and XMP.
+
+    Args:
+        picture: the picture.
+        level: 1 to write it fast, 9 to make it small.
+    """
+    out = io.BytesIO()
+    shown = image.to_pil(dataclasses.replace(picture, exif=None, xmp=None))
+    shown.save(out, "PNG", compress_level=level, icc_profile=picture.icc)
+    return out.getvalue()
 
 
 def figures(size: int, picture: Picture, reference: Picture | None) -> dict[str, str]:

@@ -7,7 +7,7 @@
  * of the handle.
  *
  * Returns show(pictures): each has a name, src, width and height in pixels (the same for all), and figures. The names
- * that are chosen stay so if they are among the new ones; else the first picture is left and the second right.
+ * that were chosen are shown if they are among the new ones; else the first picture is left and the second right.
  */
 function createViewer(root) {
   const MOST = 64;  // screen pixels for a pixel of the picture
@@ -36,6 +36,7 @@ function createViewer(root) {
   const stage = find('.stage'), handle = find('.handle'), readout = find('output');
   const selects = [find('select.left'), find('select.right')], names = [find('.name.left'), find('.name.right')];
   const sides = [...root.querySelectorAll('.side')], images = [...root.querySelectorAll('.stage img')];
+  const chosen = [];  // names
   let pictures = [], width = 1, height = 1, scale = 1, x = 0, y = 0, split = 0.5, fitted = true;
 
   const unit = () => 1 / window.devicePixelRatio;
@@ -149,10 +150,12 @@ function createViewer(root) {
     if (images[side].src !== picture.src) images[side].src = picture.src;
     images[side].alt = names[side].textContent = names[side].title = picture.name;
   }
-  selects.forEach((select, side) => select.addEventListener('change', () => choose(side)));
+  selects.forEach((select, side) => select.addEventListener('change', () => {
+    chosen[side] = select.value;
+    choose(side);
+  }));
 
   return function show(list) {
-    const chosen = selects.map(select => pictures[select.selectedIndex]?.name);
     const resized = list[0].width !== width || list[0].height !== height;
     pictures = list;
     ({ width, height } = list[0]);
@@ -169,7 +172,7 @@ function createViewer(root) {
   };
 }
 
-/* Fills a table with the names and figures of pictures; the first column of figures that any has comes first. */
+/* Fills a table with the names and figures of pictures, a column for each figure that any of them has. */
 function fillTable(table, pictures) {
   const columns = [...new Set(pictures.flatMap(picture => Object.keys(picture.figures)))];
   const row = (tag, texts) => {
