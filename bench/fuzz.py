@@ -29,7 +29,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save
 
 from bench.speed import sample
-from vqcodec import bitstream, codec, image, packaged, weights
+from vqcodec import bitstream, codec, image, packaged, weights, weights_file
 from vqcodec.errors import VqcodecError
 from vqcodec.models.config import Config
 
@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         def load(data: bytes) -> None:
             mutated.write_bytes(data)
             weights.load(mutated)
-            weights.describe(mutated)
+            weights_file.describe(mutated)
 
         def decode(data: bytes, partial: bool) -> None:
             codec.decode_picture(data, weights=own, partial=partial, max_pixels=MAX_PIXELS)

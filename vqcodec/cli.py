@@ -214,6 +214,19 @@ def compress(
     help="Stay closest to the pixels of the original, or look most like a photo.",
 )
 @click.option("--partial", is_flag=True, help="Decode the intact parts of a cut or damaged file.")
+@click.option(
+    "--region",
+    metavar="X,Y,W,H",
+    type=options.REGION,
+    help="Decode only this part: left, top, width and height in pixels.",
+)
+@click.option(
+    "--scale",
+    type=click.Choice(["1", "1/2", "1/4", "1/8"]),
+    default="1",
+    show_default=True,
+    help="Decode a smaller picture, in less time.",
+)
 @click.option("--test", is_flag=True, help="Decode, but write nothing.")
 @options.max_pixels
 @options.weights
@@ -225,6 +238,8 @@ def decompress(
     output: str | None,
     look: str,
     partial: bool,
+    region: tuple[int, int, int, int] | None,
+    scale: str,
     test: bool,
     max_pixels: int,
     weights: str | None,
@@ -261,7 +276,14 @@ def decompress(
         data = files.read(job.source)
         with _naming_limit(max_pixels):
             picture = codec.decode_picture(
-                data, weights=weights, look=look, device=device, partial=partial, max_pixels=max_pixels
+                data,
+                weights=weights,
+                look=look,
+                device=device,
+                partial=partial,
+                region=region,
+                scale=int(scale[-1]),
+                max_pixels=max_pixels,
             )
         encoded = b""
         notes: tuple[str, ...] = ()

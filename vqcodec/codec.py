@@ -24,7 +24,7 @@ from vqcodec import bitstream, caller, coding, image, metrics, packaged, search,
 from vqcodec.bitstream import Chunk, Container, Header
 from vqcodec.encoder import choose
 from vqcodec.errors import ChecksumError, FormatError, HeaderError, ImageError, WeightsError
-from vqcodec.frame import Frame
+from vqcodec.frame import Frame, Region
 from vqcodec.image import Picture
 from vqcodec.models.model import Model
 from vqcodec.ssimulacra2 import ssimulacra2
@@ -33,6 +33,7 @@ from vqcodec.trials import Trials, digest
 from vqcodec.tuning import Tuning
 
 DEFAULT_QUALITY = 50
+SCALES = (1, 2, 4, 8)
 TILE = 1024
 
 
@@ -135,13 +136,24 @@ def decompress(
     look: str = packaged.LOOKS[0],
     device: str = "auto",
     partial: bool = False,
+    region: tuple[int, int, int, int] | None = None,
+    scale: int = 1,
     max_pixels: int | None = bitstream.DEFAULT_MAX_PIXELS,
 ) -> Image.Image:
     """Decode the bytes of a .vqz file to a Pillow image of mode L, LA, RGB or RGBA.
 
     Args and Raises: as `decode_picture`. With `partial`, each missing or damaged part gives a warning.
     """
-    picture = decode_picture(data, weights=weights, look=look, device=device, partial=partial, max_pixels=max_pixels)
+    picture = decode_picture(
+        data,
+        weights=weights,
+        look=look,
+        device=device,
+        partial=partial,
+        region=region,
+        scale=scale,
+        max_pixels=max_pixels,
+    )
     for problem in picture.notes:
         warnings.warn(problem, stacklevel=2)
     return image.to_pil(picture)
@@ -154,6 +166,8 @@ def decode_picture(
     look: str = packaged.LOOKS[0],
     device: str = "auto",
     partial: bool = False,
+    region: tuple[int, int, int, int] | None = None,
+    scale: int = 1,
     max_pixels: int | None = bitstream.DEFAULT_MAX_PIXELS,
 ) -> Picture:
     """Decode the bytes of a .vqz file.
@@ -166,6 +180,10 @@ def decode_picture(
         device: "auto" (CUDA if there is one), "cpu" or "cuda".
         partial: decode what is left of a cut or damaged file. Missing codes make the picture coarser; its notes say
             what is missing.
+        region: the part of the picture to decode, (left, top, width, height) in pixels: only tiles that matter for it
+            are decoded. None for the whole picture.
+        scale: 1, 2, 4 or 8: how many pixels, along each side, become one; a smaller picture takes less time. With a
+            region, the result has all pixels that show a part of it.
         max_pixels: largest width x height to accept, checked before any memory is allocated; None for no limit.
 
     Returns:
@@ -173,12 +191,18 @@ def decode_picture(
 
     Raises:
         FormatError: the data is not a .vqz file, is damaged or cut, or the picture is too large.
-        WeightsError: the file was made with other weights, or these do not have the look.
-        ValueError: there is no such look.
+        ImageError: the region is not inside the picture.
+        WeightsError: the file was made with other weights, or these do not have the look or the scale.
+        ValueError: there is no such look or scale, or the region is no four integers.
     """
+    if scale not in SCALES:
+        raise ValueError(f"scale must be one of {', '.join(map(str, SCALES))}, got {scale!r}")
     container = bitstream.read(data, max_pixels=max_pixels, partial=partial)
     header = container.header
+    part = None if region is None else _region(region, header.frame)
     model = _load(_packaged(header.weights_id) if weights is None else weights, device, look)
+    if scale > (largest := synthesis.largest_scale(model.config)):
+        raise WeightsError(f"these weights decode to no less than 1/{largest} of the size")
     chunks = {chunk.kind: chunk.data for chunk in container.chunks}
     alpha = None
     if "ALPH" in chunks:
@@ -186,9 +210,10 @@ def decode_picture(
             alpha = image.decode_alpha(chunks["ALPH"], header.width, header.height)
         except ImageError as error:
             raise ChecksumError(str(error)) from None
-    codes = decode_codes(container, model)
+        alpha = image.reduced(alpha, part, scale)
+    codes = decode_codes(container, model, part, scale)
     with coding.exact(model):
-        pixels = synthesis.reconstruct(model, header.frame, codes)
+        pixels = synthesis.reconstruct(model, header.frame, codes, part, scale)
     return Picture(
         pixels,
         grey=header.grey,
@@ -222,8 +247,12 @@ def reconstruct(
         return [synthesis.reconstruct(model, frame, some) for some in partial]
 
 
-def decode_codes(container: Container, model: Model) -> list[Tensor]:
+def decode_codes(container: Container, model: Model, region: Region | None = None, scale: int = 1) -> list[Tensor]:
     """Decode the codes of a file: the part of decoding that is exact on every machine.
+
+    Args:
+        container, model: the file and its weights.
+        region, scale: what `synthesis.reconstruct` is to be asked for; codes that do not matter for it are 0.
 
     Returns:
         As `coding.decode`.
@@ -240,8 +269,28 @@ def decode_codes(container: Container, model: Model) -> list[Tensor]:
         raise HeaderError(f"the file has {header.layers} layers, its weights have {model.config.layers}")
     if header.tile % model.config.multiple:
         raise HeaderError(f"tile is {header.tile} pixels, these weights need multiples of {model.config.multiple}")
+    layers = synthesis.layers_for(model.config, scale)
+    tiles = synthesis.tiles_for(model, header.frame, region, scale)
+    count = len(header.frame.tiles())
+    segments = [
+        data if number // count < layers and number % count in tiles else None
+        for number, data in enumerate(container.segments)
+    ]
     with coding.exact(model):
-        return coding.decode(model, header.frame, container.segments)
+        return coding.decode(model, header.frame, segments)
+
+
+def _region(region: tuple[int, int, int, int], frame: Frame) -> Region:
+    """A region of a picture.
+
+    Raises:
+        ImageError: it is not inside the picture.
+    """
+    left, top, width, height = (_integer("region", value, 0) for value in region)
+    if min(width, height) < 1 or left + width > frame.width or top + height > frame.height:
+        given = ",".join(map(str, region))
+        raise ImageError(f"the region {given} is not inside the picture of {frame.width} x {frame.height} pixels")
+    return Region(left, top, width, height)
 
 
 def _integer(name: str, value: object, low: int, high: int | None = None) -> int:

@@ -1,7 +1,7 @@
 """Entropy coding: codes <-> segments, tile by tile. It uses integers and codes only, no latents or pixels."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -60,13 +60,13 @@ class Tiles(Context):
             yield one
 
 
-def batches_of(model: Model, frame: Frame) -> list[Tiles]:
-    """All tiles of a picture, in batches of equal ones."""
+def batches_of(model: Model, frame: Frame, chosen: Iterable[int] | None = None) -> list[Tiles]:
+    """Tiles of a picture, all of them or those of the given numbers, in batches of equal ones."""
     quality = torch.tensor([frame.quality], device=model.device)
     boxes = frame.padded_tiles(model.config.multiple)
     sizes: dict[tuple[int, int], list[int]] = {}
-    for number, (_, _, height, width) in enumerate(boxes):
-        sizes.setdefault((height, width), []).append(number)
+    for number in range(len(boxes)) if chosen is None else chosen:
+        sizes.setdefault(boxes[number][2:], []).append(number)
     batches = []
     for (height, width), numbers in sizes.items():
         count = max(1, BATCH_PIXELS[model.device.type] // (height * width))
@@ -237,7 +237,7 @@ def decode(model: Model, frame: Frame, segments: Sequence[bytes | None]) -> list
     """
     codes = no_codes(model.config, frame)
     count = len(segments) // model.config.layers
-    for batch in batches_of(model, frame):
+    for batch in batches_of(model, frame, [number for number in range(count) if segments[number] is not None]):
         left = {number: segments[number::count] for number in batch.numbers}
         coders: dict[tuple[int, int], Decoder] = {}
         for piece in walk(model.levels, batch):

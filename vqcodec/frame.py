@@ -10,6 +10,24 @@ Box = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
+class Region:
+    """A part of a picture, in pixels from its top left corner."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.top, self.top + self.height)
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.left, self.left + self.width)
+
+
+@dataclass(frozen=True)
 class Frame:
     """Everything that decoding needs besides weights and codes.
 

@@ -21,6 +21,7 @@ from PIL import Image, PngImagePlugin
 
 from vqcodec import colour, metadata, pillow, plugins, samples, signalling
 from vqcodec.errors import ImageError
+from vqcodec.frame import Region
 from vqcodec.metadata import EXIF_PREFIX
 from vqcodec.signalling import CodePoints, Signals
 
@@ -299,6 +300,15 @@ def decode_alpha(data: bytes, width: int, height: int) -> NDArray[np.uint8]:
         if png.size != (width, height) or png.mode != "L":
             raise ImageError(f"alpha is {png.mode} {png.width} x {png.height}, the picture {width} x {height}")
         return np.asarray(png).copy()
+
+
+def reduced(alpha: NDArray[np.uint8], region: Region | None, scale: int) -> NDArray[np.uint8]:
+    """Cut out and scale down an alpha channel, uint8 (H, W), as `synthesis.reconstruct` does the picture."""
+    height, width = alpha.shape
+    rows, columns = (slice(0, height), slice(0, width)) if region is None else (region.rows, region.columns)
+    top, left = (s.start // scale * scale for s in (rows, columns))
+    bottom, right = (min(size, -(-s.stop // scale) * scale) for s, size in ((rows, height), (columns, width)))
+    return np.asarray(Image.fromarray(alpha).reduce(scale, (left, top, right, bottom))).copy()
 
 
 def _xmp_option(format_name: str, xmp: bytes) -> dict[str, Any]:

@@ -26,6 +26,19 @@ class WeightsPath(click.Path):
         return super().convert(value, param, ctx)
 
 
+class RegionType(click.ParamType[tuple[int, ...]]):
+    """A part of a picture, as X,Y,W,H: left, top, width and height in pixels."""
+
+    name = "region"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = re.fullmatch(r"(\d+),(\d+),(\d+),(\d+)", str(value).replace(" ", ""))
+        if not found:
+            self.fail(f"{value!r} is not four numbers X,Y,W,H.", param, ctx)
+        return tuple(map(int, found.groups()))
+
+
+REGION = RegionType()
 ABOVE_ZERO = click.FloatRange(min=0, min_open=True)
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
 

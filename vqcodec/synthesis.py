@@ -7,6 +7,7 @@ the latents, and pixels are transformed and rendered in bands.
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -14,10 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from vqcodec.frame import Frame
+from vqcodec.frame import Frame, Region
 from vqcodec.models.config import Config
 from vqcodec.models.model import Estimate, Level, Model, Slice, walk
-from vqcodec.models.vqvae import VQVAE
+from vqcodec.models.vqvae import SMALLEST
 from vqcodec.spans import timed
 
 WINDOW = 2048  # side of the windows in pixels, where there are any
@@ -25,44 +26,123 @@ WINDOW = 2048  # side of the windows in pixels, where there are any
 BAND_PIXELS = {"cpu": 1 << 19, "cuda": 1 << 24}
 
 
-def reconstruct(model: Model, frame: Frame, codes: list[Tensor]) -> NDArray[np.uint8]:
-    """Decode codes, as `coding.decode` returns them, to pixels uint8 (H, W, 3)."""
-    estimate = GridEstimate(model, frame)
-    for piece in walk(model.levels, estimate):
-        height, width = codes[piece.level].shape[:2]
-        for strip in _strips(height, width, WINDOW // piece.stage.stride):
-            indices = codes[piece.level][None, strip, :, piece.planes].to(model.device, torch.int64)
+def reconstruct(
+    model: Model, frame: Frame, codes: list[Tensor], region: Region | None = None, scale: int = 1
+) -> NDArray[np.uint8]:
+    """Decode codes to pixels.
+
+    Args:
+        model: the weights. frame: the picture's frame.
+        codes: as `coding.decode` returns them. For a region, only those of `tiles_for` matter.
+        region: the part of the picture to decode; None for all of it.
+        scale: 1, or a power of two up to `largest_scale`. A pixel of the result stands for scale x scale pixels.
+
+    Returns:
+        uint8 (h, w, 3). All pixels that have a part of the region.
+    """
+    estimate = GridEstimate(model, frame, region, scale)
+    layers = layers_for(model.config, scale)
+    levels = [
+        replace(level, slices=tuple(piece for piece in level.slices if piece.config.layer < layers))
+        for level in model.levels
+    ]
+    for piece in walk(levels, estimate):
+        rows, columns = estimate.boxes[piece.level]
+        for strip in _strips(rows.stop - rows.start, columns.stop - columns.start, WINDOW // piece.stage.stride):
+            under = slice(rows.start + strip.start, rows.start + strip.stop)
+            indices = codes[piece.level][None, under, columns, piece.planes].to(model.device, torch.int64)
             estimate.add_at((strip, slice(None)), piece.vectors(indices))
     return estimate.picture()
 
 
-class GridEstimate(Estimate):
-    """The estimate over the grids of a whole picture. Networks run in windows; codes are added in place."""
+def largest_scale(config: Config) -> int:
+    """The largest `scale` of `reconstruct`: pixels of the result are no larger than the finest codes' patches."""
+    return min(SMALLEST, config.levels[-1].stride)
 
-    def __init__(self, model: Model, frame: Frame) -> None:
+
+def layers_for(config: Config, scale: int) -> int:
+    """How many layers `reconstruct` decodes for a smaller picture.
+
+    Slices of the finest level hold its principal components in descending order. A patch of the smaller picture has
+    few values; what comes after twice as many components is detail that it cannot show.
+    """
+    stage = config.levels[-1]
+    shown = 2 * 3 * (stage.stride // scale) ** 2
+    slices = [piece for piece, span in zip(stage.slices, stage.spans, strict=True) if span.start < shown]
+    return config.layers if scale == 1 else 1 + max(piece.layer for piece in slices)
+
+
+def tiles_for(model: Model, frame: Frame, region: Region | None, scale: int) -> set[int]:
+    """The numbers of the tiles whose codes `reconstruct` looks at."""
+    rows, columns = finer(_boxes(model, frame, region, scale)[0], model.config.levels[0].stride)[2:]
+    return {
+        number
+        for number, (top, left, height, width) in enumerate(frame.tiles())
+        if rows.start < top + height and top < rows.stop and columns.start < left + width and left < columns.stop
+    }
+
+
+def _pixels(frame: Frame, region: Region | None, scale: int) -> "Box":
+    """The pixels of a picture reduced by `scale` that have a part of the region."""
+    whole = slice(0, frame.height), slice(0, frame.width)
+    return _coarser(whole if region is None else (region.rows, region.columns), scale)
+
+
+def _boxes(model: Model, frame: Frame, region: Region | None, scale: int) -> "list[Box]":
+    """For each level, coarse first, the box of its grid that the result of `reconstruct` depends on."""
+    sizes = frame.padded(model.config.multiple)
+    box = slice(0, sizes[0]), slice(0, sizes[1])
+    if region is not None:
+        box = finer(_pixels(frame, region, scale), scale)[2:]
+    boxes: list[Box] = []
+    for number, stage in reversed(list(enumerate(model.config.levels))):
+        reach = model.vqvae.decoder_reach(number) + model.vqvae.refinement_reach(number)
+        rows, columns = (
+            slice(max(0, s.start - reach), min(size, s.stop + reach)) for s, size in zip(box, sizes, strict=True)
+        )
+        boxes.insert(0, _coarser((rows, columns), stage.stride))
+        box = finer(boxes[0], stage.stride)[2:]
+    return boxes
+
+
+class GridEstimate(Estimate):
+    """The estimate over the grids of a picture. Networks run in windows; codes are added in place.
+
+    Args:
+        model, frame, region, scale: see `reconstruct`.
+
+    Attributes:
+        boxes: for each level, the part of its grid that the estimate covers: all that the region depends on.
+    """
+
+    def __init__(self, model: Model, frame: Frame, region: Region | None = None, scale: int = 1) -> None:
         quality = torch.tensor([frame.quality], device=model.device)
         super().__init__(model.vqvae, quality, *frame.padded(model.config.multiple))
-        self.model, self.frame = model, frame
+        self.model, self.frame, self.region, self.scale = model, frame, region, scale
+        self.boxes = _boxes(model, frame, region, scale)
 
     @timed("refinement")
     def begin(self, level: Level) -> None:
         """See `Estimate.begin`; runs window by window."""
-        layout = torch.channels_last
-        values = torch.zeros(self._shape(level), dtype=torch.float32, device=self.model.device).contiguous(
-            memory_format=layout
-        )
-        if level.number:
-            stride = self.model.config.levels[level.number - 1].stride
-            ratio = stride // level.stage.stride
-            reach = -(-self.vqvae.decoder_reach(level.number - 1) // stride)
-            coarser = self.values
-            coarser = self.values
-            height, width = coarser.shape[2:]
-            for inner, outer, part in windows(height, width, max(1, WINDOW // stride), reach):
-                box = coarser[(slice(None), slice(None), *outer)]
-                start = self.vqvae.descend(level.number - 1, box, self.quality)
-                values[finer(inner, ratio)] = start[finer(part, ratio)]
-        self.values = values
+        if not level.number:
+            self.values = self._zeros(level, self.boxes[0])
+            return
+        stride, box = self.model.config.levels[level.number - 1].stride, self.boxes[level.number - 1]
+        ratio = stride // level.stage.stride
+        reach = -(-self.vqvae.decoder_reach(level.number - 1) // stride)
+        covered = finer(box, ratio)[2:]
+        values = self._zeros(level, covered)
+        height, width = self.values.shape[2:]
+        for inner, outer, part in windows(height, width, max(1, WINDOW // stride), reach):
+            start = self.vqvae.descend(level.number - 1, self.values[(slice(None), slice(None), *outer)], self.quality)
+            values[finer(inner, ratio)] = start[finer(part, ratio)]
+        self.values = values[(slice(None), slice(None), *_inside(self.boxes[level.number], covered))]
+        self.values = self.values.contiguous(memory_format=torch.channels_last)
+
+    def _zeros(self, level: Level, box: "Box") -> Tensor:
+        shape = (1, level.stage.channels, *(s.stop - s.start for s in box))
+        values = torch.zeros(shape, dtype=torch.float32, device=self.model.device)
+        return values.contiguous(memory_format=torch.channels_last)
 
     @timed("refinement")
     def enter(self, piece: Slice) -> None:
@@ -90,48 +170,56 @@ class GridEstimate(Estimate):
 
     @timed("decoder")
     def picture(self) -> NDArray[np.uint8]:
-        """Decode the finished estimate to pixels, uint8 (H, W, 3), cropped to the picture and rounded.
+        """Decode the finished estimate to the pixels of `reconstruct`, rounded.
 
         Call it after the walk.
         """
-        pixels = np.empty((self.frame.height, self.frame.width, 3), np.uint8)
-        level = len(self.model.config.levels) - 1
-        stride, finest = self.model.config.levels[level].stride, self.model.config.stages[0].stride
+        config, scale = self.model.config, self.scale
+        level = len(config.levels) - 1
+        stride, finest = config.levels[level].stride, config.stages[self.vqvae.last_stage(scale)].stride
+        kernel = self.model.reduced(scale) if scale > 1 else None
+        local = self.vqvae.local_reach() if kernel is None else 1
+        side = finest // scale  # of the pixels that a position of the features becomes
         reach = -(-self.vqvae.decoder_reach(level) // stride)
+        asked = _pixels(self.frame, self.region, scale)
+        own = _coarser(asked, stride // scale)
+        pixels = np.empty((*((s.stop - s.start) * stride // scale for s in own), 3), np.uint8)
         height, width = self.values.shape[2:]
-        for inner, outer, part in windows(height, width, _window(self.vqvae.config, stride), reach):
-            features = self.vqvae.features(self.values[(slice(None), slice(None), *outer)], self.quality)
+        box = _inside(own, self.boxes[level])
+        for inner, outer, part in windows(height, width, _window(config, stride), reach, box):
+            features = self.vqvae.features(self.values[(slice(None), slice(None), *outer)], self.quality, scale)
             rows, columns = finer(part, stride // finest)[2:]
-            left = inner[1].start * stride
-            for band, around, own in _bands(self.vqvae, features.shape, rows, self.model.device):
-                decoded = self.vqvae.render(features[:, :, around], self.quality)[0]
-                ys, xs = (slice(s.start * finest, s.stop * finest) for s in (own, columns))
+            left = (inner[1].start - box[1].start) * stride // scale
+            for band, around, middle in _bands(features.shape, rows, side, local, self.model.device):
+                decoded = self.vqvae.render(features[:, :, around], self.quality, kernel)[0]
+                ys, xs = (slice(s.start * side, s.stop * side) for s in (middle, columns))
                 ready = decoded[:, ys, xs].round().clamp_(0, 255).permute(1, 2, 0).to("cpu", torch.uint8).numpy()
-                top = inner[0].start * stride + (band.start - rows.start) * finest
+                top = (inner[0].start - box[0].start) * stride // scale + (band.start - rows.start) * side
                 target = pixels[top : top + len(ready), left : left + ready.shape[1]]
-                target[...] = ready[: len(target), : target.shape[1]]
+                target[...] = ready
                 if self.frame.grey:
                     target[...] = np.rint(target.mean(2, keepdims=True, dtype=np.float32))
-        return pixels
+        return np.ascontiguousarray(pixels[_inside(asked, finer(own, stride // scale)[2:])])
 
 
 def _bands(
-    vqvae: VQVAE, shape: Sequence[int], rows: slice, device: torch.device
+    shape: Sequence[int], rows: slice, side: int, reach: int, device: torch.device
 ) -> Iterator[tuple[slice, slice, slice]]:
-    """Split rows of the grid of the finest stage into bands whose pixels fit the cache of a CPU.
+    """Split rows of a grid into bands whose pixels fit the cache of a CPU.
 
     Args:
-        vqvae: the networks. shape: of maps over the grid, (B, C, h, w). rows: what to split. device: that they run on.
+        shape: of maps over the grid, (B, C, h, w). rows: what to split. side: of a position in pixels.
+        reach: how many rows are needed above and below. device: that the networks run on.
 
     Yields:
-        The rows of a band; the same with those that `VQVAE.transform` and `VQVAE.render` need above and below; and the
-        place of the former in the latter.
+        The rows of a band; the same with those that are needed above and below; and the place of the former in the
+        latter.
     """
     height, width = shape[2:]
-    count = max(1, BAND_PIXELS[device.type] // (width * vqvae.config.stages[0].stride ** 2))
+    count = max(1, BAND_PIXELS[device.type] // (width * side**2))
     for start in range(rows.start, rows.stop, count):
         stop = min(start + count, rows.stop)
-        low, high = max(0, start - vqvae.local_reach()), min(height, stop + vqvae.local_reach())
+        low, high = max(0, start - reach), min(height, stop + reach)
         yield slice(start, stop), slice(low, high), slice(start - low, stop - low)
 
 
@@ -144,6 +232,18 @@ def finer(box: "Box", ratio: int) -> tuple[slice, slice, slice, slice]:
     """Scale a box of grid positions up to a grid that is `ratio` times finer: an index into maps (B, C, h, w)."""
     rows, columns = (slice(s.start * ratio, s.stop * ratio) for s in box)
     return slice(None), slice(None), rows, columns
+
+
+def _coarser(box: "Box", ratio: int) -> "Box":
+    """The box of a grid that is `ratio` times coarser that covers a box."""
+    rows, columns = (slice(s.start // ratio, -(-s.stop // ratio)) for s in box)
+    return rows, columns
+
+
+def _inside(box: "Box", outer: "Box") -> "Box":
+    """The place of a box inside another one of the same grid."""
+    rows, columns = (slice(s.start - o.start, s.stop - o.start) for s, o in zip(box, outer, strict=True))
+    return rows, columns
 
 
 def _strips(height: int, width: int, side: int) -> list[slice]:
@@ -187,7 +287,8 @@ def _transform(model: Model, pixels: NDArray[np.uint8], box: "Box") -> Tensor:
     rows, columns = finer(box, model.config.multiple // finest.stride)[2:]
     shape = (1, finest.channels, rows.stop - rows.start, columns.stop - columns.start)
     x = torch.empty(shape, dtype=torch.float32, device=model.device).contiguous(memory_format=torch.channels_last)
-    for band, around, own in _bands(model.vqvae, shape, slice(0, shape[2]), model.device):
+    reach = model.vqvae.local_reach()
+    for band, around, own in _bands(shape, slice(0, shape[2]), finest.stride, reach, model.device):
         under = slice(rows.start + around.start, rows.start + around.stop)
         x[:, :, band] = model.vqvae.transform(cut(model, pixels, (under, columns), finest.stride))[:, :, own]
     return x
@@ -214,27 +315,28 @@ def _empty(z: Tensor, ratio: int, coarse: tuple[int, int]) -> Tensor:
 Box = tuple[slice, slice]
 
 
-def windows(height: int, width: int, size: int, reach: int) -> Iterator[tuple[Box, Box, Box]]:
-    """Cover a grid with windows.
+def windows(height: int, width: int, size: int, reach: int, box: Box | None = None) -> Iterator[tuple[Box, Box, Box]]:
+    """Cover a grid, or a box of it, with windows.
 
     Args:
-        height, width: of the grid, in positions. size: side of a window. A grid with no more than size * size positions
-            is one window. reach: by how many positions windows are widened on each side.
+        height, width: of the grid, in positions. size: side of a window. A box with no more than size * size positions
+            is one window. reach: by how many positions windows are widened on each side. box: None for the whole grid.
 
     Yields:
         (inner, outer, part): the window, the window widened within the grid, and the place of `inner` in `outer`.
     """
-    if height * width <= size * size:
+    rows, columns = box or (slice(0, height), slice(0, width))
+    if (rows.stop - rows.start) * (columns.stop - columns.start) <= size * size:
         size = max(height, width)
 
-    def spans(length: int) -> list[tuple[slice, slice, slice]]:
+    def spans(own: slice, length: int) -> list[tuple[slice, slice, slice]]:
         found = []
-        for start in range(0, length, size):
-            stop = min(start + size, length)
+        for start in range(own.start, own.stop, size):
+            stop = min(start + size, own.stop)
             low, high = max(0, start - reach), min(length, stop + reach)
             found.append((slice(start, stop), slice(low, high), slice(start - low, stop - low)))
         return found
 
-    for y in spans(height):
-        for x in spans(width):
+    for y in spans(rows, height):
+        for x in spans(columns, width):
             yield (y[0], x[0]), (y[1], x[1]), (y[2], x[2])

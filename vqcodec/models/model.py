@@ -157,6 +157,13 @@ class Model:
         self.vqvae = channels_last(vqvae.requires_grad_(False).eval(), device)
         self.prior = channels_last(prior.requires_grad_(False).eval(), device)
         self.levels = levels_of(self.vqvae, self.prior, self.tables)
+        self._reduced: dict[int, Tensor] = {}
+
+    def reduced(self, scale: int) -> Tensor:
+        """See `VQVAE.reduced`; the kernel is computed once."""
+        if scale not in self._reduced:
+            self._reduced[scale] = self.vqvae.reduced(scale)
+        return self._reduced[scale]
 
 
 class Follower(Protocol):

@@ -18,6 +18,9 @@ The 1x1 convolutions are the linear part of the model. Training initialises them
 transform, and the last layer of every residual block as zero.
 """
 
+import math
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -31,6 +34,8 @@ from vqcodec.models.quantizer import Codebook
 PIXEL_CENTRE, PIXEL_SCALE = 128.0, 64.0
 # Initial quantiser steps, in usual steps. Entropy-constrained choice prefers larger steps than plain rounding.
 START_STEP = 1.5
+# The smallest pictures that are decoded have one pixel for SMALLEST x SMALLEST.
+SMALLEST = 8
 # Knots of the logarithm of the quantiser step, piecewise linear over t in [0, 1].
 KNOTS = 9
 
@@ -86,9 +91,13 @@ class Stage(nn.Module):
 
     def synthesise(self, x: Tensor, cond: Condition) -> Tensor:
         """(B, C, h, w) -> the next finer stage's features (B, C', h * ratio, w * ratio), or pixels."""
-        finer = functional.pixel_shuffle(self.synthesis(x), self.ratio)
-        finer = finer if self.unlap is None else self.unlap(finer)
+        finer = self.linear(x)
         return finer if self.renderer is None else self.renderer(finer, x, cond.unit)
+
+    def linear(self, x: Tensor) -> Tensor:
+        """The linear part of `synthesise`."""
+        finer = functional.pixel_shuffle(self.synthesis(x), self.ratio)
+        return finer if self.unlap is None else self.unlap(finer)
 
 
 class SliceQuantizer(nn.Module):
@@ -202,18 +211,58 @@ class VQVAE(nn.Module):
             return self.render(self.features(estimate, quality), quality)
         return self._decode(self._below(level), estimate, quality)
 
-    def features(self, estimate: Tensor, quality: Tensor) -> Tensor:
-        """The first steps of `descend` from the finest level: its estimate -> features of the finest stage."""
-        cond = self.condition(quality)
-        x = self._decode(self._below(len(self.config.levels) - 1)[:-1], estimate, quality)
-        return self.stage(0).decode(x, cond)
+    def features(self, estimate: Tensor, quality: Tensor, scale: int = 1) -> Tensor:
+        """The first steps of `descend` from the finest level: its estimate -> features of `last_stage`.
 
-    def render(self, features: Tensor, quality: Tensor) -> Tensor:
-        """The last step of `descend`, local: features of the finest stage -> pixels."""
-        x = self.stage(0).synthesise(features, self.condition(quality))
+        Its residual blocks add detail. They are left out where a pixel of the smaller picture stands for a position,
+        and at the smallest scale, where they matter least and cost most.
+        """
+        last = self.last_stage(scale)
+        stages = [index for index in self._below(len(self.config.levels) - 1) if index > last]
+        x = self._decode(stages, estimate, quality)
+        if scale == SMALLEST or self.config.stages[last].stride == scale:
+            return x
+        return self.stage(last).decode(x, self.condition(quality))
+
+    def render(self, features: Tensor, quality: Tensor, reduced: Tensor | None = None) -> Tensor:
+        """The last step of `descend`, local: features -> pixels.
+
+        Args:
+            features: from `features`. quality: (B,), 1..100.
+            reduced: the kernel of `reduced`, if the features are for a smaller picture.
+        """
+        if reduced is None:
+            x = self.stage(0).synthesise(features, self.condition(quality))
+        else:
+            x = functional.conv2d(functional.pad(features, (1, 1, 1, 1), mode="replicate"), reduced)
+            x = functional.pixel_shuffle(x, math.isqrt(len(reduced) // 3))
         return x * PIXEL_SCALE + PIXEL_CENTRE
 
-    def _decode(self, stages: range, x: Tensor, quality: Tensor) -> Tensor:
+    def last_stage(self, scale: int) -> int:
+        """The finest stage that matters for a picture reduced by `scale`, at most the finest level's stride."""
+        return next(index for index, config in enumerate(self.config.stages) if config.stride >= scale)
+
+    def reduced(self, scale: int) -> Tensor:
+        """The linear decoder from the features of `last_stage(scale)` on, followed by means of scale x scale pixels.
+
+        It leaves out what residual blocks and renderers of finer stages add, which is detail, for the most part.
+
+        Returns:
+            A kernel, float (3 n n, C, 3, 3), where n is the stage's stride over `scale`; features need a border of 1.
+            The channels of its result are in the order of `pixel_shuffle`. Laps reach into neighbours, not beyond.
+        """
+        last = self.last_stage(scale)
+        channels, side = self.config.stages[last].channels, self.config.stages[last].stride // scale
+        weight = self.stage(last).synthesis.weight
+        x = torch.zeros(channels, channels, 3, 3, dtype=weight.dtype, device=weight.device)
+        x[range(channels), range(channels), 1, 1] = 1
+        for index in range(last, -1, -1):
+            x = self.stage(index).linear(x)
+        response = functional.avg_pool2d(x, scale).reshape(channels, 3, 3, side, 3, side)
+        # A position's neighbour below responds to it as it responds to its neighbour above.
+        return response.flip(2, 4).permute(1, 3, 5, 0, 2, 4).reshape(3 * side**2, channels, 3, 3).contiguous()
+
+    def _decode(self, stages: Iterable[int], x: Tensor, quality: Tensor) -> Tensor:
         cond = self.condition(quality)
         for index in stages:
             stage = self.stage(index)
@@ -253,6 +302,10 @@ class VQVAE(nn.Module):
         """The reach of `descend`: how many pixels away its result still depends on a position of a level's estimate."""
         stages = (self.config.stages[i] for i in self._below(level))
         return sum(c.decoder_blocks * c.stride + c.lapped * c.stride // 2 for c in stages)
+
+    def refinement_reach(self, level: int) -> int:
+        """The reach of all refinement of a level: how many pixels away its final estimate depends on its first one."""
+        return sum(len(piece.blocks()) for piece in self.level_slices(level)) * self.config.levels[level].stride
 
     def local_reach(self) -> int:
         """The reach of `transform` and of `render`, in positions of the finest stage."""
