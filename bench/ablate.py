@@ -165,7 +165,7 @@ def row(name: str, folder: Path) -> str:
     path = folder / f"{name}.csv"
     if not (folder / f"{name}.safetensors").exists():
         return f"| {name} | failed |"
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         last = list(csv.DictReader(file))[-1]
     points = [
         f"{float(last[f'bpp_{q}']):.3f}/{float(last[f'psnr_{q}']):.2f}/{float(last[f'ssimulacra2_{q}']):.1f}"

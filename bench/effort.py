@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     efforts, qualities = ([int(x) for x in text.split(",")] for text in (given.efforts, given.qualities))
     paths = data.find_pictures(given.pictures)
-    known: dict[str, dict[str, float]] = json.loads(given.output.read_text()) if given.output.exists() else {}
+    known: dict[str, dict[str, float]] = json.loads(given.output.read_text("utf-8")) if given.output.exists() else {}
     given.output.parent.mkdir(parents=True, exist_ok=True)
     weights_id = weights_file.describe(packaged.find())["id"]
     digests = {path: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths}
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     with ProcessPoolExecutor(given.jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
         for key, found in zip(missing, pool.map(_measure, missing.values()), strict=True):
             known[key] = found
-            given.output.write_text(json.dumps(known))
+            given.output.write_text(json.dumps(known), "utf-8")
     curves = {}
     for effort in efforts:
         rows = [[known[name(p, effort, q)] for p in paths] for q in qualities]

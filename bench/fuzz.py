@@ -99,7 +99,7 @@ def container(data: bytes, rng: random.Random) -> bytes:
     return written
 
 
-def weights_file(data: bytes, rng: random.Random) -> bytes:
+def mutated_weights(data: bytes, rng: random.Random) -> bytes:
     """Weights with another field in the configuration, another tensor, or other bytes."""
     if rng.random() < 0.3:
         return damage(data, rng)
@@ -173,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kinds: dict[str, tuple[Mutant, Callable[[bytes], object]]] = {
             "vqz": (lambda r: container(r.choice(seeds), r), lambda data: decode(data, False)),
             "vqz, partial": (lambda r: damage(r.choice(seeds), r), lambda data: decode(data, True)),
-            "weights": (lambda r: weights_file(known, r), load),
+            "weights": (lambda r: mutated_weights(known, r), load),
             "configuration": (lambda r: damage(b'{"name": 1e9, "stages": [[{}]]}', r), _configuration),
             "picture": (lambda r: damage(r.choice(originals), r), lambda d: image.load(d, max_pixels=MAX_PIXELS)),
         }

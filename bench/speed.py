@@ -198,7 +198,7 @@ def _peak_mib() -> float:
     Linux counts the memory of the parent at the start of a process into getrusage's figure, so its own is preferred.
     """
     status = Path("/proc/self/status")
-    if status.is_file() and "VmHWM:" in (text := status.read_text()):
+    if status.is_file() and "VmHWM:" in (text := status.read_text("utf-8")):
         return float(text.partition("VmHWM:")[2].split()[0]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
 

@@ -103,7 +103,7 @@ def plan(inputs: Sequence[str], output: str | None, *, suffixes: Sequence[str], 
         return [Job(STREAM, output or STREAM)]
     found = find(inputs, suffixes)
     several = len(inputs) > 1 or os.path.isdir(inputs[0])
-    folder = output is not None and (os.path.isdir(output) or output.endswith("/"))
+    folder = output is not None and (os.path.isdir(output) or output.endswith((os.sep, "/")))
     if not (several or folder or output is None):
         jobs = [Job(found[0][0], output or "")]
     elif output == STREAM:
@@ -146,7 +146,7 @@ def check(job: Job, *, overwrite: bool) -> None:
             return  # a device or a pipe
     written = os.path.realpath(job.target) if os.path.islink(job.target) else job.target
     folder = os.path.dirname(written) or os.curdir
-    while job.folder and not os.path.exists(folder):  # write() makes it
+    while job.folder and not os.path.exists(folder) and os.path.dirname(folder) != folder:  # write() makes it
         folder = os.path.dirname(folder) or os.curdir
     _check_access(folder, os.W_OK | os.X_OK)
 
@@ -230,7 +230,7 @@ def _move_to_free_name(source: str, target: str) -> None:
         os.link(source, target)  # fails if the target exists, unlike os.rename
     except FileExistsError:
         raise
-    except OSError:  # a file system without hard links, FAT for example
+    except (AttributeError, OSError):  # a system or a file system without hard links, FAT for example
         with open(target, "xb"):  # reserves the name: fails if the target exists
             pass
         try:

@@ -52,7 +52,7 @@ def _log(run: Run, end: int) -> list[dict[str, Any]]:
     path = run.job.output.with_suffix(".csv")
     if not path.exists():
         return []
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         try:
             return [row for row in csv.DictReader(file) if int(row["step"]) < end]
         except (KeyError, TypeError, ValueError):
