@@ -3,11 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 DEMO := out/demo
+# Where packagers find man pages and completions, in folders as below /usr/share.
+SHARE := build/share
 
-.PHONY: help venv demo studio test check format clean
+.PHONY: help venv demo studio test check format man completions clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 venv: $(STAMP)  ## make .venv with this package and all tools
 
@@ -39,6 +41,19 @@ check: $(STAMP)  ## format, lint, types and tests
 format: $(STAMP)  ## format the code and mend what ruff can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+$(BIN)/click-man: | $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dist]'
+
+man: $(BIN)/click-man  ## write man pages to build/share
+	mkdir -p $(SHARE)/man/man1
+	$(BIN)/click-man --target $(SHARE)/man/man1 vqcodec
+
+completions: $(STAMP)  ## write completions for bash, zsh and fish to build/share
+	mkdir -p $(SHARE)/bash-completion/completions $(SHARE)/zsh/site-functions $(SHARE)/fish/vendor_completions.d
+	_VQCODEC_COMPLETE=bash_source $(BIN)/vqcodec >$(SHARE)/bash-completion/completions/vqcodec
+	_VQCODEC_COMPLETE=zsh_source $(BIN)/vqcodec >$(SHARE)/zsh/site-functions/_vqcodec
+	_VQCODEC_COMPLETE=fish_source $(BIN)/vqcodec >$(SHARE)/fish/vendor_completions.d/vqcodec.fish
 
 clean:  ## remove what the targets made
 	rm -rf .venv $(DEMO) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
