@@ -15,7 +15,7 @@ venv: $(STAMP)  ## make .venv with this package and all tools
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,bench,studio]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,bench,heif,studio]'
 	touch $@
 
 demo: $(STAMP)  ## compress and restore a photo, and say how large and how good
