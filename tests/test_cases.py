@@ -11,9 +11,10 @@ from commandline import fails, run
 from pictures import srgb_of_light, srgb_of_p3
 from PIL import Image
 
-from vqcodec import codec, colour, image
+from vqcodec import codec, image
 from vqcodec.errors import FormatError, ImageError
 from vqcodec.image import Picture
+from vqcodec.pictures import colour
 
 FOLDER = Path(__file__).parent / "cases"
 

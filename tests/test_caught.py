@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from vqcodec.caught import caught_warnings
+from vqcodec.pictures.caught import caught_warnings
 
 
 @pytest.mark.parametrize("first_in_leaves_first", [True, False])

@@ -20,8 +20,9 @@ from commandline import ROOT, fails, process, redirected, run, tree
 from PIL import Image
 
 import vqcodec
-from vqcodec import bitstream, cli, files, image, packaged, plugins, terminal
+from vqcodec import bitstream, cli, files, image, packaged, terminal
 from vqcodec.errors import FormatError, TrainingError, WeightsError
+from vqcodec.pictures import plugins
 from vqcodec.train.process import Interrupted
 
 

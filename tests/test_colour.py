@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from pictures import chunk, srgb_of_light, srgb_of_p3, with_chunks
 from PIL import Image, ImageCms
 
-from vqcodec import colour, signalling
 from vqcodec.errors import ImageError
 from vqcodec.image import Picture, from_pil, load
-from vqcodec.signalling import CodePoints
+from vqcodec.pictures import colour, signalling
+from vqcodec.pictures.signalling import CodePoints
 
 GREYS = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
 COLOURS = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)

@@ -10,10 +10,11 @@ from pictures import srgb_of_light, srgb_of_p3
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 from PIL.PngImagePlugin import PngInfo
 
-from vqcodec import colour, image, pillow, signalling
+from vqcodec import image
 from vqcodec.errors import ImageError
 from vqcodec.image import Picture, adapt, from_pil, load, save, to_pil
-from vqcodec.signalling import CodePoints
+from vqcodec.pictures import colour, pillow, signalling
+from vqcodec.pictures.signalling import CodePoints
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 GREY = colour.ColourSpace((0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06), (1.0,)).profile(grey=True)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from pictures import chunk, with_chunks
 from PIL import Image
 
-from vqcodec import metadata, signalling
 from vqcodec.errors import ImageError
 from vqcodec.image import Picture, load, save
+from vqcodec.pictures import metadata, signalling
 
 PREFIX = b"http://ns.adobe.com/xap/1.0/\0"
 NAMESPACES = """

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vqcodec import rivals
+from vqcodec.studio import rivals
 
 
 @pytest.fixture(params=["AVIF", "JPEG XL"])

@@ -11,20 +11,20 @@ import pytest
 from commandline import fails, process, run
 from PIL import Image
 
-from vqcodec import codec, image, metrics, page, rivals, weights
-from vqcodec import studio as studio_module
+from vqcodec import codec, image, metrics, weights
 from vqcodec.errors import VqcodecError
 from vqcodec.models.vqvae import VQVAE
-from vqcodec.studio import Studio
+from vqcodec.studio import page, rivals, session
+from vqcodec.studio.session import Studio
+from vqcodec.studio.worker import SupersededError
 from vqcodec.train.begin import load_networks
-from vqcodec.worker import SupersededError
 
 for module, install in (("starlette", "'vqcodec[studio]'"), ("uvicorn", "'vqcodec[studio]'"), ("httpx2", "httpx2")):
     pytest.importorskip(module, reason=f"needs {module}: pip install {install}")
 
 from starlette.testclient import TestClient
 
-from vqcodec import server
+from vqcodec.studio import server
 
 WEIGHTS = Path(__file__).parent / "golden" / "tiny.safetensors"
 HOST = "127.0.0.1:8000"
@@ -192,7 +192,7 @@ def test_files_that_cannot_be_opened(client, photo, monkeypatch):
     number = opened(client, png_of(photo))
     vqz = codec.compress(photo, weights=WEIGHTS)
     assert client.post("/open", params={"name": "x"}, content=vqz[:-1]).status_code == 422
-    monkeypatch.setattr(studio_module, "MAX_PIXELS", 3749)
+    monkeypatch.setattr(session, "MAX_PIXELS", 3749)
     monkeypatch.setattr(server, "MAX_BYTES", 100_000)
     for data, status, line in (
         (b"nonsense", 422, "not a PNG, JPEG, WebP, AVIF, TIFF, BMP, GIF or PNM picture, or cut short"),

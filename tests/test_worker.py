@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from vqcodec.worker import SupersededError, Worker
+from vqcodec.studio.worker import SupersededError, Worker
 
 
 def test_the_newest_job_wins():

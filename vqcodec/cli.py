@@ -423,7 +423,7 @@ def _compare_on_a_page(paths: Sequence[str], output: str, *, weights: str | None
             files.check(files.Job(path, files.STREAM), overwrite=force)
     if report.failed:
         return report.status
-    from vqcodec import page
+    from vqcodec.studio import page
 
     entries: list[page.Entry] = []
     for path in paths:
@@ -468,8 +468,8 @@ def studio(picture: str | None, port: int | None, no_browser: bool, weights: str
       vqcodec studio photo.png
     """
     try:
-        from vqcodec import server
-        from vqcodec.studio import Studio
+        from vqcodec.studio import server
+        from vqcodec.studio.session import Studio
     except ModuleNotFoundError as error:
         terminal.say(f"vqcodec: studio: {error.name} is not installed (pip install 'vqcodec[studio]')")
         return 1

@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
-from vqcodec import colour, metadata, pillow, plugins, samples, signalling
 from vqcodec.errors import ImageError
 from vqcodec.frame import Region
-from vqcodec.metadata import EXIF_PREFIX
-from vqcodec.signalling import CodePoints, Signals
+from vqcodec.pictures import colour, metadata, pillow, plugins, samples, signalling
+from vqcodec.pictures.metadata import EXIF_PREFIX
+from vqcodec.pictures.signalling import CodePoints, Signals
 
 # Pillow reads many more formats. Some start other programs (EPS), and many have hardly been tested against bad files.
 _READ_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM", *plugins.register())

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
 from vqcodec.errors import ImageError
-from vqcodec.signalling import CodePoints
+from vqcodec.pictures.signalling import CodePoints
 
 _D65 = (0.3127, 0.3290)
 _BT709 = (*_D65, 0.640, 0.330, 0.300, 0.600, 0.150, 0.060)

@@ -62,7 +62,7 @@ def render(entries: Sequence[Entry]) -> str:
 
 def asset(name: str) -> str:
     """The text of a file in web/."""
-    return importlib.resources.files("vqcodec").joinpath("web", name).read_text("utf-8")
+    return importlib.resources.files("vqcodec.studio").joinpath("web", name).read_text("utf-8")
 
 
 def png(picture: Picture, level: int = 6) -> bytes:

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-from vqcodec.caught import caught_warnings
 from vqcodec.errors import ImageError
+from vqcodec.pictures.caught import caught_warnings
 
 MAX_TEXT = PngImagePlugin.MAX_TEXT_MEMORY  # bytes of profiles and texts that can be read of a PNG file
 

@@ -22,10 +22,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vqcodec import page
 from vqcodec.errors import VqcodecError
-from vqcodec.studio import MAX_BYTES, Studio
-from vqcodec.worker import Check, SupersededError, Worker
+from vqcodec.studio import page
+from vqcodec.studio.session import MAX_BYTES, Studio
+from vqcodec.studio.worker import Check, SupersededError, Worker
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vqcodec.errors import ImageError
-from vqcodec.signalling import Signals
+from vqcodec.pictures.signalling import Signals
 
 _BITS, _SAMPLES, _PLANAR, _COLOUR_MAP, _SAMPLE_FORMAT = 258, 277, 284, 320, 339  # tags of TIFF files
 _GREY_SCALES = {"L;2": 85, "L;4": 17}  # what Pillow multiplies few bits of grey by, by its name of the layout

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vqcodec import bitstream, codec, image, packaged, page, rivals, search, tuning, weights
+from vqcodec import bitstream, codec, image, packaged, search, tuning, weights
 from vqcodec.errors import VqcodecError, WeightsError
 from vqcodec.image import Picture
+from vqcodec.studio import page, rivals
+from vqcodec.studio.worker import Check
 from vqcodec.target import HIGHEST, LOWEST, Target
-from vqcodec.worker import Check
 
 MAX_BYTES = 256 << 20
 MAX_PIXELS = 50_000_000

@@ -1,0 +1,1 @@
+"""Before and after in a browser: `vqcodec compare --html` and `vqcodec studio`."""
