@@ -33,9 +33,20 @@ def fake_compress(picture, *, quality, target, max_size, weights, device, effort
 
 
 def fake_decode_picture(
-    data, *, weights=None, look="faithful", device="auto", partial=False, max_pixels=bitstream.DEFAULT_MAX_PIXELS
+    data,
+    *,
+    weights=None,
+    look="faithful",
+    device="auto",
+    partial=False,
+    region=None,
+    scale=1,
+    grey=False,
+    max_pixels=bitstream.DEFAULT_MAX_PIXELS,
 ):
     container = bitstream.read(data, max_pixels=max_pixels, partial=partial)
+    if (region, scale, grey) != (None, 1, False):
+        raise WeightsError(f"asked for {region}, {scale}, {grey}")
     (segment,) = container.segments
     if segment is None:
         header = container.header
@@ -115,6 +126,8 @@ def test_help_has_ranges_and_defaults():
         (["compress", "a.png", "b.png", "-o", os.devnull], f"{os.devnull} is not a folder"),
         (["decompress", "a.vqz", "-o", "a.xyz"], "no picture format has the suffix '.xyz'"),
         (["decompress", "a.vqz", "--test", "-o", "a.png"], "--test writes nothing, so -o has no use."),
+        (["decompress", "a.vqz", "--region", "1,2,3"], "Invalid value for '--region': '1,2,3' is not four numbers X,Y,W,H."),
+        (["decompress", "a.vqz", "--scale", "1/3"], "Invalid value for '--scale': '1/3' is not one of '1', '1/2', '1/4', '1/8'."),
         (["compare", "a", "b", "c"], "More than two pictures are compared on a page: give --html."),
         (["compare", "a", "b", "--html", "a.html", "--json"], "Give one of --html and --json."),
         (["compare", "a.png", "b.png", "--html", "a.png"], "the page must end in .html, got a.png"),
@@ -142,6 +155,12 @@ def test_wrong_usage(arguments, message):
 
 
 # compress and decompress
+
+
+def test_decompress_passes_on_what_is_asked_for(codec):
+    write_vqz("a.vqz")
+    ran = run("decompress", "a.vqz", "--region", "1,2,3,4", "--scale", "1/4", "--grey")
+    fails(ran, 1, "vqcodec: a.vqz: asked for (1, 2, 3, 4), 4, True")
 
 
 def test_round_trip(codec, photo):

@@ -18,6 +18,8 @@ from vqcodec.frame import Frame, Region
 from vqcodec.models.layers import ResidualBlock
 from vqcodec.models.model import Model
 from vqcodec.models.pixels import Renderer
+from vqcodec.pictures import colour
+from vqcodec.pictures.signalling import CodePoints
 from vqcodec.train.loss import RateDistortion
 
 KINDS: dict[str, Callable[[], RateDistortion]] = {
@@ -178,6 +180,24 @@ def test_decompress_a_part_and_a_scale(data: bytes, path: Path) -> None:
     small = vqcodec.decompress(data, weights=path, scale=4)
     assert (small.mode, small.size) == ("RGBA", (38, 25))
     assert vqcodec.decompress(data, weights=path, region=(20, 31, 40, 50), scale=4).size == (10, 14)
+
+
+def test_decompress_to_grey(data: bytes, path: Path) -> None:
+    whole = vqcodec.decompress(data, weights=path)
+    grey = vqcodec.decompress(data, weights=path, grey=True)
+    assert grey.mode == "LA" and np.array_equal(np.asarray(grey.getchannel("L")), np.asarray(whole.convert("L")))
+
+
+def test_shades_of_grey_are_those_of_the_colours_that_are_shown() -> None:
+    """Pixels with a profile become sRGB first."""
+    space = colour.stated(CodePoints(12, 13, 0, True), {})  # Display P3
+    assert space is not None
+    icc = space.profile(grey=False)
+    picture = image.Picture(np.full((4, 4, 3), (200, 40, 40), np.uint8), icc=icc)
+    grey = image.to_grey(picture)
+    shown = Image.fromarray(colour.to_srgb(picture.pixels, icc, grey=False)).convert("L")
+    assert grey.grey and grey.icc is None and np.array_equal(grey.pixels[..., 1], np.asarray(shown))
+    assert not np.array_equal(np.asarray(shown), np.asarray(Image.fromarray(picture.pixels).convert("L")))
 
 
 @pytest.mark.parametrize("region", [(0, 0, 151, 1), (0, 100, 1, 1), (0, 0, 0, 5), (150, 0, 1, 1)])

@@ -227,6 +227,7 @@ def compress(
     show_default=True,
     help="Decode a smaller picture, in less time.",
 )
+@click.option("--grey", is_flag=True, help="Decode to shades of grey.")
 @click.option("--test", is_flag=True, help="Decode, but write nothing.")
 @options.max_pixels
 @options.weights
@@ -240,6 +241,7 @@ def decompress(
     partial: bool,
     region: tuple[int, int, int, int] | None,
     scale: str,
+    grey: bool,
     test: bool,
     max_pixels: int,
     weights: str | None,
@@ -283,6 +285,7 @@ def decompress(
                 partial=partial,
                 region=region,
                 scale=int(scale[-1]),
+                grey=grey,
                 max_pixels=max_pixels,
             )
         encoded = b""

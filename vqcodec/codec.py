@@ -138,6 +138,7 @@ def decompress(
     partial: bool = False,
     region: tuple[int, int, int, int] | None = None,
     scale: int = 1,
+    grey: bool = False,
     max_pixels: int | None = bitstream.DEFAULT_MAX_PIXELS,
 ) -> Image.Image:
     """Decode the bytes of a .vqz file to a Pillow image of mode L, LA, RGB or RGBA.
@@ -152,6 +153,7 @@ def decompress(
         partial=partial,
         region=region,
         scale=scale,
+        grey=grey,
         max_pixels=max_pixels,
     )
     for problem in picture.notes:
@@ -168,6 +170,7 @@ def decode_picture(
     partial: bool = False,
     region: tuple[int, int, int, int] | None = None,
     scale: int = 1,
+    grey: bool = False,
     max_pixels: int | None = bitstream.DEFAULT_MAX_PIXELS,
 ) -> Picture:
     """Decode the bytes of a .vqz file.
@@ -184,6 +187,7 @@ def decode_picture(
             are decoded. None for the whole picture.
         scale: 1, 2, 4 or 8: how many pixels, along each side, become one; a smaller picture takes less time. With a
             region, the result has all pixels that show a part of it.
+        grey: make it a picture in shades of grey.
         max_pixels: largest width x height to accept, checked before any memory is allocated; None for no limit.
 
     Returns:
@@ -214,7 +218,7 @@ def decode_picture(
     codes = decode_codes(container, model, part, scale)
     with coding.exact(model):
         pixels = synthesis.reconstruct(model, header.frame, codes, part, scale)
-    return Picture(
+    picture = Picture(
         pixels,
         grey=header.grey,
         alpha=alpha,
@@ -223,6 +227,7 @@ def decode_picture(
         xmp=chunks.get("XMP "),
         notes=container.problems,
     )
+    return image.to_grey(picture) if grey else picture
 
 
 def reconstruct(

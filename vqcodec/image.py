@@ -233,6 +233,20 @@ def adapt(picture: Picture, suffix: str) -> Picture:
     return replace(picture, pixels=pixels, icc=icc, exif=exif, xmp=xmp, notes=tuple(notes))
 
 
+def to_grey(picture: Picture) -> Picture:
+    """A picture in shades of grey: the luma of its sRGB values (ITU-R BT.601), without ICC profile."""
+    if picture.grey:
+        return picture
+    pixels, notes = picture.pixels, picture.notes
+    if picture.icc is not None:
+        try:
+            pixels = colour.to_srgb(pixels, picture.icc, grey=False)
+        except ImageError as error:
+            notes = (*notes, f"shades may be wrong: {error}")
+    luma = np.asarray(Image.fromarray(pixels).convert("L"))
+    return replace(picture, pixels=np.repeat(luma[..., None], 3, axis=2), grey=True, icc=None, notes=notes)
+
+
 def save(picture: Picture, suffix: str) -> bytes:
     """Encode a picture: lossless as PNG, WebP, TIFF, BMP and PPM, at quality 95 as JPEG and AVIF.
 
