@@ -3,7 +3,7 @@
     python -m bench.record [CODEC.json ...]
 
 Takes over what bench.rate_distortion measured (the files CODEC.json of its output folder) into bench/results/, with
-numbers rounded to five digits. Then writes what README.md and bench/README.md say between the marks
+numbers rounded to five digits. Then writes what README.md, docs/results.md and bench/README.md say between the marks
 
     <!-- record: NAME --> ... <!-- end of record -->
 
@@ -28,7 +28,7 @@ from bench.measures import MEASURES
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDER = REPOSITORY / "bench" / "results"
-DOCUMENTS = ("README.md", "bench/README.md")
+DOCUMENTS = ("README.md", "docs/results.md", "bench/README.md")
 DIGITS = 5
 BLOCK = re.compile(r"(<!-- record: ([a-z-]+) -->\n).*?(<!-- end of record -->)", re.DOTALL)
 
