@@ -19,7 +19,7 @@ def test_nothing_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert run(tmp_path / "found") == 0
     printed = capsys.readouterr().out
     assert printed.endswith("seed 2, 60 inputs, 0 findings\n")
-    for kind in ("vqz: ", "vqz, partial: ", "weights: ", "configuration: ", "picture: "):
+    for kind in ("vqz: ", "partial: ", "weights: ", "configuration: ", "container: ", "picture: "):
         assert kind in printed
     assert not (tmp_path / "found").exists()
 
