@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import models
@@ -13,6 +14,7 @@ from commandline import fails, process, run, tree
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
+import vqcodec
 from vqcodec import bitstream, codec, metrics
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -239,3 +241,12 @@ def test_a_process_that_fails() -> None:
         out, said = ran.communicate()
     assert (ran.returncode, out) == (1, b"")
     assert re.fullmatch(rb"vqcodec: bad\.vqz: .*segment 6 of 6 ends at byte \d+, the file has \d+ bytes\n", said)
+
+
+def test_ray_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, photo: NDArray[np.uint8]) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.delitem(sys.modules, "vqcodec.distributed", raising=False)
+    monkeypatch.delattr(vqcodec, "distributed", raising=False)
+    for command in ("compress", "decompress"):
+        message = f"--ray needs the package pyarrow: pip install 'vqcodec[ray]'. (see vqcodec {command} --help)"
+        fails(run(command, "photo.png", "-o", "out", "--ray"), 2, f"vqcodec: {message}")

@@ -7,6 +7,7 @@ The commands import numpy and torch themselves, after the checks that need neith
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import shlex
@@ -119,6 +120,7 @@ def main(debug: bool) -> None:
 @options.device
 @options.force
 @click.option("--verify", is_flag=True, help="Decode the file again before writing it, and compare the codes.")
+@options.ray
 @options.quiet
 def compress(
     inputs: tuple[str, ...],
@@ -136,6 +138,7 @@ def compress(
     device: str,
     force: bool,
     verify: bool,
+    ray: str | None,
     quiet: bool,
 ) -> int:
     """Compress pictures: PNG, JPEG, WebP, AVIF, TIFF, BMP, GIF, PNM, and HEIF where pillow-heif is installed.
@@ -162,6 +165,12 @@ def compress(
     if len(targets) + (quality is not None) > 1:
         raise click.UsageError("Give one of -q and the --target options.")
     target = targets[0] if targets else None
+    if ray is not None:
+        settings = {"quality": quality, "target": target, "max_size": max_size, "effort": effort, "tune": tune}
+        settings["verify"] = verify
+        return _run_on_ray(
+            "Compress", settings, inputs, output, ray, weights=weights, device=device, overwrite=force, quiet=quiet
+        )
     jobs = _plan(inputs, output, files.PICTURE_SUFFIXES, files.VQZ_SUFFIXES[0])
 
     def work(job: files.Job) -> tuple[int, int]:
@@ -233,6 +242,7 @@ def compress(
 @options.weights
 @options.device
 @options.force
+@options.ray
 @options.quiet
 def decompress(
     inputs: tuple[str, ...],
@@ -247,6 +257,7 @@ def decompress(
     weights: str | None,
     device: str,
     force: bool,
+    ray: str | None,
     quiet: bool,
 ) -> int:
     """Restore pictures from .vqz files.
@@ -264,6 +275,14 @@ def decompress(
         raise click.UsageError("--test writes nothing, so -o has no use.")
     if test and partial:
         raise click.UsageError("--test checks whether files are whole, so --partial has no use.")
+    if test and ray is not None:
+        raise click.UsageError("--ray makes files, and --test none.")
+    if ray is not None:
+        settings = {"look": look, "partial": partial, "region": region, "scale": int(scale[-1]), "grey": grey}
+        settings["max_pixels"] = max_pixels
+        return _run_on_ray(
+            "Decompress", settings, inputs, output, ray, weights=weights, device=device, overwrite=force, quiet=quiet
+        )
     if test:
         with _usage():
             jobs = [files.Job(path, files.STREAM) for path, _ in files.find(inputs, files.VQZ_SUFFIXES)]
@@ -860,4 +879,67 @@ def _run(
                 read, written = read + job_read, written + job_written
     if len(jobs) > 1 and (report.failed or not quiet):
         terminal.say_total(len(jobs), report.failed, read=read, written=written)
+    return report.status
+
+
+def _run_on_ray(
+    name: str,
+    settings: dict[str, Any],
+    inputs: Sequence[str],
+    output: str | None,
+    address: str,
+    *,
+    weights: str | None,
+    device: str,
+    overwrite: bool,
+    quiet: bool,
+) -> int:
+    """Make files on a Ray cluster. What is there already is left alone, and one bad file does not stop the others.
+
+    Args:
+        name: "Compress" or "Decompress", the transcoder.
+        settings: its arguments beside weights and device.
+        inputs, output, weights, device: of the command line.
+        address: of the cluster; "" for any, see `distributed.cluster`.
+        overwrite: whether existing files may be replaced.
+        quiet: whether to print errors only.
+
+    Returns:
+        The exit code.
+    """
+    if output is None or files.STREAM in (output, *inputs):
+        raise click.UsageError("--ray works on files and folders, and needs a folder for -o.")
+    try:
+        from vqcodec import distributed
+    except ModuleNotFoundError as error:
+        raise click.UsageError(f"--ray needs the package {error.name}: pip install 'vqcodec[ray]'.") from None
+
+    kind = getattr(distributed, name)
+    transcoder = functools.partial(kind, weights=weights and os.path.abspath(weights), **settings)
+    report = ErrorReport()
+    with report.errors_of("--ray"):
+        with _usage():
+            jobs, there = distributed.plan(inputs, output, kind, overwrite=overwrite)
+        if there and not quiet:
+            total = there + len(jobs)
+            terminal.say(f"vqcodec: {there:,} of {total:,} files are there already and stay (-f makes them again)")
+        if not jobs:
+            return 0
+        read = written = failed = 0
+        with distributed.cluster(address or None):
+            made = distributed.make(jobs, transcoder, output=output, overwrite=overwrite, device=device)
+            with terminal.sample_bar(made, len(jobs)) as outcomes:
+                for outcome in outcomes:
+                    read, written = read + outcome.read, written + outcome.written
+                    failed += bool(outcome.errors)
+                    for path, message in outcome.errors:
+                        with report.errors_of(path):
+                            raise VqcodecError(message)
+                    for path, note in outcome.notes:
+                        if name == "Decompress":
+                            terminal.say(f"vqcodec: {path}: warning: {note}")
+                        elif not quiet:
+                            terminal.say(f"vqcodec: {path}: note: {note}")
+        if failed or not quiet:
+            terminal.say_total(len(jobs), failed, read=read, written=written)
     return report.status

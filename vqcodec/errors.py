@@ -18,6 +18,15 @@ Each message is one line that says what was found and what was expected. The com
 """
 
 
+def one_line(error: Exception) -> str:
+    """One line that says what went wrong, without the name of a file."""
+    if isinstance(error, MemoryError):
+        return "not enough memory"
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    line = next(iter(text.splitlines()), "")
+    return line if isinstance(error, (VqcodecError, OSError)) else f"{type(error).__name__}: {line}"
+
+
 class VqcodecError(Exception):
     """Base class of the errors that a user, a calling program or a file can cause."""
 

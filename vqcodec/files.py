@@ -273,14 +273,19 @@ def _write_all(file: BinaryIO | FileIO, data: bytes) -> None:
         rest = rest[taken:]
 
 
+def renamed(name: str, suffixes: Sequence[str], new_suffix: str) -> str:
+    """The name with the new suffix in the place of one of the given ones, or after any other."""
+    stem, suffix = os.path.splitext(name)
+    return (stem if suffix.lower() in suffixes else name) + new_suffix
+
+
 def _name_targets(found: Sequence[tuple[str, str]], folder: str, suffixes: Sequence[str], new_suffix: str) -> list[Job]:
     """Name the target of each (path, name): beside the path, or by its name in a folder unless that is ""."""
     jobs: list[Job] = []
     earlier: dict[str, tuple[str, str]] = {}  # by target: how it is called without the new suffix, and its source
     for path, name in found:
         place = os.path.join(folder, name) if folder else path
-        stem, suffix = os.path.splitext(place)
-        target = (stem if suffix.lower() in suffixes else place) + new_suffix
+        target = renamed(place, suffixes, new_suffix)
         other, source = earlier.get(os.path.realpath(target), (place, ""))
         note = ""
         if os.path.abspath(other) != os.path.abspath(place):

@@ -92,6 +92,13 @@ device = click.option(
     help="Device to compute on.",
 )
 force = click.option("-f", "--force", is_flag=True, help="Overwrite existing files.")
+ray = click.option(
+    "--ray",
+    is_flag=False,
+    flag_value="",
+    metavar="[ADDRESS]",
+    help="Work on all processors of a Ray cluster, or of this machine; OUT is a folder. See docs/scale.md.",
+)
 quiet = click.option("--quiet", is_flag=True, help="Print errors only.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 seed = click.option(

@@ -16,7 +16,7 @@ import click
 
 from vqcodec import streams
 from vqcodec.bitstream import Info
-from vqcodec.errors import VqcodecError
+from vqcodec.errors import VqcodecError, one_line
 from vqcodec.files import Job
 
 if TYPE_CHECKING:
@@ -65,14 +65,9 @@ class ErrorReport:
 
 
 def message(error: Exception) -> str:
-    """One line that says what went wrong."""
-    if isinstance(error, MemoryError):
-        return "not enough memory"
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    line = next(iter(text.splitlines()), "")
-    if isinstance(error, (VqcodecError, OSError)):
-        return line
-    return f"{type(error).__name__}: {line} (vqcodec --debug ... shows where)"
+    """One line that says what went wrong, and for an unexpected error how to see more."""
+    expected = isinstance(error, (VqcodecError, OSError, MemoryError))
+    return one_line(error) + ("" if expected else " (vqcodec --debug ... shows where)")
 
 
 def say(text: str) -> None:

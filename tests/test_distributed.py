@@ -1,0 +1,459 @@
+"""Compression by Ray: callables without a cluster, and the whole on two processors of this machine (slow)."""
+
+import io
+import json
+import os
+import signal
+import tarfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import models
+import pytest
+from commandline import fails, process, run, tree
+from PIL import Image
+
+from vqcodec import codec, files, image
+
+pytest.importorskip("ray", reason="needs the extra 'ray': pip install -e '.[ray]'")
+
+import pyarrow as pa
+import pyarrow.parquet
+import ray.data
+from pyarrow import fs
+
+from vqcodec import distributed
+from vqcodec.distributed import Compress, Decompress, Job, Outcome
+from vqcodec.errors import ImageError, WeightsError
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's, of itself
+WEIGHTS = str(Path(__file__).parent / "golden" / "tiny.safetensors")
+COMPRESS = partial(Compress, weights=WEIGHTS)
+DECOMPRESS = partial(Decompress, weights=WEIGHTS)
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def png(seed: int, height: int = 24, width: int = 40, mode: str = "RGB") -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(models.picture(height, width, seed)).convert(mode).save(out, "PNG")
+    return out.getvalue()
+
+
+def vqz(data: bytes) -> bytes:
+    """What the codec makes of a picture without Ray."""
+    return codec.compress(image.load(data, max_pixels=None), weights=WEIGHTS, device="cpu")
+
+
+def write(name: str, data: bytes) -> bytes:
+    files.write(name, data, overwrite=True)
+    return data
+
+
+def shard(name: str, members: dict[str, bytes]) -> None:
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(name, "w") as tar:
+        for path, data in members.items():
+            member = tarfile.TarInfo(path)
+            member.size, member.mtime = len(data), 1234
+            tar.addfile(member, io.BytesIO(data))
+
+
+def members(name: str) -> dict[str, bytes]:
+    with tarfile.open(name) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}
+
+
+def make_here(jobs: list[Job], transcoder: partial, output: str, *, overwrite: bool = False) -> list[Outcome]:
+    """What an actor does, in this process."""
+    worker = distributed._Files(partial(transcoder, device="cpu"), output, overwrite)
+    return [Outcome(**row) for row in worker(pa.Table.from_pylist([vars(job) for job in jobs])).to_pylist()]
+
+
+# Columns
+
+
+def test_batch_of_pictures_and_back() -> None:
+    good, grey = png(1), png(2, mode="L")
+    table = pa.table(
+        {
+            "key": ["a", "b", "c", "d"],
+            "jpg": pa.array([good, b"no picture", None, grey], pa.binary()),
+            "label": pa.array([1, None, 3, 4], pa.int64()),
+            "boxes": [[[1, 2]], [], None, [[3]]],
+        }
+    )
+    made = COMPRESS("jpg", quality=60)(table)
+    assert made.column_names == ["key", "jpg", "label", "boxes", "error", "notes"]
+    for name in ("key", "label", "boxes"):
+        assert made[name].equals(table[name]) and made[name].type == table[name].type
+    expected = [codec.compress(image.load(data, max_pixels=None), quality=60, weights=WEIGHTS) for data in (good, grey)]
+    assert made["jpg"].to_pylist() == [expected[0], None, None, expected[1]]
+    first, bad, absent, last = made["error"].to_pylist()
+    assert (first, absent, last) == (None, None, None)
+    with pytest.raises(ImageError) as caught:
+        image.load(b"no picture", max_pixels=None)
+    assert bad == str(caught.value)
+
+    back = DECOMPRESS("jpg")(made)
+    assert back["error"].to_pylist() == [None, bad, None, None]
+    restored = [image.save(codec.decode_picture(data, weights=WEIGHTS), ".png") for data in expected]
+    assert back["jpg"].to_pylist() == [restored[0], None, None, restored[1]]
+
+
+def test_notes_of_a_batch() -> None:
+    damaged = vqz(png(1))[:-3]
+    made = DECOMPRESS("data", partial=True)(pa.table({"data": [damaged, vqz(png(2))]}))
+    picture = codec.decode_picture(damaged, weights=WEIGHTS, partial=True)
+    assert picture.notes and made["notes"].to_pylist() == [list(picture.notes), []]
+    assert made["error"].to_pylist() == [None, None]
+
+
+def test_weights_that_are_missing_are_an_error_at_once() -> None:
+    with pytest.raises(WeightsError, match="no weights file"):
+        Compress(weights="missing.safetensors")
+    with pytest.raises(WeightsError, match="no natural look"):
+        DECOMPRESS(look="natural")
+
+
+# Files, without a cluster
+
+
+def plan(*inputs: str, output: str = "out", kind: type = Compress, overwrite: bool = False) -> tuple[list[Job], int]:
+    return distributed.plan(inputs, output, kind, overwrite=overwrite)
+
+
+def touch(*names: str) -> None:
+    for name in names:
+        write(name, b"x")
+
+
+def test_plan_mirrors_names_and_leaves_out_what_is_there() -> None:
+    touch("in/a.png", "in/sub/B.JPG", "in/sub/c.tar", "in/.hidden/d.png", "in/e.txt", "single.webp")
+    root, here = os.path.abspath("in"), os.getcwd()
+    everything = [
+        Job(root, "a.png", "a.vqz"),
+        Job(root, "sub/B.JPG", "sub/B.vqz"),
+        Job(root, "sub/c.tar", "sub/c.tar"),
+        Job(here, "single.webp", "single.vqz"),
+    ]
+    assert plan("in", "single.webp") == (everything, 0)
+    touch("out/a.vqz", "out/sub/c.tar", "out/other")
+    assert plan("in/", "single.webp") == ([everything[1], everything[3]], 2)
+    assert plan("in", "single.webp", overwrite=True) == (everything, 0)
+
+
+@pytest.mark.parametrize("root", ["memory://plan/in", "local://{here}/in", "file://{here}/in"])
+def test_plan_on_other_filesystems(root: str) -> None:
+    root = root.format(here=os.getcwd())
+    filesystem, base = distributed._open(root)
+    for name in ("b.png", "sub/a.jpg", ".hidden/d.png", "e.txt"):
+        distributed._write(filesystem, f"{base}/{name}", io.BytesIO(b"x"))
+    output = root.replace("/in", "/out")
+    jobs = [Job(root, "b.png", "b.vqz"), Job(root, "sub/a.jpg", "sub/a.vqz")]
+    assert plan(root, output=output) == (jobs, 0)
+    filesystem, base = distributed._open(output)
+    distributed._write(filesystem, f"{base}/sub/a.vqz", io.BytesIO(b"x"))
+    assert plan(root, output=output) == (jobs[:1], 1)
+
+
+def test_pictures_that_differ_by_suffix_alone() -> None:
+    touch("in/a.jpg", "in/a.png")
+    assert [job.target for job in plan("in", output="out")[0]] == ["a.vqz", "a.png.vqz"]
+
+
+def test_plan_does_not_take_what_it_made_for_an_input() -> None:
+    touch("in/a.tar", "in/out/a.tar")
+    assert plan("in", output="in/out", overwrite=True)[0] == [Job(os.path.abspath("in"), "a.tar", "a.tar")]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "output", "message"),
+    [
+        (["in"], "in", "the output {here}/in/a.tar would replace an input"),
+        (["in", "b.png"], "out", "{here}/in/b.png and {here}/b.png would both become b.vqz"),
+        (["empty"], "out", "folder {here}/empty holds no files named *.png "),
+        (["nonsense://x"], "out", "Protocol not known: nonsense"),
+    ],
+)
+def test_plans_that_cannot_be(inputs: list[str], output: str, message: str) -> None:
+    touch("in/a.tar", "in/b.png", "b.png", "empty/x.txt")
+    with pytest.raises(ValueError) as caught:
+        plan(*inputs, output=output)
+    assert str(caught.value).startswith(message.format(here=os.getcwd()))
+
+
+def test_uri_with_options() -> None:
+    write("in/a.png", b"x")
+    here, options = f"file://{os.getcwd()}", "?options=of-the-filesystem"
+    for given in (f"{here}/in{options}", f"{here}/in/{options}", f"{here}/in/a.png{options}"):
+        ((job,), _) = plan(given, output=f"{here}/out{options}")
+        assert (job.name, job.target, job.source) == ("a.png", "a.vqz", f"{here}/in/a.png")
+        assert distributed._open(job.root)[1] == os.path.abspath("in")
+
+
+def test_input_that_is_missing() -> None:
+    for missing in ("missing", "memory://missing"):
+        with pytest.raises(FileNotFoundError):
+            plan(missing)
+
+
+@pytest.mark.parametrize("place", ["{here}", "file://{here}", "local://{here}", "memory://there"])
+def test_there_and_back_on_filesystems(place: str) -> None:
+    place = place.format(here=os.getcwd())
+    filesystem, base = distributed._open(place)
+    data = png(1)
+    distributed._write(filesystem, f"{base}/in/sub/a.png", io.BytesIO(data))
+    jobs, _ = plan(f"{place}/in", output=f"{place}/vqz")
+    (outcome,) = make_here(jobs, COMPRESS, f"{place}/vqz")
+    expected = vqz(data)
+    assert outcome == Outcome(f"{place}/in/sub/a.png", len(data), len(expected), [], [])
+    assert filesystem.open_input_stream(f"{base}/vqz/sub/a.vqz").read() == expected
+    jobs, _ = plan(f"{place}/vqz", output=f"{place}/back", kind=Decompress)
+    assert make_here(jobs, DECOMPRESS, f"{place}/back")[0].errors == []
+    restored = image.save(codec.decode_picture(expected, weights=WEIGHTS), ".png")
+    assert filesystem.open_input_stream(f"{base}/back/sub/a.png").read() == restored
+    found = filesystem.get_file_info(fs.FileSelector(base, recursive=True))
+    names = sorted(distributed._relative(info.path, base) for info in found if info.is_file)
+    assert names == ["back/sub/a.png", "in/sub/a.png", "vqz/sub/a.vqz"], "no temporary file stays"
+
+
+def test_bad_files_are_outcomes() -> None:
+    write("in/bad.png", b"no picture")
+    write("in/good.png", png(1))
+    os.mkdir("out")
+    write("out/taken.vqz", b"kept")
+    root = os.path.abspath("in")
+    jobs = [Job(root, name, target) for name, target in [("bad.png", "bad.vqz"), ("gone.png", "gone.vqz")]]
+    jobs += [Job(root, "good.png", "taken.vqz"), Job(root, "good.png", "good.vqz")]
+    bad, gone, taken, good = make_here(jobs, COMPRESS, os.path.abspath("out"))
+    ((path, message),) = bad.errors
+    assert path == f"{root}/bad.png" and "\n" not in message and message
+    assert gone.errors[0][0] == f"{root}/gone.png" and gone.errors[0][1]
+    assert taken == Outcome(f"{root}/good.png", 0, 0, [], [[f"{root}/good.png", "was there already, left as it is"]])
+    assert good.errors == [] and good.written == Path("out/good.vqz").stat().st_size
+    assert tree("out") == ["good.vqz", "taken.vqz"]
+    assert Path("out/taken.vqz").read_bytes() == b"kept"
+    assert make_here(jobs[2:3], COMPRESS, os.path.abspath("out"), overwrite=True)[0].notes == []
+    assert Path("out/taken.vqz").read_bytes() == vqz(png(1))
+
+
+def test_failure_while_writing_leaves_the_old_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    write("in/a.png", png(1))
+    write("out/a.vqz", b"old")
+
+    def fail(source: object, target: object) -> None:
+        target.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(distributed.shutil, "copyfileobj", fail)
+    (outcome,) = make_here(plan("in", overwrite=True)[0], COMPRESS, os.path.abspath("out"), overwrite=True)
+    assert outcome.errors == [[os.path.abspath("in/a.png"), "No space left on device"]] and outcome.written == 0
+    assert tree("out") == ["a.vqz"] and Path("out/a.vqz").read_bytes() == b"old"
+
+
+def test_shard_there_and_back() -> None:
+    long = "folder/" + "long" * 40
+    pictures = {"0.png": png(1), f"{long}.png": png(2)}
+    others = {"0.json": b"{}", "1.txt": b"text", "bad.jpg": b"no picture", "0.vqz": b"taken"}
+    shard("in/s-000.tar", {**others, **pictures})
+    jobs, _ = plan("in")
+    (outcome,) = make_here(jobs, COMPRESS, os.path.abspath("out"))
+    source = os.path.abspath("in/s-000.tar")
+    assert [path for path, _ in outcome.errors] == [f"{source}/bad.jpg", f"{source}/0.png"]
+    assert outcome.errors[1][1] == "the shard has 0.vqz already"
+    assert (outcome.read, outcome.written) == (Path(source).stat().st_size, Path("out/s-000.tar").stat().st_size)
+    made = members("out/s-000.tar")
+    assert made == {**others, "0.png": pictures["0.png"], f"{long}.vqz": vqz(pictures[f"{long}.png"])}
+    with tarfile.open("out/s-000.tar") as tar:
+        assert {member.mtime for member in tar} == {1234}
+
+    jobs, _ = plan("out", output="back", kind=Decompress)
+    (outcome,) = make_here(jobs, DECOMPRESS, os.path.abspath("back"))
+    assert [path for path, _ in outcome.errors] == [os.path.abspath("out/s-000.tar/0.vqz")]
+    restored = image.save(codec.decode_picture(made[f"{long}.vqz"], weights=WEIGHTS), ".png")
+    assert members("back/s-000.tar") == {**others, "0.png": pictures["0.png"], f"{long}.png": restored}
+
+
+_MEMBER = 3 * 512  # bytes of a member in the next test: a header, and two blocks for its content
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "instead"),
+    [
+        (1000, None, b""),  # cut in a member
+        (_MEMBER + 100, None, b""),  # in a header
+        (2 * _MEMBER, None, b""),  # between two members
+        (2 * _MEMBER + 512, None, b""),  # after a header
+        (_MEMBER, _MEMBER + 512, b"?" * 512),  # no header any more
+        (_MEMBER, _MEMBER + 512, bytes(512)),  # looks like the end
+    ],
+)
+def test_damaged_shard_makes_no_file(start: int, stop: int | None, instead: bytes) -> None:
+    shard("in/s.tar", {name: b"x" * 1000 for name in ("0.txt", "1.txt", "2.txt")})
+    data = Path("in/s.tar").read_bytes()
+    write("in/s.tar", data[:start] + instead + (data[stop:] if stop else b""))
+    (outcome,) = make_here(plan("in")[0], COMPRESS, os.path.abspath("out"))
+    ((path, message),) = outcome.errors
+    assert path == os.path.abspath("in/s.tar") and message.startswith("ReadError: ")
+    assert outcome.written == 0 and not os.path.exists("out")
+
+
+# The command line
+
+
+@pytest.mark.parametrize(
+    "arguments", [("in", "--ray"), ("in", "-o", "-", "--ray"), ("-", "-o", "out", "--ray"), ("-", "--ray", "local")]
+)
+@pytest.mark.parametrize("command", ["compress", "decompress"])
+def test_ray_needs_names(command: str, arguments: tuple[str, ...]) -> None:
+    ran = run(command, *arguments)
+    message = f"--ray works on files and folders, and needs a folder for -o. (see vqcodec {command} --help)"
+    fails(ran, 2, f"vqcodec: {message}")
+
+
+def test_nothing_to_do_starts_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "cluster", None)
+    touch("in/a.png", "out/a.vqz")
+    ran = run("compress", "in", "-o", "out", "--ray")
+    assert (ran.exit_code, ran.stdout) == (0, "")
+    assert ran.stderr == "vqcodec: 1 of 1 files are there already and stay (-f makes them again)\n"
+    assert run("compress", "in", "-o", "out", "--quiet", "--ray").output == ""
+    fails(run("compress", "gone", "-o", "out", "--ray"), 1, "vqcodec: gone: No such file or directory")
+    ran = run("compress", "out", "-o", "new", "--ray")
+    assert ran.exit_code == 2 and ran.stderr.startswith("vqcodec: folder ")
+
+
+# The benchmark
+
+
+def test_scale_tells_speed_from_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("matplotlib", "imagecodecs"):
+        pytest.importorskip(package, reason="needs the extra 'bench': pip install -e '.[bench]'")
+    from bench import scale
+
+    monkeypatch.setattr(scale, "_plain", lambda jobs, weights: [5 + 0.5 * n for n in range(1, 1 + len(jobs))])
+
+    def on_ray(jobs: list[Job], weights: str | None, actors: int) -> list[float]:
+        """Two actors, each with two pictures at a time, of which each takes it 0.6 s."""
+        assert (actors, len(jobs)) == (2, 16)
+        return [7 + 1.2 * (n // 4 + 1) for n in range(16)]
+
+    monkeypatch.setattr(scale, "_on_ray", on_ray)
+    output = tmp_path / "scale.json"
+    assert scale.main(["--actors", "2", "--pictures", "16", "--size", "24x16", "-o", str(output)]) == 0
+    plain, two = json.loads(output.read_text())["measurements"]
+    assert (plain["start"], plain["seconds"]) == (pytest.approx(5), pytest.approx(0.5))
+    assert (two["start"], two["seconds"]) == (pytest.approx(7), pytest.approx(0.3))
+
+
+# On a cluster
+
+
+@pytest.mark.slow
+def test_only_our_own_messages() -> None:
+    write("in/a.png", png(0))
+    write("in/bad.png", b"no picture")
+    arguments = ("compress", "in", "-o", "out", "--weights", WEIGHTS, "--ray", "local")
+    out, err = process("-m", "vqcodec", *arguments, text=True).communicate(timeout=300)
+    bad, total = err.splitlines()
+    assert out == "" and bad.startswith(f"vqcodec: {os.path.abspath('in/bad.png')}: ")
+    assert total.startswith("vqcodec: 1 of 2 files done, 1 failed; ")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """Two processors of this machine."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80 * 2**20, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def deadly(once: bytes, always: bytes, mark: Path) -> partial:
+    """`COMPRESS` that kills its process the first time that it is given one picture, and every time for another."""
+
+    class Deadly(Compress):  # in a function, so that workers get its code: they cannot import this module
+        def convert(self, data: bytes) -> tuple[bytes, tuple[str, ...]]:
+            if data == always or (data == once and not mark.exists()):
+                mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().convert(data)
+
+    return partial(Deadly, weights=WEIGHTS)
+
+
+@pytest.mark.slow
+def test_cluster_makes_the_same_files_once(cluster: None) -> None:
+    pictures = {f"{folder}/{seed}": png(seed) for folder in ("a", "b") for seed in range(3)}
+    for name, data in pictures.items():
+        write(f"in/{name}.png", data)
+    write("in/bad.png", b"no picture")
+    shard("in/s.tar", {"0.png": png(7), "0.json": b"{}"})
+    command = ("compress", "in", "-o", "out", "--weights", WEIGHTS, "--ray")
+    ran = run(*command)
+    assert (ran.exit_code, ran.stdout) == (1, "")
+    bad, total = ran.stderr.splitlines()
+    assert bad.startswith(f"vqcodec: {os.path.abspath('in/bad.png')}: ")
+    assert total.startswith("vqcodec: 7 of 8 files done, 1 failed; ")
+    assert tree("out") == ["a/0.vqz", "a/1.vqz", "a/2.vqz", "b/0.vqz", "b/1.vqz", "b/2.vqz", "s.tar"]
+    for name, data in pictures.items():
+        assert Path(f"out/{name}.vqz").read_bytes() == vqz(data)
+    assert members("out/s.tar") == {"0.vqz": vqz(png(7)), "0.json": b"{}"}
+
+    before = {name: os.stat(f"out/{name}").st_mtime_ns for name in tree("out")}
+    os.unlink("in/bad.png")
+    ran = run(*command)
+    assert ran.exit_code == 0
+    assert ran.stderr == "vqcodec: 7 of 7 files are there already and stay (-f makes them again)\n"
+    assert {name: os.stat(f"out/{name}").st_mtime_ns for name in tree("out")} == before
+
+    ran = run("decompress", "out", "-o", "file://" + os.path.abspath("back"), "--weights", WEIGHTS, "--ray", "--quiet")
+    assert (ran.exit_code, ran.output) == (0, "")
+    for name, data in pictures.items():
+        restored = codec.decode_picture(vqz(data), weights=WEIGHTS)
+        assert Path(f"back/{name}.png").read_bytes() == image.save(restored, ".png")
+
+
+@pytest.mark.slow
+def test_killed_actor_costs_nothing_and_a_deadly_picture_only_itself(cluster: None, tmp_path: Path) -> None:
+    data = [png(seed) for seed in range(10)]
+    for number, one in enumerate(data):
+        write(f"in/{number}.png", one)
+    transcoder = deadly(once=data[2], always=data[5], mark=tmp_path / "mark")
+    jobs, _ = plan("in")
+    outcomes = list(distributed.make(jobs, transcoder, output="out", overwrite=False))
+    assert ray.data.DataContext.get_current().max_errored_blocks == 0, "other datasets still stop at errors"
+    assert (tmp_path / "mark").exists()
+    assert sorted(outcome.source for outcome in outcomes) == [os.path.abspath(f"in/{n}.png") for n in range(10)]
+    assert [outcome.errors for outcome in outcomes if outcome.errors] == [
+        [
+            [
+                os.path.abspath("in/5.png"),
+                "not finished: 4 workers died of it or of a file beside it (memory, or a crash)",
+            ]
+        ]
+    ]
+    for number in {*range(10)} - {5}:
+        assert Path(f"out/{number}.vqz").read_bytes() == vqz(data[number])
+    assert not os.path.exists("out/5.vqz")
+
+
+@pytest.mark.slow
+def test_dataset_of_a_shard(cluster: None) -> None:
+    shard("in.tar", {"0.png": png(0), "0.cls": b"5", "1.png": b"no picture", "1.cls": b"7"})
+    dataset = ray.data.read_webdataset(os.path.abspath("in.tar"), decoder=None).map_batches(
+        Compress,
+        fn_constructor_kwargs={"column": "png", "weights": WEIGHTS},
+        batch_format="pyarrow",
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=1),
+    )
+    dataset.rename_columns({"png": "vqz"}).write_parquet(os.path.abspath("out"))
+    first, second = sorted(pyarrow.parquet.read_table("out").to_pylist(), key=lambda row: row["__key__"])
+    assert (first["vqz"], first["cls"], first["error"]) == (vqz(png(0)), b"5", None)
+    assert (second["vqz"], second["cls"]) == (None, b"7") and "picture" in second["error"]
