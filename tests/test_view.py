@@ -158,6 +158,39 @@ def test_alpha_follows(height: int, width: int, data: st.DataObject) -> None:
     assert np.array_equal(image.reduced(alpha, region, scale), whole[rows, columns])
 
 
+# Pictures without codes
+
+
+@pytest.mark.parametrize("size", [(1, 1), (205, 1300), (1411, 90), (900, 1000)])
+def test_a_picture_without_codes_is_folded(
+    size: tuple[int, int], model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is what its codes, which are all 0, decode to; no network sees all of a large one."""
+    frame = Frame(size[1], size[0], 60)
+    codes = coding.no_codes(model.config, frame)
+    with coding.exact(model):
+        expected = {scale: synthesis.reconstruct(model, frame, codes, scale=scale) for scale in (1, *scales(model))}
+        sides = []
+        whole = synthesis.reconstruct
+        monkeypatch.setattr(
+            synthesis, "reconstruct", lambda m, f, *more: sides.append(max(f.width, f.height)) or whole(m, f, *more)
+        )
+        for scale, pixels in expected.items():
+            found = synthesis.blank(model, frame, scale)
+            assert found.shape == pixels.shape and np.abs(found.astype(int) - pixels).max() <= 1
+    assert max(sides) <= min(max(size), 800)
+
+
+def test_a_file_without_codes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = weights.load(path)
+    frame = Frame(3000, 2000, 60, tile=1024)
+    header = bitstream.Header.of(frame, model.id, model.config.layers)
+    data = bitstream.write(header, [], [b""] * header.segments)
+    monkeypatch.setattr(coding, "decode", lambda *_: pytest.fail("codes were decoded"))
+    picture = vqcodec.decompress(data, weights=path)
+    assert picture.size == (3000, 2000) and len(picture.crop((900, 900, 964, 964)).getcolors(4096) or []) <= 64
+
+
 # The public API
 
 

@@ -215,9 +215,14 @@ def decode_picture(
         except ImageError as error:
             raise ChecksumError(str(error)) from None
         alpha = image.reduced(alpha, part, scale)
-    codes = decode_codes(container, model, part, scale)
-    with coding.exact(model):
-        pixels = synthesis.reconstruct(model, header.frame, codes, part, scale)
+    if part is None and not any(container.segments):
+        _check_fit(header, model)
+        with coding.exact(model):
+            pixels = synthesis.blank(model, header.frame, scale)
+    else:
+        codes = decode_codes(container, model, part, scale)
+        with coding.exact(model):
+            pixels = synthesis.reconstruct(model, header.frame, codes, part, scale)
     picture = Picture(
         pixels,
         grey=header.grey,
@@ -268,12 +273,7 @@ def decode_codes(container: Container, model: Model, region: Region | None = Non
         ChecksumError: a segment is not what an encoder wrote.
     """
     header = container.header
-    if header.weights_id != model.id:
-        raise WeightsError(f"made with weights {header.weights_id.hex()}, these are {model.id.hex()}")
-    if header.layers != model.config.layers:
-        raise HeaderError(f"the file has {header.layers} layers, its weights have {model.config.layers}")
-    if header.tile % model.config.multiple:
-        raise HeaderError(f"tile is {header.tile} pixels, these weights need multiples of {model.config.multiple}")
+    _check_fit(header, model)
     layers = synthesis.layers_for(model.config, scale)
     tiles = synthesis.tiles_for(model, header.frame, region, scale)
     count = len(header.frame.tiles())
@@ -283,6 +283,21 @@ def decode_codes(container: Container, model: Model, region: Region | None = Non
     ]
     with coding.exact(model):
         return coding.decode(model, header.frame, segments)
+
+
+def _check_fit(header: Header, model: Model) -> None:
+    """Check that a file was made with these weights.
+
+    Raises:
+        WeightsError: it was not.
+        HeaderError: it says so, but its layers or tiles do not fit them.
+    """
+    if header.weights_id != model.id:
+        raise WeightsError(f"made with weights {header.weights_id.hex()}, these are {model.id.hex()}")
+    if header.layers != model.config.layers:
+        raise HeaderError(f"the file has {header.layers} layers, its weights have {model.config.layers}")
+    if header.tile % model.config.multiple:
+        raise HeaderError(f"tile is {header.tile} pixels, these weights need multiples of {model.config.multiple}")
 
 
 def _region(region: tuple[int, int, int, int], frame: Frame) -> Region:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from vqcodec.coding import no_codes
 from vqcodec.frame import Frame, Region
 from vqcodec.models.config import Config
 from vqcodec.models.model import Estimate, Level, Model, Slice, walk
@@ -53,6 +54,34 @@ def reconstruct(
             indices = codes[piece.level][None, under, columns, piece.planes].to(model.device, torch.int64)
             estimate.add_at((strip, slice(None)), piece.vectors(indices))
     return estimate.picture()
+
+
+def blank(model: Model, frame: Frame, scale: int = 1) -> NDArray[np.uint8]:
+    """`reconstruct` from codes that are all 0, in a time that large pictures do not add to.
+
+    Away from its borders such a picture repeats itself, so the middle of a smaller one takes the place of the rest.
+    """
+    unit = model.config.multiple
+    levels = range(len(model.config.levels))
+    reach = sum(model.vqvae.decoder_reach(level) + model.vqvae.refinement_reach(level) for level in levels)
+    border = -(-reach // unit) * unit // scale
+    period = unit // scale
+
+    def folded(length: int) -> NDArray[np.intp]:
+        """For each of `length` pixels in a row or column, one of a shorter one that is equal."""
+        left_out = max(0, -(-length // scale) - 2 * (border + period)) // period * period
+        places = np.arange(-(-length // scale) - left_out)
+        first = border + period
+        return np.concatenate([places[:first], border + np.arange(left_out) % period, places[first:]])
+
+    rows, columns = folded(frame.height), folded(frame.width)
+    height, width = (
+        length - (len(places) - places[-1] - 1) * scale
+        for length, places in ((frame.height, rows), (frame.width, columns))
+    )
+    small = replace(frame, height=int(height), width=int(width))
+    pixels = reconstruct(model, small, no_codes(model.config, small), None, scale)
+    return np.ascontiguousarray(pixels[rows[:, None], columns])
 
 
 def largest_scale(config: Config) -> int:
