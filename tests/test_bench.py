@@ -23,6 +23,7 @@ import vqcodec
 
 pytest.importorskip("matplotlib", reason="needs the extra 'bench': pip install -e '.[bench]'")
 pytest.importorskip("imagecodecs", reason="needs the extra 'bench': pip install -e '.[bench]'")
+pytest.importorskip("scipy", reason="needs the extra 'bench': pip install -e '.[bench]'")
 
 from models import TINY
 
@@ -40,7 +41,7 @@ from bench import (
     strip,
     targets,
 )
-from bench.bd_rate import Curve, bd_rate, pchip
+from bench.bd_rate import Curve, bd_rate
 from vqcodec import tuning
 from vqcodec import weights as weights_files
 from vqcodec.metrics import psnr as measured_psnr
@@ -129,12 +130,6 @@ def test_curve_leaves_out_what_no_one_would_use() -> None:
     assert curve.rate.tolist() == [0.1, 0.3, 0.5]
     assert curve.quality.tolist() == [28, 32, 34]
     assert Curve.of([0.1, 0.2], [30.0, 29.0]) is None
-
-
-def test_pchip_is_exact_on_its_points_and_monotone() -> None:
-    x, y = np.array([0.0, 1, 1.2, 4, 9]), np.array([0.0, 0.1, 3, 3.1, 10])
-    assert pchip(x, y, x).tolist() == pytest.approx(y.tolist())
-    assert (np.diff(pchip(x, y, np.linspace(0, 9, 1000))) >= 0).all()
 
 
 # SSIMULACRA2: scores that the reference program gives for these pictures (test data of the Rust port fast-ssim2)

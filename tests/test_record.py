@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("matplotlib", reason="needs the extra 'bench': pip install -e '.[bench]'")
+pytest.importorskip("scipy", reason="needs the extra 'bench': pip install -e '.[bench]'")
 
 from bench import record
 from bench.bd_rate import bd_rate
