@@ -4,6 +4,7 @@ The classic codecs are used as a user of Pillow or imagecodecs gets them; what d
 in each codec's `settings`. All of them run on a stated number of threads so that times can be compared.
 """
 
+import bisect
 import functools
 import importlib.metadata
 import io
@@ -82,14 +83,8 @@ def nearest_quality(codec: Codec, pixels: Pixels, size: float) -> tuple[float, b
             files[quality] = codec.encode(pixels, quality)
         return len(files[quality])
 
-    low, high = 0, len(codec.scale) - 1  # both inclusive
-    while low < high:
-        middle = (low + high) // 2
-        if encode(codec.scale[middle]) < size:
-            low = middle + 1
-        else:
-            high = middle
-    for index in (low - 1, low):  # the last below and the first not below
+    above = bisect.bisect_left(codec.scale, size, hi=len(codec.scale) - 1, key=encode)
+    for index in (above - 1, above):  # the last below and the first not below
         if index >= 0:
             encode(codec.scale[index])
     best = min(files, key=lambda quality: abs(len(files[quality]) - size))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,11 +82,11 @@ class Result:
         columns: dict[str, list[float | None]] = {}
         for quality in dict.fromkeys(row.quality for row in rows):
             group = [row for row in rows if row.quality == quality]
-            means: dict[str, float] = {"quality": quality, "bpp": _mean([row.bpp for row in group])}
+            means: dict[str, float] = {"quality": quality, "bpp": statistics.fmean([row.bpp for row in group])}
             for column in group[0].values:
-                means[column] = _mean([row.values[column] for row in group])
-            means["encoding_time"] = _mean([row.encoding_time for row in group])
-            means["decoding_time"] = _mean([row.decoding_time for row in group])
+                means[column] = statistics.fmean([row.values[column] for row in group])
+            means["encoding_time"] = statistics.fmean([row.encoding_time for row in group])
+            means["decoding_time"] = statistics.fmean([row.decoding_time for row in group])
             for column, mean in means.items():
                 columns.setdefault(column, []).append(finite(mean))
         return Result(key, title, description, columns, rows)
@@ -130,10 +131,6 @@ class Result:
 def finite(x: float) -> float | None:
     """x, or None where JSON has no number for it."""
     return x if math.isfinite(x) else None
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def published(folder: Path) -> list[Result]:

@@ -23,8 +23,6 @@ LARGEST_LATTICE = 8
 LOOK_BLOCKS = 2
 # Largest stride: tiles are multiples of 64 pixels, and large training crops of 128.
 MAX_STRIDE = 128
-# Side of the cells of `pixels.Renderer`, in pixels.
-CELL = 4
 # Bounds of what weights files may ask for, far above what any model needs; a .vqz header has 255 layers at most.
 MOST_CHANNELS, MOST_BLOCKS, MOST_LAYERS = 1 << 13, 1 << 8, 255
 
