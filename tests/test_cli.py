@@ -1,7 +1,6 @@
 """The command line with a codec that is no codec: PNG files inside of .vqz containers."""
 
 import base64
-import contextlib
 import importlib
 import io
 import json
@@ -17,10 +16,10 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 from commandline import ROOT, fails, process, redirected, run, tree
-from PIL import Image
+from PIL import Image, ImageCms
 
 import vqcodec
-from vqcodec import bitstream, cli, files, image, packaged, terminal
+from vqcodec import bitstream, cli, files, image, packaged, pool, terminal
 from vqcodec.errors import FormatError, TrainingError, WeightsError
 from vqcodec.pictures import plugins
 from vqcodec.train.process import Interrupted
@@ -71,6 +70,12 @@ def use(monkeypatch, module: ModuleType) -> None:
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def _one_core(monkeypatch):
+    """Other processes would not know of a fake codec."""
+    monkeypatch.setattr(pool, "cores", lambda: 1)
 
 
 @pytest.fixture
@@ -134,6 +139,26 @@ def test_help_has_ranges_and_defaults():
             ["decompress", "a.vqz", "--scale", "1/3"],
             "Invalid value for '--scale': '1/3' is not one of '1',",
         ),
+        (["decompress", "a.vqz", "--test", "--rm"], "--test writes nothing, so --skip-existing and --rm have no use."),
+        (
+            ["decompress", "a.vqz", "--rm", "--scale", "1/2"],
+            "--rm would lose what --partial, --region, --scale and --grey",
+        ),
+        (["decompress", "a.vqz", "--rm", "--partial"], "--rm would lose what --partial, --region, --scale and --grey"),
+        (
+            ["compress", "-", "--rm", "-o", "a.vqz"],
+            "--rm needs files: standard streams and devices cannot be read back.",
+        ),
+        (
+            ["compress", "a.png", "--rm", "-o", "-"],
+            "--rm needs files: standard streams and devices cannot be read back.",
+        ),
+        (["compress", "a.png", "--rm", "-o", os.devnull], "--rm needs files: standard streams and devices"),
+        (["compress", "-", "--json"], "--json needs standard output for itself; give a file with -o."),
+        (["compress", "a.png", "-o", "-", "--if-smaller"], "--if-smaller may write nothing, so it needs a file; give"),
+        (["compress", "a.png", "--jobs", "0"], "Invalid value for '-j' / '--jobs': 0 is not in the range x>=1."),
+        (["compress", "a.png", "-o", "out", "--strip", "--ray"], "--ray does not know --strip."),
+        (["decompress", "a.vqz", "-o", "out", "--jobs", "2", "--ray"], "--ray does not know --jobs."),
         (["compare", "a", "b", "c"], "More than two pictures are compared on a page: give --html."),
         (["compare", "a", "b", "--html", "a.html", "--json"], "Give one of --html and --json."),
         (["compare", "a.png", "b.png", "--html", "a.png"], "the page must end in .html, got a.png"),
@@ -191,7 +216,7 @@ def test_options_reach_the_codec(codec, photo, monkeypatch):
 
     def compress(picture, **options):
         seen.update(options)
-        return b"data"
+        return fake_compress(picture, **options)
 
     monkeypatch.setattr(codec, "compress", compress)
     Path("w.safetensors").touch()
@@ -278,6 +303,197 @@ def test_existing_files_are_kept(codec, photo):
     assert Path("photo.vqz").read_bytes() == b"precious"
     assert run("compress", "-f", "photo.png").exit_code == 0
     assert bitstream.read_info(Path("photo.vqz").read_bytes()).header.width == 40
+
+
+def set_time(name: str, seconds: int) -> None:
+    os.utime(name, (seconds, seconds))
+
+
+def test_times_of_sources_are_kept(codec, photo):
+    set_time("photo.png", 1000)
+    assert run("compress", "photo.png").exit_code == 0
+    assert os.stat("photo.vqz").st_mtime == os.stat("photo.vqz").st_atime == 1000
+    assert run("decompress", "photo.vqz", "-f").exit_code == 0
+    assert os.stat("photo.png").st_mtime == 1000
+    assert run("compress", "photo.png", "-f", "--no-preserve").exit_code == 0
+    assert os.stat("photo.vqz").st_mtime > 1000
+
+
+def test_skip_existing(codec, photo, make_photo):
+    for name, target, source_time, target_time in [
+        ("current", b"as old", 1000, 1000),
+        ("newer", b"newer", 1000, 2000),
+        ("outdated", b"older", 2000, 1000),
+    ]:
+        Image.fromarray(photo).save(f"{name}.png")
+        Path(f"{name}.vqz").write_bytes(target)
+        set_time(f"{name}.png", source_time)
+        set_time(f"{name}.vqz", target_time)
+    ran = run("compress", ".", "--skip-existing", "--json")
+    assert ran.exit_code == 0 and len(ran.stderr.splitlines()) == 3
+    assert ran.stderr.splitlines()[-1].startswith("vqcodec: 2 of 4 files done, 2 skipped, 0 failed; ")
+    told = {line["source"]: (line["status"], line["bytes_out"]) for line in map(json.loads, ran.stdout.splitlines())}
+    size = os.path.getsize("photo.vqz")
+    assert told == {
+        "./current.png": ("skipped", None),
+        "./newer.png": ("skipped", None),
+        "./outdated.png": ("done", size),
+        "./photo.png": ("done", size),
+    }
+    assert (Path("current.vqz").read_bytes(), Path("newer.vqz").read_bytes()) == (b"as old", b"newer")
+    ran = run("compress", ".", "--skip-existing")
+    assert ran.exit_code == 0 and ran.stderr == "vqcodec: 0 of 4 files done, 4 skipped, 0 failed; 0 -> 0 bytes\n"
+
+
+def test_skip_existing_does_not_hide_what_cannot_be_written(codec, photo, monkeypatch):
+    """Nor does it replace a file that appears in the meantime."""
+    Path("photo.vqz").write_bytes(b"read-only")
+    set_time("photo.vqz", 1000)
+    with monkeypatch.context() as patched:
+        access = os.access
+        patched.setattr(os, "access", lambda path, mode: path != "photo.vqz" and access(path, mode))
+        fails(run("compress", "photo.png", "--skip-existing"), 1, "vqcodec: photo.vqz: Permission denied")
+    assert Path("photo.vqz").read_bytes() == b"read-only"
+    os.remove("photo.vqz")
+
+    def compress(picture, **options):
+        Path("photo.vqz").write_bytes(b"precious")
+        return fake_compress(picture, **options)
+
+    monkeypatch.setattr(codec, "compress", compress)
+    fails(run("compress", "photo.png", "--skip-existing"), 1, "vqcodec: photo.vqz: File exists, -f would overwrite it")
+    assert Path("photo.vqz").read_bytes() == b"precious"
+
+
+def test_if_smaller(codec, photo, monkeypatch):
+    """The fake files are a little larger than PNG files."""
+    Image.fromarray(photo).save("large.bmp")
+    ran = run("compress", ".", "--if-smaller", "--rm", "--json")
+    size = os.path.getsize("photo.png")
+    assert ran.exit_code == 0
+    assert re.search(
+        rf"^vqcodec: \./photo\.png: left out: {size:,} bytes would become [\d,]+$", ran.stderr, re.MULTILINE
+    )
+    assert ran.stderr.splitlines()[-1].startswith("vqcodec: 1 of 2 files done, 1 left out, 0 failed; ")
+    assert [json.loads(line)["status"] for line in ran.stdout.splitlines()] == ["done", "left out"]
+    assert tree() == ["large.vqz", "photo.png"]
+
+
+def test_strip(codec, photo, monkeypatch):
+    seen = []
+
+    def compress(picture, **options):
+        seen.append(picture)
+        return fake_compress(picture, **options)
+
+    monkeypatch.setattr(codec, "compress", compress)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a quarter to the right
+    picture = Image.fromarray(photo)
+    picture.putalpha(100)
+    picture.save(
+        "all.webp", lossless=True, exif=turned, xmp=b"<x:xmpmeta xmlns:x='adobe:ns:meta/'/>", icc_profile=profile
+    )
+    assert run("compress", "all.webp", "-o", "kept.vqz").exit_code == 0
+    assert run("compress", "all.webp", "--strip").exit_code == 0
+    kept, stripped = seen
+    assert kept.exif and kept.xmp and (stripped.exif, stripped.xmp) == (None, None)
+    assert stripped.icc == kept.icc == profile
+    assert np.array_equal(stripped.pixels, np.rot90(photo, -1)) and stripped.alpha.max() == 100
+
+
+def test_json(codec, photo):
+    Path("bad.png").write_bytes(b"not a picture")
+    Image.fromarray(photo).convert("CMYK").save("ink.jpg")
+    ran = run("compress", "missing.png", "bad.png", "ink.jpg", "--json", "--quiet", "-q", "7")
+    missing, bad, ink = map(json.loads, ran.stdout.splitlines())
+    nothing = dict.fromkeys(["bytes_in", "bytes_out", "width", "height", "quality", "seconds"])
+    assert ran.exit_code == 1
+    assert missing == {
+        **nothing,
+        "source": "missing.png",
+        "target": "missing.vqz",
+        "status": "failed",
+        "error": "missing.png: No such file or directory",
+        "notes": [],
+    }
+    assert bad["status"] == "failed" and bad["error"].startswith("bad.png: not a PNG")
+    size = os.path.getsize("ink.vqz")
+    assert ink.pop("seconds") >= 0 and ink.pop("notes")[0].startswith("CMYK was converted")
+    assert ink == {
+        "source": "ink.jpg",
+        "target": "ink.vqz",
+        "status": "done",
+        "bytes_in": os.path.getsize("ink.jpg"),
+        "bytes_out": size,
+        "width": 40,
+        "height": 30,
+        "quality": 7,
+        "error": None,
+    }
+    (tested,) = map(json.loads, run("decompress", "--test", "--json", "ink.vqz").stdout.splitlines())
+    assert (tested["target"], tested["bytes_in"], tested["bytes_out"], tested["status"]) == (None, size, None, "done")
+
+
+def test_rm(codec, photo, monkeypatch):
+    verified = []
+
+    def compress(picture, **options):
+        verified.append(options["verify"])
+        return fake_compress(picture, **options)
+
+    monkeypatch.setattr(codec, "compress", compress)
+    assert run("compress", "photo.png", "--rm").exit_code == 0
+    assert (verified, tree()) == ([True], ["photo.vqz"])
+    assert run("decompress", "photo.vqz", "--rm").exit_code == 0
+    assert tree() == ["photo.png"]
+    Path("photo.vqz").write_bytes(b"newer")
+    assert run("compress", "photo.png", "--rm", "--skip-existing").exit_code == 0
+    assert tree() == ["photo.png", "photo.vqz"], "what is skipped stays"
+
+
+@pytest.mark.parametrize(
+    ("broken", "said", "left"),
+    [
+        ("codec", "vqcodec: photo.png: verification failed", ["photo.png"]),
+        ("write", "vqcodec: photo.vqz: No space left on device", ["photo.png"]),
+        ("disk", "vqcodec: photo.vqz: does not read back as it was written, so photo.png is kept", None),
+        ("sync", "vqcodec: photo.vqz: Input/output error", None),
+        ("source", "vqcodec: photo.png: has changed since it became photo.vqz, so it is kept", None),
+        ("unlink", "vqcodec: photo.png: Operation not permitted", None),
+    ],
+)
+def test_rm_keeps_what_may_be_needed(codec, photo, monkeypatch, broken, said, left):
+    def compress(picture, **options):
+        if broken == "codec":
+            raise FormatError("verification failed")
+        if broken == "source":
+            Image.fromarray(255 - photo).save("photo.png")
+        return fake_compress(picture, **options)
+
+    def fail(number):
+        def failing(*_, **__):
+            raise OSError(number, os.strerror(number), "photo.png" if broken == "unlink" else None)
+
+        return failing
+
+    def write(path, data, **_):
+        Path(path).write_bytes(data[:-1] + b"?")
+
+    monkeypatch.setattr(codec, "compress", compress)
+    if broken == "write":
+        monkeypatch.setattr(files, "_write_all", fail(28))
+    elif broken == "disk":
+        monkeypatch.setattr(files, "write", write)
+    elif broken == "sync":
+        monkeypatch.setattr(files.os, "fsync", fail(5))
+    with monkeypatch.context() as patched:
+        if broken == "unlink":
+            unlink = os.unlink
+            patched.setattr(files.os, "unlink", lambda path: fail(1)() if path == "photo.png" else unlink(path))
+        fails(run("compress", "photo.png", "--rm"), 1, said)
+    assert tree() == (left or ["photo.png", "photo.vqz"])
 
 
 def test_input_is_never_replaced(codec, photo):
@@ -466,25 +682,26 @@ def test_progress_bar_on_a_terminal_only(codec, photo, monkeypatch):
     Image.fromarray(photo).save("second.png")
     shown = []
 
-    def progressbar(jobs, **options):
-        shown.append(options)
-        return contextlib.nullcontext(jobs)
-
-    monkeypatch.setattr(terminal.click, "progressbar", progressbar)
+    progressbar = terminal.click.progressbar
+    monkeypatch.setattr(terminal.click, "progressbar", lambda **options: shown.append(1) or progressbar(**options))
     run("compress", "photo.png", "second.png")
-    assert shown == []
-    screen = io.TextIOWrapper(io.BytesIO())
+    screen = io.StringIO()
     screen.isatty = lambda: True
-    monkeypatch.setattr(sys, "stderr", screen)
-    jobs = [files.Job("photo.png", "-"), files.Job("second.png", "-")]
-    context = cli.click.Context(cli.main, info_name="vqcodec")
-    context.params["debug"] = False
-    with context:
-        assert cli._run(jobs, lambda job: (1, 1), overwrite=False, quiet=True) == 0
-        assert cli._run(jobs[:1], lambda job: (1, 1), overwrite=False, quiet=False) == 0
-        assert shown == []
-        assert cli._run(jobs, lambda job: (1, 1), overwrite=False, quiet=False) == 0
-    assert [options["file"] for options in shown] == [screen]
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", screen)
+        for count, wanted in ((2, False), (1, True)):
+            with terminal.file_bar(count, wanted=wanted) as show:
+                show(1)
+        assert shown == [] and screen.getvalue() == ""
+        now = 0.0
+        for clock in ("time", "monotonic"):
+            patched.setattr(time, clock, lambda: now)
+        with terminal.file_bar(3, wanted=True) as show:
+            for now in (2.0, 4.0):  # noqa: B007
+                show(1_500_000)
+    assert shown == [1]
+    told = re.findall(r"[12]/3  [^\r\x1b]*", screen.getvalue())
+    assert told == ["1/3  00:00:04  0.75 MP/s", "2/3  00:00:02  0.75 MP/s"]
 
 
 # info
@@ -889,7 +1106,7 @@ import vqcodec
 from vqcodec import files
 signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background start without it
 codec = sys.modules["vqcodec.codec"] = vqcodec.codec = types.ModuleType("vqcodec.codec")
-codec.compress = lambda *_, **__: bytes(100)
+codec.compress = lambda *_, **__: open({str(ROOT / "tests/golden/tiny.vqz")!r}, "rb").read()
 def wait(*given, **_):
     if given and hasattr(given[0], "write"):
         given[0].write(given[1][:50])

@@ -10,12 +10,13 @@ from pathlib import Path
 import models
 import numpy as np
 import pytest
+import torch
 from commandline import fails, process, run, tree
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
 import vqcodec
-from vqcodec import bitstream, codec, metrics
+from vqcodec import batch, bitstream, codec, metrics, pool
 
 GOLDEN = Path(__file__).parent / "golden"
 WEIGHTS = ("--weights", str(GOLDEN / "tiny.safetensors"))
@@ -24,6 +25,7 @@ WEIGHTS = ("--weights", str(GOLDEN / "tiny.safetensors"))
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pool, "cores", lambda: 1)  # spawning processes takes longer than these files
 
 
 @pytest.fixture
@@ -197,6 +199,39 @@ def test_folders() -> None:
     assert tree("out") == ["a.png", "a.vqz", "sub/b.png", "sub/b.vqz"]
     for number, name in enumerate(("out/a.png", "out/sub/b.png")):
         assert metrics.psnr(models.picture(20, 30, number), pixels_of(name)) > 20
+
+
+def test_several_processes() -> None:
+    os.mkdir("in")
+    for number in range(3):
+        Image.fromarray(models.picture(20, 30, number)).save(f"in/{number}.png")
+    Path("in/bad.png").write_bytes(b"not a picture")
+    ran = run("--debug", "compress", "in", "-o", "out", "--jobs", "2", *WEIGHTS)
+    assert ran.exit_code == 1 and ran.stderr.splitlines()[-1].startswith("vqcodec: 3 of 4 files done, 1 failed; ")
+    assert re.search(r"Traceback .*in load\n.*\nvqcodec: in/bad\.png: not a PNG", ran.stderr, re.DOTALL), "from there"
+    for number in range(3):
+        expected = codec.compress(models.picture(20, 30, number), weights=WEIGHTS[1])
+        assert Path(f"out/{number}.vqz").read_bytes() == expected
+    assert run("decompress", "out", "--jobs", "2", "--rm", "--quiet", *WEIGHTS).stderr == ""
+    assert tree("out") == ["0.png", "1.png", "2.png"]
+
+
+def test_each_process_has_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        batch._begin()
+        assert (torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]) == (1, "1")
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_gpu_is_not_shared_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "cores", lambda: 3)
+    for gpu, counts in ((False, [3, 3]), (True, [1, 3])):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        assert [batch._usual_count(device) for device in ("auto", "cpu")] == counts
 
 
 def test_sample_and_reconstruct(photo: NDArray[np.uint8]) -> None:

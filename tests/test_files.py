@@ -249,6 +249,35 @@ def test_check_of_permissions(monkeypatch):
     assert caught.value.filename == "a.png"
 
 
+@pytest.mark.parametrize(
+    ("source", "target", "current"),
+    [
+        (5, 5, True),
+        (5, 6, True),
+        (5, 4, False),
+        (3_999_999_999, 2_000_000_000, True),  # FAT keeps even seconds
+        (4_000_000_000, 2_000_000_000, False),
+        (3_999_999_999, 3_000_000_000, True),  # HFS+ keeps seconds
+        (3_999_999_999, 3_990_000_000, True),  # exFAT
+        (3_999_999_999, 3_999_999_900, True),  # NTFS
+        (3_999_999_999, 3_999_999_998, False),
+    ],
+)
+def test_targets_that_are_as_new_as_their_sources(source, target, current):
+    touch("a.png", "a.vqz")
+    os.utime("a.png", ns=(source, source))
+    os.utime("a.vqz", ns=(target, target))
+    assert files.is_current(Job("a.png", "a.vqz")) == current
+
+
+def test_what_is_never_current():
+    touch("a.png", "-")
+    os.symlink("nowhere", "lost")
+    for job in (Job("a.png", "b"), Job("b", "a.png"), Job("a.png", os.curdir), Job("a.png", "lost"), Job("a.png", "-")):
+        assert not files.is_current(job)
+    assert not files.is_current(Job("a.png", os.devnull))
+
+
 # Writing
 
 
@@ -274,6 +303,21 @@ def test_existing_files_are_kept_unless_told():
     assert read("x") == b"x"
     write("x", b"new", overwrite=True)
     assert read("x") == b"new"
+
+
+def test_times_are_those_of_another_file(monkeypatch):
+    touch("x")
+    os.utime("x", ns=(10**18 + 1, 10**18 + 2))
+    write("y", b"data", overwrite=False, like=files.status("x"))
+    assert (os.stat("y").st_atime_ns, os.stat("y").st_mtime_ns) == (10**18 + 1, 10**18 + 2)
+    assert files.status("-") is files.status(os.devnull) is None
+
+    def utime(*_, **__):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "utime", utime)
+    write("z", b"data", overwrite=False, like=files.status("x"))
+    assert read("z") == b"data"
 
 
 def fail_with(error: BaseException):

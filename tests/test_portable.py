@@ -85,7 +85,7 @@ def test_text_files_name_their_encoding() -> None:
 def opens_text(call: ast.Call) -> bool:
     name = ast.unparse(call.func)
     method = name.rpartition(".")[2]
-    binary = any(isinstance(value, ast.Constant) and value.value in ("rb", "wb", "xb") for value in call.args)
+    binary = any(isinstance(value, ast.Constant) and value.value in ("rb", "r+b", "wb", "xb") for value in call.args)
     return method in ("read_text", "write_text") or (
         method == "open" and name not in ("Image.open", "os.open") and not binary
     )

@@ -1,6 +1,6 @@
 """The commands of vqcodec: each checks its arguments, calls the library and returns an exit code.
 
-Exit codes: 0 everything was done, 1 at least one file failed, 2 wrong usage, 130 interrupted, 143 training terminated.
+Exit codes: 0 everything was done, 1 at least one file failed, 2 wrong usage, 130 interrupted, 143 terminated.
 Only data goes to stdout.
 The commands import numpy and torch themselves, after the checks that need neither.
 """
@@ -15,13 +15,13 @@ import sys
 import threading
 import time
 import webbrowser
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from vqcodec import __version__, bitstream, files, options, packaged, signals, streams, terminal
+from vqcodec import __version__, batch, bitstream, files, options, packaged, signals, streams, terminal
 from vqcodec.errors import ImageError, VqcodecError
 from vqcodec.packaged import TUNES
 from vqcodec.target import HIGHEST, LOWEST, Target
@@ -121,6 +121,13 @@ def main(debug: bool) -> None:
 @options.force
 @click.option("--verify", is_flag=True, help="Decode the file again before writing it, and compare the codes.")
 @options.ray
+@click.option("--strip", is_flag=True, help="Leave out EXIF and XMP; colour profile and transparency stay.")
+@click.option("--if-smaller", is_flag=True, help="Write only what is smaller than its source.")
+@options.skip_existing
+@options.preserve
+@options.remove
+@options.jobs
+@options.manifest
 @options.quiet
 def compress(
     inputs: tuple[str, ...],
@@ -139,6 +146,13 @@ def compress(
     force: bool,
     verify: bool,
     ray: str | None,
+    strip: bool,
+    if_smaller: bool,
+    skip_existing: bool,
+    preserve: bool,
+    remove: bool,
+    count: int | None,
+    as_json: bool,
     quiet: bool,
 ) -> int:
     """Compress pictures: PNG, JPEG, WebP, AVIF, TIFF, BMP, GIF, PNM, and HEIF where pillow-heif is installed.
@@ -155,7 +169,7 @@ def compress(
     Examples:
       vqcodec compress photo.png -q 30 -o small.vqz
       vqcodec compress photo.png --max-size 100KB
-      vqcodec compress holiday/ -o archive/
+      vqcodec compress holiday/ -o archive/ --skip-existing
     """
     numbers = {"size": target_size, "bpp": target_bpp, "psnr": target_psnr, "ssimulacra2": target_ssimulacra2}
     try:
@@ -166,50 +180,81 @@ def compress(
         raise click.UsageError("Give one of -q and the --target options.")
     target = targets[0] if targets else None
     if ray is not None:
+        _refuse_with_ray(
+            strip=strip,
+            if_smaller=if_smaller,
+            skip_existing=skip_existing,
+            rm=remove,
+            json=as_json,
+            jobs=count,
+            no_preserve=not preserve,
+        )
         settings = {"quality": quality, "target": target, "max_size": max_size, "effort": effort, "tune": tune}
-        settings["verify"] = verify
+        settings |= {"verify": verify, "max_pixels": max_pixels}
         return _run_on_ray(
             "Compress", settings, inputs, output, ray, weights=weights, device=device, overwrite=force, quiet=quiet
         )
     jobs = _plan(inputs, output, files.PICTURE_SUFFIXES, files.VQZ_SUFFIXES[0])
 
-    def work(job: files.Job) -> tuple[int, int]:
-        from vqcodec import codec
+    if if_smaller and jobs[0].target == files.STREAM:
+        raise click.UsageError("--if-smaller may write nothing, so it needs a file; give one with -o.")
+    policy = batch.Policy(
+        overwrite=force,
+        quiet=quiet,
+        skip_existing=skip_existing,
+        if_smaller=if_smaller,
+        preserve=preserve,
+        remove=remove,
+        as_json=as_json,
+    )
+    _check_policy(jobs, policy)
+    work = functools.partial(
+        _compress,
+        strip=strip,
+        max_pixels=max_pixels,
+        searched=target is not None or max_size is not None,
+        show_search=effort > 1 and len(jobs) == 1 and not quiet,
+        quality=quality,
+        target=target,
+        max_size=max_size,
+        weights=weights,
+        device=device,
+        effort=effort,
+        tune=tune,
+        verify=verify or remove,
+    )
+    return batch.run(jobs, work, policy, count=count, device=device)
 
-        start = time.perf_counter()
-        data = files.read(job.source)
-        with _naming_limit(max_pixels):
-            picture = _load(data, max_pixels)
-        with terminal.search_bar(wanted=effort > 1 and len(jobs) == 1 and not quiet) as show:
-            encoded = codec.compress(
-                dataclasses.replace(picture, notes=()),  # they are said below
-                quality=quality,
-                target=target,
-                max_size=max_size,
-                weights=weights,
-                device=device,
-                effort=effort,
-                tune=tune,
-                verify=verify,
-                on_progress=show,
-            )
-        files.write(job.target, encoded, overwrite=force)
-        if not quiet:
-            for note in picture.notes:
-                terminal.say(f"vqcodec: {job.source}: note: {note}")
-            found = bitstream.read_header(encoded).quality if target or max_size else None
-            terminal.say_result(
-                job,
-                picture,
-                read=len(data),
-                written=len(encoded),
-                compressed=len(encoded),
-                seconds=time.perf_counter() - start,
-                quality=found,
-            )
-        return len(data), len(encoded)
 
-    return _run(jobs, work, overwrite=force, quiet=quiet)
+def _compress(
+    job: files.Job, *, strip: bool, max_pixels: int, searched: bool, show_search: bool, **settings: Any
+) -> batch.Made:
+    """Compress a picture file. The settings are those of `codec.compress`."""
+    from vqcodec import codec
+
+    start = time.perf_counter()
+    before = files.status(job.source)
+    data = files.read(job.source)
+    with _naming_limit(max_pixels):
+        picture = _load(data, max_pixels)
+    notes, picture = picture.notes, dataclasses.replace(picture, notes=())  # they are said later
+    if strip:
+        picture = dataclasses.replace(picture, exif=None, xmp=None)
+    with terminal.search_bar(wanted=show_search) as show:
+        encoded = codec.compress(picture, on_progress=show, **settings)
+    height, width, _ = picture.pixels.shape
+    return batch.Made(
+        data=encoded,
+        read=len(data),
+        compressed=len(encoded),
+        width=width,
+        height=height,
+        quality=bitstream.read_header(encoded).quality,
+        seconds=time.perf_counter() - start,
+        before=before,
+        found=searched,
+        notes=notes,
+    )
 
 
 @main.command()
@@ -243,6 +288,11 @@ def compress(
 @options.device
 @options.force
 @options.ray
+@options.skip_existing
+@options.preserve
+@options.remove
+@options.jobs
+@options.manifest
 @options.quiet
 def decompress(
     inputs: tuple[str, ...],
@@ -258,6 +308,11 @@ def decompress(
     device: str,
     force: bool,
     ray: str | None,
+    skip_existing: bool,
+    preserve: bool,
+    remove: bool,
+    count: int | None,
+    as_json: bool,
     quiet: bool,
 ) -> int:
     """Restore pictures from .vqz files.
@@ -275,9 +330,14 @@ def decompress(
         raise click.UsageError("--test writes nothing, so -o has no use.")
     if test and partial:
         raise click.UsageError("--test checks whether files are whole, so --partial has no use.")
+    if test and (skip_existing or remove):
+        raise click.UsageError("--test writes nothing, so --skip-existing and --rm have no use.")
+    if remove and (partial or region or scale != "1" or grey):
+        raise click.UsageError("--rm would lose what --partial, --region, --scale and --grey leave out.")
     if test and ray is not None:
         raise click.UsageError("--ray makes files, and --test none.")
     if ray is not None:
+        _refuse_with_ray(skip_existing=skip_existing, rm=remove, json=as_json, jobs=count, no_preserve=not preserve)
         settings = {"look": look, "partial": partial, "region": region, "scale": int(scale[-1]), "grey": grey}
         settings["max_pixels"] = max_pixels
         return _run_on_ray(
@@ -290,46 +350,58 @@ def decompress(
         jobs = _plan(inputs, output, files.VQZ_SUFFIXES, ".png")
         _check_suffixes(jobs)
 
-    def work(job: files.Job) -> tuple[int, int]:
-        from vqcodec import codec, image
+    policy = batch.Policy(
+        overwrite=force,
+        quiet=quiet,
+        skip_existing=skip_existing,
+        preserve=preserve,
+        remove=remove,
+        as_json=as_json,
+    )
+    if not test:
+        _check_policy(jobs, policy)
+    work = functools.partial(
+        _decompress,
+        test=test,
+        weights=weights,
+        look=look,
+        device=device,
+        partial=partial,
+        region=region,
+        scale=int(scale[-1]),
+        grey=grey,
+        max_pixels=max_pixels,
+    )
+    return batch.run(jobs, work, policy, count=count, device=device)
 
-        start = time.perf_counter()
-        data = files.read(job.source)
-        with _naming_limit(max_pixels):
-            picture = codec.decode_picture(
-                data,
-                weights=weights,
-                look=look,
-                device=device,
-                partial=partial,
-                region=region,
-                scale=int(scale[-1]),
-                grey=grey,
-                max_pixels=max_pixels,
-            )
-        encoded = b""
-        notes: tuple[str, ...] = ()
-        if not test:
-            fitting = image.adapt(dataclasses.replace(picture, notes=()), _suffix(job.target))
-            encoded, notes = image.save(fitting, _suffix(job.target)), fitting.notes
-            files.write(job.target, encoded, overwrite=force)
-        for problem in picture.notes:
-            terminal.say(f"vqcodec: {job.source}: warning: {problem}")
-        if not quiet:
-            for note in notes:
-                terminal.say(f"vqcodec: {job.source}: note: {note}")
-            terminal.say_result(
-                job,
-                picture,
-                read=len(data),
-                written=len(encoded),
-                compressed=len(data),
-                seconds=time.perf_counter() - start,
-                tested=test,
-            )
-        return len(data), len(encoded)
 
-    return _run(jobs, work, overwrite=force, quiet=quiet)
+def _decompress(job: files.Job, *, test: bool, max_pixels: int, **settings: Any) -> batch.Made:
+    """Restore the picture of a .vqz file. The settings are those of `codec.decode_picture`."""
+    from vqcodec import codec, image
+
+    start = time.perf_counter()
+    before = files.status(job.source)
+    data = files.read(job.source)
+    with _naming_limit(max_pixels):
+        picture = codec.decode_picture(data, max_pixels=max_pixels, **settings)
+    encoded: bytes | None = None
+    notes: tuple[str, ...] = ()
+    if not test:
+        fitting = image.adapt(dataclasses.replace(picture, notes=()), _suffix(job.target))
+        encoded, notes = image.save(fitting, _suffix(job.target)), fitting.notes
+    height, width, _ = picture.pixels.shape
+    return batch.Made(
+        data=encoded,
+        read=len(data),
+        compressed=len(data),
+        width=width,
+        height=height,
+        quality=bitstream.read_header(data).quality,
+        seconds=time.perf_counter() - start,
+        before=before,
+        warnings=picture.notes,
+        notes=notes,
+    )
 
 
 @main.command()
@@ -808,6 +880,23 @@ def _check_terminal(jobs: Iterable[files.Job]) -> None:
         raise click.UsageError("Standard output is a terminal; give a file with -o, or redirect it.")
 
 
+def _check_policy(jobs: Sequence[files.Job], policy: batch.Policy) -> None:
+    """Refuse what cannot be done with standard streams and devices.
+
+    Raises:
+        click.UsageError: the policy asks for it.
+    """
+    names = [name for job in jobs for name in (job.source, job.target)]
+    if policy.as_json and files.STREAM in [job.target for job in jobs]:
+        raise click.UsageError("--json needs standard output for itself; give a file with -o.")
+    if policy.remove and any(name == files.STREAM or _is_device(name) for name in names):
+        raise click.UsageError("--rm needs files: standard streams and devices cannot be read back.")
+
+
+def _is_device(path: str) -> bool:
+    return files.is_special(path) and not os.path.isdir(path)
+
+
 def _check_suffixes(jobs: Iterable[files.Job]) -> None:
     """Refuse targets whose suffix names no picture format that can be written.
 
@@ -847,39 +936,6 @@ def _naming_limit(max_pixels: int) -> Iterator[None]:
 def _suffix(target: str) -> str:
     """The suffix that sets the format of a target: ".png" for standard output and for devices."""
     return ".png" if target == files.STREAM or files.is_special(target) else Path(target).suffix
-
-
-def _run(
-    jobs: Sequence[files.Job], work: Callable[[files.Job], tuple[int, int]], *, overwrite: bool, quiet: bool
-) -> int:
-    """Do the jobs one after the other. An error in one of them does not stop the others.
-
-    Args:
-        jobs: the files to make.
-        work: does one job and returns how many bytes it read and wrote.
-        overwrite: whether existing files may be replaced.
-        quiet: whether to print errors only.
-
-    Returns:
-        The exit code.
-    """
-    report = ErrorReport()
-    ready: list[files.Job] = []
-    for job in jobs:
-        with report.errors_of(job.source):
-            files.check(job, overwrite=overwrite)
-            ready.append(job)
-    read = written = 0
-    with terminal.file_bar(ready, wanted=not quiet) as steps:
-        for job in steps:
-            if job.note and not quiet:
-                terminal.say(f"vqcodec: {job.source}: note: {job.note}")
-            with report.errors_of(job.source):
-                job_read, job_written = work(job)
-                read, written = read + job_read, written + job_written
-    if len(jobs) > 1 and (report.failed or not quiet):
-        terminal.say_total(len(jobs), report.failed, read=read, written=written)
-    return report.status
 
 
 def _run_on_ray(
@@ -943,3 +999,14 @@ def _run_on_ray(
         if failed or not quiet:
             terminal.say_total(len(jobs), failed, read=read, written=written)
     return report.status
+
+
+def _refuse_with_ray(**given: object) -> None:
+    """Refuse options that nothing of `_run_on_ray` heeds.
+
+    Raises:
+        click.UsageError: one of them is given.
+    """
+    for name, value in given.items():
+        if value:
+            raise click.UsageError(f"--ray does not know --{name.replace('_', '-')}.")

@@ -124,6 +124,7 @@ class Compress(Transcoder):
         column: the column with the files.
         weights, device, options: as `codec.compress`. The weights are loaded at once. A path must be there on every
             machine.
+        max_pixels: as `image.load`.
 
     Raises:
         WeightsError: the weights cannot be used.
@@ -133,14 +134,21 @@ class Compress(Transcoder):
     new_suffix = files.VQZ_SUFFIXES[0]
 
     def __init__(
-        self, column: str = "bytes", *, weights: str | None = None, device: str = "auto", **options: Any
+        self,
+        column: str = "bytes",
+        *,
+        weights: str | None = None,
+        device: str = "auto",
+        max_pixels: int = bitstream.DEFAULT_MAX_PIXELS,
+        **options: Any,
     ) -> None:
         super().__init__(column)
         _load(weights, device)
+        self._max_pixels = max_pixels
         self._options = {"weights": weights, "device": device, **options}
 
     def convert(self, data: bytes) -> tuple[bytes, tuple[str, ...]]:
-        picture = image.load(data, max_pixels=bitstream.DEFAULT_MAX_PIXELS)
+        picture = image.load(data, max_pixels=self._max_pixels)
         return codec.compress(replace(picture, notes=()), **self._options), picture.notes
 
 

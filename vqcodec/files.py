@@ -18,6 +18,7 @@ from typing import BinaryIO
 from vqcodec import streams
 
 STREAM = "-"
+_STEPS = (2 * 10**9, 10**9, 10**7, 10**3, 100)  # nanoseconds to which FAT, HFS+, exFAT and NTFS round times down
 VQZ_SUFFIXES = (".vqz",)
 PICTURE_SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".avif", ".heic", ".heif", ".jxl"),
@@ -151,6 +152,30 @@ def check(job: Job, *, overwrite: bool) -> None:
     _check_access(folder, os.W_OK | os.X_OK)
 
 
+def is_current(job: Job) -> bool:
+    """Whether the target is a file that is as new as the source, or newer."""
+    if STREAM in (job.source, job.target):
+        return False
+    try:
+        source, target = os.stat(job.source), os.stat(job.target)
+    except OSError:
+        return False
+    made, wanted = target.st_mtime_ns, source.st_mtime_ns
+    return stat.S_ISREG(target.st_mode) and (made >= wanted or any(made == wanted - wanted % step for step in _STEPS))
+
+
+def status(path: str) -> os.stat_result | None:
+    """The times and the identity of a regular file; None for "-", devices and pipes.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    if path == STREAM:
+        return None
+    found = os.stat(path)
+    return found if stat.S_ISREG(found.st_mode) else None
+
+
 def read(path: str) -> bytes:
     """Read a whole file or, for "-", standard input.
 
@@ -163,13 +188,14 @@ def read(path: str) -> bytes:
         return sys.stdin.buffer.read()
 
 
-def write(path: str, data: bytes, *, overwrite: bool) -> None:
+def write(path: str, data: bytes, *, overwrite: bool, like: os.stat_result | None = None) -> None:
     """Write a file as `write_atomically` does, and the folders that are missing on the way to it.
 
     Args:
         path: the file; "-" for standard output. A device or a pipe is written to as it is.
         data: what the file should hold.
         overwrite: whether an existing file may be replaced.
+        like: the file gets these times, unless it is a device or a pipe.
 
     Raises:
         FileExistsError: the file exists, and overwrite is false.
@@ -185,10 +211,12 @@ def write(path: str, data: bytes, *, overwrite: bool) -> None:
                 _write_all(file, data)
             return
         os.makedirs(os.path.dirname(target), exist_ok=True)
-    write_atomically(path, data, overwrite=overwrite)
+    write_atomically(path, data, overwrite=overwrite, like=like)
 
 
-def write_atomically(path: str | os.PathLike[str], data: bytes, *, overwrite: bool = True) -> None:
+def write_atomically(
+    path: str | os.PathLike[str], data: bytes, *, overwrite: bool = True, like: os.stat_result | None = None
+) -> None:
     """Write a file so that it holds all of the data or, on any failure or Ctrl-C, stays as it was.
 
     The data go to a temporary file in the same folder, which then takes the name of the target. The folder must exist.
@@ -198,6 +226,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes, *, overwrite: bo
         path: the file.
         data: what it should hold.
         overwrite: whether an existing file may be replaced. If not, it is kept even if it appears in the meantime.
+        like: the file gets these times where its file system allows it; None for the present time.
 
     Raises:
         FileExistsError: the file exists, and overwrite is false.
@@ -211,6 +240,9 @@ def write_atomically(path: str | os.PathLike[str], data: bytes, *, overwrite: bo
         with _naming(path):
             with open(temporary, "xb", buffering=0) as file:  # its mode follows the umask, unlike that of tempfile
                 _write_all(file, data)
+            if like is not None:
+                with contextlib.suppress(OSError):
+                    os.utime(temporary, ns=(like.st_atime_ns, like.st_mtime_ns))
             if overwrite:
                 os.replace(temporary, target)
             else:
@@ -218,6 +250,43 @@ def write_atomically(path: str | os.PathLike[str], data: bytes, *, overwrite: bo
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+
+
+def remove_source(job: Job, data: bytes, before: os.stat_result | None) -> None:
+    """Remove the source of a target, once the target is on the disk.
+
+    Args:
+        job: the files.
+        data: what was written to the target, which is read back.
+        before: the `status` of the source from before it was read.
+
+    Raises:
+        OSError: the target reads back otherwise, the source has changed since, or cannot be removed.
+    """
+    with _naming(job.target), open(job.target, "r+b") as file:
+        os.fsync(file.fileno())
+        if file.read() != data:
+            raise OSError(errno.EIO, f"does not read back as it was written, so {job.source} is kept")
+    _synchronise_folder(os.path.dirname(os.path.realpath(job.target)))
+    now = status(job.source)
+    if before is None or now is None or _contents(now) != _contents(before):
+        raise OSError(errno.EBUSY, f"has changed since it became {job.target}, so it is kept", job.source)
+    os.unlink(job.source)
+
+
+def _contents(found: os.stat_result) -> tuple[int, ...]:
+    """Numbers that differ between files, and between the contents of one file at different times."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _synchronise_folder(path: str) -> None:
+    """Bring the names in a folder to the disk, where the system can open folders."""
+    with contextlib.suppress(OSError):
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def _move_to_free_name(source: str, target: str) -> None:

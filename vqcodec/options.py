@@ -99,6 +99,29 @@ ray = click.option(
     metavar="[ADDRESS]",
     help="Work on all processors of a Ray cluster, or of this machine; OUT is a folder. See docs/scale.md.",
 )
+jobs = click.option(
+    "-j",
+    "--jobs",
+    "count",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Work on N files at a time, each in a process of one thread with memory of its own; 1 does them one after the "
+    "other, with all threads.  [default: as many as there are processor cores; 1 on a GPU]",
+)
+skip_existing = click.option(
+    "--skip-existing",
+    is_flag=True,
+    help="Leave out files whose output exists and is not older, however it was made; make older outputs again.",
+)
+preserve = click.option(
+    "--preserve/--no-preserve", default=True, show_default=True, help="Give outputs the times of their sources."
+)
+remove = click.option(
+    "--rm", "remove", is_flag=True, help="Remove each source after its output was written, checked and read back."
+)
+manifest = click.option(
+    "--json", "as_json", is_flag=True, help="Print what became of each file, as a line of JSON on standard output."
+)
 quiet = click.option("--quiet", is_flag=True, help="Print errors only.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 seed = click.option(

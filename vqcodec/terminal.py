@@ -1,6 +1,7 @@
 """What the command line says to people: error lines, results, tables and progress bars.
 
-Errors, notes and progress bars go to stderr, the answers of `vqcodec info` and `vqcodec compare` to stdout.
+Errors, notes, results and progress bars go to stderr, the answers of `vqcodec info` and `vqcodec compare` and what
+--json asks for to stdout.
 """
 
 import contextlib
@@ -8,8 +9,10 @@ import json
 import logging
 import math
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -20,7 +23,6 @@ from vqcodec.errors import VqcodecError, one_line
 from vqcodec.files import Job
 
 if TYPE_CHECKING:
-    from vqcodec.image import Picture
     from vqcodec.train.run import Progress
 
 T = TypeVar("T")
@@ -28,6 +30,28 @@ T = TypeVar("T")
 unsaid: list[str] = []  # lines that stderr did not take; when there are any, the exit code is not 0
 
 _BAR_STEPS = 1000  # of a progress bar over a share or over time
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error of one file, which may come from another process.
+
+    Attributes:
+        name: of the file.
+        message: one line that says what went wrong.
+        trace: the traceback.
+    """
+
+    name: str
+    message: str
+    trace: str = ""
+
+    @classmethod
+    def of(cls, name: str, error: Exception) -> "Failure":
+        """What an exception that is being handled means for the file `name`, unless it names another one."""
+        if isinstance(error, OSError) and error.filename is not None:
+            name = str(error.filename)
+        return cls(name, message(error), traceback.format_exc().rstrip())
 
 
 class ErrorReport:
@@ -51,12 +75,14 @@ class ErrorReport:
         except (click.ClickException, click.Abort):
             raise
         except Exception as error:  # noqa: BLE001 - an error in one file must not stop the others
-            self.failed += 1
-            if click.get_current_context().find_root().params["debug"]:
-                say(traceback.format_exc().rstrip())
-            if isinstance(error, OSError) and error.filename is not None:
-                name = str(error.filename)
-            say(f"vqcodec: {name}: {message(error)}")
+            self.add(Failure.of(name, error))
+
+    def add(self, failure: Failure) -> None:
+        """Report an error."""
+        self.failed += 1
+        if failure.trace and click.get_current_context().find_root().params["debug"]:
+            say(failure.trace)
+        say(f"vqcodec: {failure.name}: {failure.message}")
 
     @property
     def status(self) -> int:
@@ -97,8 +123,9 @@ def silence_libraries() -> None:
 
 def say_result(
     job: Job,
-    picture: "Picture",
     *,
+    width: int,
+    height: int,
     read: int,
     written: int,
     compressed: int,
@@ -110,7 +137,7 @@ def say_result(
 
     Args:
         job: the file and what was made of it.
-        picture: the picture in it.
+        width, height: of the picture, in pixels.
         read: bytes read.
         written: bytes written.
         compressed: bytes of the .vqz file, for the bits per pixel.
@@ -118,16 +145,22 @@ def say_result(
         quality: the quality that was found for a target, if any.
         tested: whether the file was decoded without writing the picture.
     """
-    height, width, _ = picture.pixels.shape
     bpp = 8 * compressed / (width * height)
     what = f"{job.source}: fine, {read:,}" if tested else f"{job.source} -> {job.target}: {read:,} -> {written:,}"
     found = "" if quality is None else f", quality {quality}"
     say(f"{what} bytes, {width} x {height}, {bpp:.4f} bpp{found}, {seconds:.2f} s")
 
 
-def say_total(files: int, failed: int, *, read: int, written: int) -> None:
+def say_total(files: int, failed: int, *, read: int, written: int, skipped: int = 0, left_out: int = 0) -> None:
     """Report on stderr how many of several files were done, and the bytes read and written for them."""
-    say(f"vqcodec: {files - failed} of {files} files done, {failed} failed; {read:,} -> {written:,} bytes")
+    others = "".join(f"{count} {name}, " for count, name in ((skipped, "skipped"), (left_out, "left out")) if count)
+    done = files - failed - skipped - left_out
+    say(f"vqcodec: {done} of {files} files done, {others}{failed} failed; {read:,} -> {written:,} bytes")
+
+
+def print_line(values: dict[str, Any]) -> None:
+    """Print names and values on stdout, as a JSON object in one line."""
+    click.echo(json.dumps(values))
 
 
 # Tables
@@ -215,13 +248,24 @@ def print_comparison(
 
 
 @contextlib.contextmanager
-def file_bar(jobs: Sequence[Job], *, wanted: bool) -> Iterator[Iterable[Job]]:
-    """The jobs, with a progress bar over them if there are several and stderr is a terminal."""
-    if not (wanted and len(jobs) > 1 and sys.stderr.isatty()):
-        yield jobs
+def file_bar(count: int, *, wanted: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar over files if there are several and stderr is a terminal, with speed and time left.
+
+    Yields:
+        A function to call after each file, with its number of pixels.
+    """
+    if not (wanted and count > 1 and sys.stderr.isatty()):
+        yield lambda pixels: None
         return
-    with click.progressbar(jobs, file=sys.stderr) as steps:
-        yield steps
+    begun, total = time.monotonic(), 0
+    with click.progressbar(length=count, show_pos=True, item_show_func=lambda text: text, file=sys.stderr) as bar:
+
+        def show(pixels: int) -> None:
+            nonlocal total
+            total += pixels
+            bar.update(1, f"{total / 1e6 / (time.monotonic() - begun):.2f} MP/s")
+
+        yield show
 
 
 @contextlib.contextmanager
