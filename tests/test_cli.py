@@ -1,6 +1,7 @@
 """The command line with a codec that is no codec: PNG files inside of .vqz containers."""
 
 import base64
+import errno
 import importlib
 import io
 import json
@@ -105,6 +106,14 @@ def test_help(command, option):
     assert max(map(len, ran.stdout.splitlines())) <= 100
 
 
+@pytest.mark.parametrize(
+    ("command", "default"), [("compress", "photo"), ("decompress", "the packaged ones that the .vqz file names")]
+)
+def test_help_says_which_weights_are_taken(command, default):
+    text = " ".join(run(command, "-h").stdout.split())
+    assert f"Weights file, or name of packaged weights. [default: {default}]" in text
+
+
 def test_help_has_ranges_and_defaults():
     assert re.search(
         r"--quality INTEGER RANGE .*\[default: \(50\); 1<=x<=100\]", " ".join(run("compress", "-h").stdout.split())
@@ -129,6 +138,7 @@ def test_help_has_ranges_and_defaults():
         (["compress", "--weights", "no", "x"], "Invalid value for '--weights': File 'no' does not exist."),
         (["compress", "a.png", "a.png"], "a.png and a.png would both become a.vqz"),
         (["compress", "a.png", "b.png", "-o", os.devnull], f"{os.devnull} is not a folder"),
+        (["compress", "a.png", "-o", ""], "the name of the output is empty"),
         (["decompress", "a.vqz", "-o", "a.xyz"], "no picture format has the suffix '.xyz'"),
         (["decompress", "a.vqz", "--test", "-o", "a.png"], "--test writes nothing, so -o has no use."),
         (
@@ -159,6 +169,10 @@ def test_help_has_ranges_and_defaults():
         (["compress", "a.png", "--jobs", "0"], "Invalid value for '-j' / '--jobs': 0 is not in the range x>=1."),
         (["compress", "a.png", "-o", "out", "--strip", "--ray"], "--ray does not know --strip."),
         (["decompress", "a.vqz", "-o", "out", "--jobs", "2", "--ray"], "--ray does not know --jobs."),
+        (
+            ["decompress", "a", "--test", "--scale", "1/2"],
+            "--test checks whether files are whole, so --scale has no use.",
+        ),
         (["compare", "a", "b", "c"], "More than two pictures are compared on a page: give --html."),
         (["compare", "a", "b", "--html", "a.html", "--json"], "Give one of --html and --json."),
         (["compare", "a.png", "b.png", "--html", "a.png"], "the page must end in .html, got a.png"),
@@ -505,6 +519,19 @@ def test_cheap_checks_come_first(monkeypatch, photo):
     monkeypatch.setitem(sys.modules, "vqcodec.codec", None)  # importing it fails
     fails(run("compress", "nothing.png"), 1, "vqcodec: nothing.png: No such file or directory")
     fails(run("compress", "photo.png", "-o", "no/x.vqz"), 1, "vqcodec: no: No such file or directory")
+    fails(run("compress", "", "-o", "x.vqz"), 1, "vqcodec: '': No such file or directory")
+
+
+def test_a_current_folder_that_is_gone(photo, monkeypatch):
+    def getcwd():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    monkeypatch.setattr(os, "getcwd", getcwd)
+    fails(run("compress", "photo.png"), 1, "vqcodec: .: No such file or directory")
+
+
+def test_names_are_shown_on_one_line(codec, photo):
+    fails(run("compress", "a\n\x1b[31mb.png"), 1, r"vqcodec: a\n\x1b[31mb.png: No such file or directory")
 
 
 def test_bad_files_do_not_stop_the_others(codec, photo):
@@ -1087,7 +1114,7 @@ def test_python_m_vqcodec():
 )
 def test_torch_is_not_loaded_without_need(arguments):
     write_vqz("a.vqz")
-    code = "import atexit, sys; atexit.register(lambda: print(*{'torch', 'numpy', 'PIL'} & set(sys.modules)));"
+    code = "import atexit, sys; atexit.register(lambda: print(*{'torch', 'numpy'} & set(sys.modules)));"
     code += "from vqcodec.cli import main; main()"
     out, _ = process("-c", code, *arguments).communicate()
     assert out.endswith(b"\n") and out.splitlines()[-1] == b""

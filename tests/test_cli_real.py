@@ -156,7 +156,7 @@ def test_error_lines(photo: NDArray[np.uint8]) -> None:
     (line,) = run("decompress", "flipped.vqz", *WEIGHTS).stderr.splitlines()
     assert line.startswith("vqcodec: flipped.vqz: segment 3 of 3 is damaged: its CRC-32 is ")
     (line,) = run("decompress", "photo.png", "-o", "x.png", *WEIGHTS).stderr.splitlines()
-    assert line == "vqcodec: photo.png: the file starts with 89 50 4e 47, a .vqz file with 56 51 5a 1a"
+    assert line == "vqcodec: photo.png: not a .vqz file: it starts with 89 50 4e 47 instead of 56 51 5a 1a"
     (line,) = run("compress", "photo.vqz", "-o", "x.vqz", *WEIGHTS).stderr.splitlines()
     assert line.startswith("vqcodec: photo.vqz: not a PNG, JPEG")
     (line,) = run("compress", "photo.png", "-o", "x.vqz", "--weights", "photo.png").stderr.splitlines()
@@ -242,6 +242,25 @@ def test_sample_and_reconstruct(photo: NDArray[np.uint8]) -> None:
     assert run("reconstruct", "photo.png", "-q", "60", "-o", "direct.png", *WEIGHTS).exit_code == 0
     data = compressed("-q", "60", "--tune", "psnr")
     assert np.array_equal(pixels_of("direct.png"), np.asarray(codec.decompress(data, weights=WEIGHTS[1])))
+    Image.fromarray(np.dstack([photo, photo[..., 0]])).save("alpha.png")
+    ran = run("reconstruct", "alpha.png", "-o", "direct.png", "-f", *WEIGHTS)
+    assert ran.exit_code == 0
+    assert np.array_equal(pixels_of("direct.png")[..., 3], photo[..., 0])
+
+
+def test_a_part_and_a_smaller_picture(photo: NDArray[np.uint8]) -> None:
+    """The bits per pixel are those of the file, however much of it is decoded."""
+    bpp = f"{8 * len(compressed()) / 3750:.4f} bpp"
+    for options, size in ((("--scale", "1/4"), "19 x 13"), (("--region", "5,6,7,8"), "7 x 8")):
+        ran = run("decompress", "photo.vqz", "-f", "-o", "part.png", *options, *WEIGHTS)
+        assert ran.exit_code == 0 and f" bytes, {size}, {bpp}, " in ran.stderr
+
+
+def test_reconstruct_says_what_was_converted(photo: NDArray[np.uint8]) -> None:
+    Image.fromarray(photo).convert("CMYK").save("photo.jpg")
+    ran = run("reconstruct", "photo.jpg", "-o", "direct.png", *WEIGHTS)
+    assert (ran.exit_code, ran.stdout) == (0, "")
+    assert re.fullmatch("vqcodec: photo.jpg: note: CMYK was converted .*\n", ran.stderr)
 
 
 def test_looks_of_the_photo_weights() -> None:

@@ -155,6 +155,13 @@ def test_other_arrays_are_refused(array: Pixels) -> None:
         compress(array)
 
 
+def test_names_of_files_are_refused() -> None:
+    with pytest.raises(ImageError, match="expected a Pillow image, an array or a Picture, got str"):
+        compress("photo.png")
+    with pytest.raises(TypeError, match=r"expected the bytes of a \.vqz file, got str"):
+        decompress("photo.vqz")  # type: ignore[arg-type]
+
+
 def test_pictures_with_odd_strides() -> None:
     source = picture(20, 30)
     expected = compress(np.ascontiguousarray(source[::-1, ::-1]))
@@ -243,19 +250,26 @@ def test_max_size() -> None:
         assert between - 8 < len(best) <= between, "two words of the range coder"
     assert read_info(compress(source, quality=20, max_size=limit)).header.quality == 20
     assert read_info(compress(source, max_size=10**9)).header.quality == 100
-    with pytest.raises(TargetError, match="no file has at most 50 bytes: the least is"):
+    with pytest.raises(TargetError, match="no file has at most 50 bytes: the smallest has"):
         compress(source, max_size=50)
 
 
-def test_levels() -> None:
-    source = picture(70, 90)
-    coarse, fine = codec.reconstruct(Picture(source), quality=80, weights=models.tiny_weights())
-    data = compress(source, quality=80)
+def test_levels(tmp_path: Path) -> None:
+    source, weights = picture(70, 90), models.tuned_weights(tmp_path)
+    coarse, fine = codec.reconstruct(Picture(source), quality=80, weights=weights)
+    data = codec.compress(source, quality=80, weights=weights)
+    assert data != compress(source, quality=80), "tuned for the eye"
     assert np.array_equal(fine, decode(data).pixels)
     first = bitstream.read_info(data).layer_bytes[0]
     rest = sum(bitstream.read_info(data).layer_bytes) - first
     assert np.array_equal(coarse, decode(data[: len(data) - rest], partial=True).pixels)
     assert psnr(source, coarse) < psnr(source, fine)
+
+
+def test_warnings_point_at_the_caller() -> None:
+    with pytest.warns(UserWarning, match="CMYK") as caught:
+        codec.compress(Image.new("CMYK", (8, 8)), weights=models.tiny_weights())
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_targets_that_are_none() -> None:

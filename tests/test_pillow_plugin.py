@@ -69,9 +69,68 @@ def test_an_image_is_like_others_once_it_is_loaded() -> None:
     expected = np.asarray(opened(saved(source())))
     for other in (image.copy(), pickle.loads(pickle.dumps(image)), image):
         assert np.array_equal(np.asarray(other), expected)
-    small = opened(saved(source()))
-    small.thumbnail((15, 15))
-    assert small.size == (15, 10)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA"])
+@pytest.mark.parametrize(
+    ("asked", "scale", "size"),
+    [((15, 10), 2, (15, 10)), ((14, 3), 2, (15, 10)), ((7, 5), 4, (8, 5)), ((1, 1), 8, (4, 3))],
+)
+def test_a_draft_is_decoded_smaller(mode: str, asked: tuple[int, int], scale: int, size: tuple[int, int]) -> None:
+    data = saved(source(mode))
+    image = opened(data)
+    assert image.draft(None, asked) == (mode, (0, 0, 30 / scale, 20 / scale))
+    assert (image.mode, image.size) == (mode, size)
+    assert image.draft("L", (1, 1)) is None
+    assert np.array_equal(np.asarray(image), np.asarray(codec.decompress(data, scale=scale)))
+
+
+@pytest.mark.parametrize(("mode", "granted"), [("L", "L"), ("YCbCr", "RGB"), (None, "RGB")])
+def test_a_draft_in_grey(mode: str | None, granted: str) -> None:
+    data = saved(source())
+    for size, scale in ((None, 1), ((16, 10), 1), ((8, 5), 2)):
+        image, expected = opened(data), codec.decompress(data, scale=scale)
+        drafted = image.draft(mode, size)
+        assert drafted == (None if (granted, scale) == ("RGB", 1) else (granted, (0, 0, 30 / scale, 20 / scale)))
+        assert image.mode == granted
+        assert np.array_equal(np.asarray(image), np.asarray(expected.convert(granted)))
+
+
+def test_a_draft_in_grey_loses_neither_alpha_nor_colours() -> None:
+    for data, mode in ((saved(source("RGBA")), "RGBA"), (saved(source(), icc_profile=SRGB), "RGB")):
+        image = opened(data)
+        assert (image.draft("L", None), image.mode) == (None, mode)
+
+
+def test_a_draft_of_loaded_pixels() -> None:
+    image = opened(saved(source()))
+    image.load()
+    assert (image.draft("L", (8, 5)), image.mode, image.size) == (None, "RGB", (30, 20))
+
+
+def test_a_thumbnail_is_made_from_a_draft(monkeypatch: pytest.MonkeyPatch) -> None:
+    scales = []
+    decompress = codec.decompress
+    monkeypatch.setattr(
+        codec, "decompress", lambda *args, **kw: (scales.append(kw["scale"]), decompress(*args, **kw))[1]
+    )
+    image, whole = opened(saved(source())), opened(saved(source()))
+    image.thumbnail((7, 5))
+    whole.load()
+    whole.thumbnail((7, 5))
+    assert scales == [2, 1]
+    assert image.size == whole.size == (7, 5)
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(whole)).mean() < 8
+
+
+def test_a_draft_with_weights_that_do_not_decode_so_small(tmp_path: Path) -> None:
+    path = models.save(models.raster(), tmp_path / "raster.safetensors")  # decodes to 1/4 at the least
+    data = saved(source("RGBA"), weights=path)
+    image, whole = opened(data), codec.decompress(data, weights=path)
+    image.weights = path
+    image.draft(None, (3, 2))
+    assert image.size == (4, 3)
+    assert np.array_equal(np.asarray(image), np.asarray(whole.reduce(8)))
 
 
 def test_options_are_those_of_compress() -> None:

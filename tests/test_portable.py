@@ -87,10 +87,10 @@ def opens_text(call: ast.Call) -> bool:
     method = name.rpartition(".")[2]
     binary = any(isinstance(value, ast.Constant) and value.value in ("rb", "r+b", "wb", "xb") for value in call.args)
     return method in ("read_text", "write_text") or (
-        method == "open" and name not in ("Image.open", "os.open") and not binary
+        method == "open" and name not in ("Image.open", "os.open", "opened.open", "studio.open") and not binary
     )
 
 
 def names_encoding(call: ast.Call) -> bool:
     given = call.args + [keyword.value for keyword in call.keywords]
-    return any(isinstance(value, ast.Constant) and value.value == "utf-8" for value in given)
+    return any(ast.unparse(value) in ("'utf-8'", "stream.encoding") for value in given)

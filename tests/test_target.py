@@ -122,8 +122,8 @@ def test_a_step_over_the_goal_is_not_taken() -> None:
 @pytest.mark.parametrize(
     ("target", "line"),
     [
-        (Target("size", 2000), "no quality comes to 2,000 bytes: the least is 2,769 bytes"),
-        (Target("size", 1e6), "no quality comes to 1,000,000 bytes: the most is 94,1"),
+        (Target("size", 2000), "no quality gives 2,000 bytes: the least is 2,769 bytes"),
+        (Target("size", 1e6), "no quality gives 1,000,000 bytes: the most is 94,1"),
     ],
 )
 def test_out_of_reach(target: Target, line: str) -> None:
@@ -133,7 +133,7 @@ def test_out_of_reach(target: Target, line: str) -> None:
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_a_measure_that_is_no_number(value: float) -> None:
-    with pytest.raises(TargetError, match=f"no quality comes to 40.00 dB PSNR: the least is {value} dB PSNR"):
+    with pytest.raises(TargetError, match=f"no quality gives 40.00 dB PSNR: the least is {value} dB PSNR"):
         Target("psnr", 40).find(lambda _: value)
 
 
@@ -173,7 +173,7 @@ def test_less_than_the_lowest_quality_takes() -> None:
 
 
 def test_nothing_within() -> None:
-    with pytest.raises(TargetError, match="no file has at most 2,700 bytes: the least is 2,769"):
+    with pytest.raises(TargetError, match="no file has at most 2,700 bytes: the smallest has 2,769"):
         largest_within(Curve(), 2700, Setting(100))
 
 

@@ -242,6 +242,12 @@ def test_a_region_outside_is_refused(region: tuple[int, int, int, int], data: by
 def test_wrong_arguments_are_refused(data: bytes, path: Path) -> None:
     with pytest.raises(ValueError, match="scale must be one of 1, 2, 4, 8, got 3"):
         vqcodec.decompress(data, weights=path, scale=3)
+    for scale in (2.0, True, "2"):
+        with pytest.raises(ValueError, match="scale must be an integer from 1, got"):
+            vqcodec.decompress(data, weights=path, scale=scale)  # type: ignore[arg-type]
+    for region in ((1, 2, 3), 5, "1,2,3,4"):
+        with pytest.raises(ValueError, match=r"region must be \(left, top, width, height\), got"):
+            vqcodec.decompress(data, weights=path, region=region)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="region must be an integer from 0, got 0.5"):
         vqcodec.decompress(data, weights=path, region=(0.5, 0, 1, 1))  # type: ignore[arg-type]
 

@@ -23,7 +23,7 @@ class Made:
     Attributes:
         data: the target; None if the source was only tested.
         read: bytes of the source.
-        compressed: bytes of the .vqz file of the two.
+        bpp: bits of the .vqz file per pixel of the picture in it.
         width, height: of the picture, in pixels.
         quality: of the .vqz file.
         seconds: how long it took.
@@ -34,7 +34,7 @@ class Made:
 
     data: bytes | None
     read: int
-    compressed: int
+    bpp: float
     width: int
     height: int
     quality: int
@@ -174,7 +174,7 @@ class _Batch:
             height=made.height,
             read=made.read,
             written=size,
-            compressed=made.compressed,
+            bpp=made.bpp,
             seconds=seconds,
             quality=made.quality if made.found else None,
             tested=made.data is None,

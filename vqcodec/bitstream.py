@@ -326,9 +326,11 @@ def _pack_header(header: Header, has_chunks: bool) -> bytes:
 
 def _unpack_header(data: bytes) -> tuple[Header, bool]:
     """Return the header, and whether chunks follow it."""
+    if not isinstance(data, (bytes, bytearray)):
+        raise TypeError(f"expected the bytes of a .vqz file, got {type(data).__name__}")
     start = data[: len(MAGIC)]
     if start != MAGIC[: len(start)]:
-        raise NotVqzError(f"the file starts with {start.hex(' ')}, a .vqz file with {MAGIC.hex(' ')}")
+        raise NotVqzError(f"not a .vqz file: it starts with {start.hex(' ')} instead of {MAGIC.hex(' ')}")
     # The version is checked before everything else, because another version may have another header.
     if len(data) > len(MAGIC):
         _check_version(data[len(MAGIC)])

@@ -53,8 +53,8 @@ class _Program(click.Group):
         except click.Abort:
             terminal.say("vqcodec: interrupted")
             status = 130
-        except OSError as error:  # nothing else writes outside of an ErrorReport
-            terminal.say(f"vqcodec: standard output: {terminal.message(error)}")
+        except OSError as error:  # one that names no file is of what is printed
+            terminal.say(f"vqcodec: {error.filename or 'standard output'}: {terminal.message(error)}")
             streams.discard(sys.stdout)
             status = 1
         sys.exit(status or int(bool(terminal.unsaid)))
@@ -242,14 +242,14 @@ def _compress(
         picture = dataclasses.replace(picture, exif=None, xmp=None)
     with terminal.search_bar(wanted=show_search) as show:
         encoded = codec.compress(picture, on_progress=show, **settings)
-    height, width, _ = picture.pixels.shape
+    header = bitstream.read_header(encoded)
     return batch.Made(
         data=encoded,
         read=len(data),
-        compressed=len(encoded),
-        width=width,
-        height=height,
-        quality=bitstream.read_header(encoded).quality,
+        bpp=8 * len(encoded) / header.pixels,
+        width=header.width,
+        height=header.height,
+        quality=header.quality,
         seconds=time.perf_counter() - start,
         before=before,
         found=searched,
@@ -284,7 +284,7 @@ def _compress(
 @click.option("--grey", is_flag=True, help="Decode to shades of grey.")
 @click.option("--test", is_flag=True, help="Decode, but write nothing.")
 @options.max_pixels
-@options.weights
+@options.weights_of_files
 @options.device
 @options.force
 @options.ray
@@ -328,8 +328,9 @@ def decompress(
     """
     if test and output is not None:
         raise click.UsageError("--test writes nothing, so -o has no use.")
-    if test and partial:
-        raise click.UsageError("--test checks whether files are whole, so --partial has no use.")
+    for option, given in (("--partial", partial), ("--region", region), ("--scale", scale != "1"), ("--grey", grey)):
+        if test and given:
+            raise click.UsageError(f"--test checks whether files are whole, so {option} has no use.")
     if test and (skip_existing or remove):
         raise click.UsageError("--test writes nothing, so --skip-existing and --rm have no use.")
     if remove and (partial or region or scale != "1" or grey):
@@ -389,14 +390,15 @@ def _decompress(job: files.Job, *, test: bool, max_pixels: int, **settings: Any)
     if not test:
         fitting = image.adapt(dataclasses.replace(picture, notes=()), _suffix(job.target))
         encoded, notes = image.save(fitting, _suffix(job.target)), fitting.notes
+    header = bitstream.read_header(data)
     height, width, _ = picture.pixels.shape
     return batch.Made(
         data=encoded,
         read=len(data),
-        compressed=len(data),
+        bpp=8 * len(data) / header.pixels,
         width=width,
         height=height,
-        quality=bitstream.read_header(data).quality,
+        quality=header.quality,
         seconds=time.perf_counter() - start,
         before=before,
         warnings=picture.notes,
@@ -416,6 +418,8 @@ def _decompress(job: files.Job, *, test: bool, max_pixels: int, **settings: Any)
 @options.as_json
 def info(paths: tuple[str, ...], weights: str | None, as_json: bool) -> int:
     """Describe .vqz files without decoding them, or a weights file.
+
+    FILE is a .vqz file, a folder that is searched for .vqz files, or - for standard input.
 
     \b
     Examples:
@@ -448,7 +452,7 @@ def info(paths: tuple[str, ...], weights: str | None, as_json: bool) -> int:
 @click.argument("second", metavar="B", type=click.Path())
 @click.argument("others", metavar="[C...]", nargs=-1, type=click.Path())
 @click.option("--html", metavar="OUT", type=click.Path(), help="Write a page to see the pictures before and after.")
-@options.weights
+@options.weights_of_files
 @options.device
 @options.force
 @options.as_json
@@ -556,6 +560,7 @@ def studio(picture: str | None, port: int | None, no_browser: bool, weights: str
     """Try qualities, targets and looks on a page in the browser, beside AVIF at equal bytes.
 
     PICTURE is a picture or a .vqz file; the page opens others too. It is served to this computer alone until Ctrl-C.
+    The studio needs pip install 'vqcodec[studio]'.
 
     \b
     Example:
@@ -844,7 +849,12 @@ def reconstruct(
         picture = _load(files.read(source))
         restored = codec.reconstruct(picture, quality=quality, weights=weights, device=device)
         pixels = image.contact_sheet([*restored, picture.pixels]) if levels else restored[-1]
-        shown = image.Picture(pixels, grey=picture.grey, icc=picture.icc)
+        alpha = None if levels else picture.alpha
+        shown = image.adapt(
+            image.Picture(pixels, picture.grey, alpha, picture.icc, notes=picture.notes), _suffix(output)
+        )
+        for note in shown.notes:
+            terminal.say(f"vqcodec: {source}: note: {note}")
         files.write(output, image.save(shown, _suffix(output)), overwrite=force)
     return report.status
 

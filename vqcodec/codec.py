@@ -89,7 +89,7 @@ def compress(
         raise ValueError(f"tune must be one of {', '.join(packaged.TUNES)}, got {tune!r}")
     source = _as_picture(picture)
     for note in source.notes:
-        warnings.warn(note, stacklevel=2)
+        warnings.warn(note, stacklevel=3)  # there is the decorator between
     model = _load(weights, device)
     tuned = _tuning(weights, model, tune, target)
     unit = math.lcm(bitstream.TILE_UNIT, model.config.multiple)
@@ -199,8 +199,9 @@ def decode_picture(
         WeightsError: the file was made with other weights, or these do not have the look or the scale.
         ValueError: there is no such look or scale, or the region is no four integers.
     """
+    scale = _integer("scale", scale, 1)
     if scale not in SCALES:
-        raise ValueError(f"scale must be one of {', '.join(map(str, SCALES))}, got {scale!r}")
+        raise ValueError(f"scale must be one of {', '.join(map(str, SCALES))}, got {scale}")
     container = bitstream.read(data, max_pixels=max_pixels, partial=partial)
     header = container.header
     part = None if region is None else _region(region, header.frame)
@@ -248,9 +249,11 @@ def reconstruct(
     model = _load(weights, device)
     height, width = picture.pixels.shape[:2]
     frame = Frame(width, height, quality, TILE, picture.grey)
+    tuned = _tuning(weights, model, None, None)
     with coding.exact(model):
+        importance = None if tuned is None else tuned.importance(model.config, picture.pixels, quality)
         latents = synthesis.analyse(model, picture.pixels, torch.tensor([quality], device=model.device))
-        codes = choose(model, frame, latents)
+        codes = choose(model, frame, latents, importance)
         partial = (
             [c if level <= last else torch.zeros_like(c) for level, c in enumerate(codes)] for last in range(len(codes))
         )
@@ -305,8 +308,13 @@ def _region(region: tuple[int, int, int, int], frame: Frame) -> Region:
 
     Raises:
         ImageError: it is not inside the picture.
+        ValueError: it is not four integers.
     """
-    left, top, width, height = (_integer("region", value, 0) for value in region)
+    try:
+        left, top, width, height = region
+    except (TypeError, ValueError):
+        raise ValueError(f"region must be (left, top, width, height), got {region!r}") from None
+    left, top, width, height = (_integer("region", value, 0) for value in (left, top, width, height))
     if min(width, height) < 1 or left + width > frame.width or top + height > frame.height:
         given = ",".join(map(str, region))
         raise ImageError(f"the region {given} is not inside the picture of {frame.width} x {frame.height} pixels")
@@ -337,6 +345,8 @@ def _as_picture(picture: Image.Image | NDArray[np.uint8] | Picture) -> Picture:
         if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or channels not in (1, 3, 4) or not picture.size:
             raise ImageError(f"expected uint8 (H, W), (H, W, 3) or (H, W, 4), got {picture.dtype} {picture.shape}")
         picture = Image.fromarray(picture[:, :, 0] if picture.ndim == 3 and channels == 1 else picture)
+    if not isinstance(picture, Image.Image):
+        raise ImageError(f"expected a Pillow image, an array or a Picture, got {type(picture).__name__}")
     return image.from_pil(picture)
 
 

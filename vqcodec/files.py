@@ -94,8 +94,11 @@ def plan(inputs: Sequence[str], output: str | None, *, suffixes: Sequence[str], 
 
     Raises:
         ValueError: there are several inputs and the output is not a folder, two inputs have the same target, a target
-            is one of the inputs, or "-" stands where a name is needed.
+            is one of the inputs, the output is "", or "-" stands where a name is needed.
+        OSError: the current folder has been removed.
     """
+    if output == "":
+        raise ValueError("the name of the output is empty")
     if STREAM in inputs:
         if len(inputs) > 1:
             raise ValueError("- (standard input) cannot be combined with other inputs")
@@ -105,15 +108,16 @@ def plan(inputs: Sequence[str], output: str | None, *, suffixes: Sequence[str], 
     found = find(inputs, suffixes)
     several = len(inputs) > 1 or os.path.isdir(inputs[0])
     folder = output is not None and (os.path.isdir(output) or output.endswith((os.sep, "/")))
-    if not (several or folder or output is None):
-        jobs = [Job(found[0][0], output or "")]
-    elif output == STREAM:
-        raise ValueError("several files cannot go to standard output")
-    elif output is not None and os.path.exists(output) and not os.path.isdir(output):
-        raise ValueError(f"{output} is not a folder; for several inputs, the output must be one")
-    else:
-        jobs = _name_targets(found, output or "", suffixes, new_suffix)
-    _check_distinct(jobs)
+    with _naming(os.curdir):  # which may have been removed
+        if not (several or folder or output is None):
+            jobs = [Job(found[0][0], output or "")]
+        elif output == STREAM:
+            raise ValueError("several files cannot go to standard output")
+        elif output is not None and os.path.exists(output) and not os.path.isdir(output):
+            raise ValueError(f"{output} is not a folder; for several inputs, the output must be one")
+        else:
+            jobs = _name_targets(found, output or "", suffixes, new_suffix)
+        _check_distinct(jobs)
     return jobs
 
 

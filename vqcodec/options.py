@@ -84,6 +84,11 @@ max_pixels = click.option(
 weights = click.option(
     "--weights", type=WeightsPath(), help="Weights file, or name of packaged weights.  [default: photo]"
 )
+weights_of_files = click.option(
+    "--weights",
+    type=WeightsPath(),
+    help="Weights file, or name of packaged weights.  [default: the packaged ones that the .vqz file names]",
+)
 device = click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),

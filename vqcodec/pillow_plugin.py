@@ -7,6 +7,8 @@
 """
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -14,7 +16,7 @@ from typing import IO, Any
 from PIL import Image, ImageFile
 
 from vqcodec import bitstream
-from vqcodec.errors import VqcodecError
+from vqcodec.errors import VqcodecError, WeightsError
 
 FORMAT = "VQZ"
 MIME_TYPE = "image/x-vqz"
@@ -24,8 +26,9 @@ _METADATA = {"icc_profile": ("ICCP", b""), "exif": ("EXIF", b"Exif\0\0"), "xmp":
 class VqzImageFile(ImageFile.ImageFile):
     """An opened .vqz file of mode L, LA, RGB or RGBA, whose pixels are decoded when they are first needed.
 
-    Its info has icc_profile, exif and xmp if the file has them. With `ImageFile.LOAD_TRUNCATED_IMAGES`, load() decodes
-    what is left of a cut or damaged file, and gives a warning for each part that is missing.
+    Its info has icc_profile, exif and xmp if the file has them. thumbnail() and draft() leave out detail that a small
+    picture does not show. With `ImageFile.LOAD_TRUNCATED_IMAGES`, load() decodes what is left of a cut or damaged file,
+    and gives a warning for each part that is missing.
 
     Attributes:
         weights: the weights that the file was made with, as a file or a packaged name. None for those of the packaged
@@ -40,6 +43,7 @@ class VqzImageFile(ImageFile.ImageFile):
     format_description = "vqcodec image"
     weights: str | Path | None = None
     _data: bytes | None = None  # of the file, until it is decoded
+    _scale = 1  # that the pixels will be decoded at
 
     def _open(self) -> None:
         assert self.fp is not None
@@ -59,15 +63,50 @@ class VqzImageFile(ImageFile.ImageFile):
                 bitstream.read(self._data, max_pixels=None)
         super().verify()
 
+    def draft(self, mode: str | None, size: tuple[int, int] | None) -> tuple[str, tuple[int, int, float, float]] | None:
+        """Have the pixels decoded smaller, in less time, or in grey; `thumbnail` calls this by itself.
+
+        Args:
+            mode: "L" makes an RGB picture grey, unless it has an ICC profile. Other modes are not granted.
+            size: width and height in pixels. They are halved up to three times, but never below this.
+
+        Returns:
+            The mode, and the box (0, 0, width, height) of the picture in the smaller one, whose last column and row it
+            may cover in part. None if nothing changes: once the pixels are decoded, or drafted smaller, they stay so.
+        """
+        if self._data is None or self._scale > 1:
+            return None
+        grey = mode == "L" and self.mode == "RGB" and "icc_profile" not in self.info
+        width, height = self.size
+        if size is not None:
+            wanted = min(width // size[0], height // size[1])
+            self._scale = next((scale for scale in (8, 4, 2) if scale <= wanted), 1)
+        if self._scale == 1 and not grey:
+            return None
+        if grey:
+            self._mode = "L"
+        self._size = -(-width // self._scale), -(-height // self._scale)
+        return self.mode, (0, 0, width / self._scale, height / self._scale)
+
     def load(self) -> Any:
         """Decode the pixels, unless that is done; see `Image.load`."""
         if self._data is not None:
             from vqcodec import codec  # imports torch
 
+            decode = functools.partial(
+                codec.decompress,
+                self._data,
+                weights=self.weights,
+                partial=ImageFile.LOAD_TRUNCATED_IMAGES,
+                max_pixels=None,
+            )
             with _as_os_error():
-                decoded = codec.decompress(
-                    self._data, weights=self.weights, partial=ImageFile.LOAD_TRUNCATED_IMAGES, max_pixels=None
-                )
+                try:
+                    decoded = decode(scale=self._scale)
+                except WeightsError:  # these weights do not decode to so small a picture, or there are none
+                    decoded = decode().reduce(self._scale)
+            if self.mode != decoded.mode:
+                decoded = decoded.convert(self.mode)
             self.im, self.readonly, self._data = decoded.im, 0, None
             if self._exclusive_fp and self.fp:
                 self.fp.close()
@@ -91,10 +130,11 @@ def _save(im: Image.Image, fp: IO[bytes], filename: str | bytes) -> None:
     given = im.encoderinfo
     if given.get("append_images"):
         raise OSError("a .vqz file holds a single picture, append_images asks for several")
-    known = codec.compress.__kwdefaults__ or {}
+    known = set(inspect.signature(codec.compress).parameters) - {"picture"}
     options = {name: value for name, value in given.items() if name in known}
     info = im.info
-    im.info = info | {name: _bytes(given[name]) for name in _METADATA if name in given}
+    metadata = {name: _bytes(given[name]) for name in _METADATA if name in given}
+    im.info = {name: value for name, value in (info | metadata).items() if value or name not in metadata}
     try:
         with _as_os_error():
             data = codec.compress(image.from_pil(im), **options)

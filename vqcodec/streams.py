@@ -18,7 +18,7 @@ def repair() -> None:
     for number, (name, mode, wrong) in enumerate(_STREAMS):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.open(os.devnull, wrong), mode, closefd=False))  # noqa: SIM115
+            setattr(sys, name, open(os.open(os.devnull, wrong), mode, encoding="utf-8", closefd=False))  # noqa: SIM115
         elif isinstance(stream.buffer, io.RawIOBase):
             setattr(
                 sys,

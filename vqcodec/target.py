@@ -101,7 +101,7 @@ class Target:
         if not abs(reached - goal) <= measure.tolerance and (low < LOWEST or high > HIGHEST):
             end = "least" if low < LOWEST else "most"
             limit = measure.text.format(math.exp(reached) if logarithmic else reached)
-            raise TargetError(f"no quality comes to {measure.text.format(self.value)}: the {end} is {limit}")
+            raise TargetError(f"no quality gives {measure.text.format(self.value)}: the {end} is {limit}")
         return setting
 
 
@@ -129,7 +129,7 @@ def largest_within(size: Callable[[Setting], int], limit: int, top: Setting) -> 
     low = max(low, LOWEST)
     setting, reached = fit_emphasis(log_size, low, found[low], goal, slope, within=True)
     if reached > goal:
-        raise TargetError(f"no file has at most {limit:,} bytes: the least is {math.exp(reached):,.0f}")
+        raise TargetError(f"no file has at most {limit:,} bytes: the smallest has {math.exp(reached):,.0f}")
     return setting
 
 

@@ -81,8 +81,9 @@ class ErrorReport:
         """Report an error."""
         self.failed += 1
         if failure.trace and click.get_current_context().find_root().params["debug"]:
-            say(failure.trace)
-        say(f"vqcodec: {failure.name}: {failure.message}")
+            for line in failure.trace.splitlines():
+                say(line)
+        say(f"vqcodec: {failure.name or repr(failure.name)}: {failure.message}")
 
     @property
     def status(self) -> int:
@@ -99,8 +100,10 @@ def message(error: Exception) -> str:
 def say(text: str) -> None:
     """Write a line to stderr. On a terminal, it replaces a progress bar that stands on the current line.
 
-    A stderr that takes no more must not stop the work: the line is lost, and `unsaid` has it.
+    Control characters, which names of files may contain, are escaped. A stderr that takes no more must not stop the
+    work: the line is lost, and `unsaid` has it.
     """
+    text = "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
     try:
         click.echo(("\r\x1b[K" if sys.stderr.isatty() else "") + text, err=True)
     except OSError:
@@ -128,7 +131,7 @@ def say_result(
     height: int,
     read: int,
     written: int,
-    compressed: int,
+    bpp: float,
     seconds: float,
     quality: int | None = None,
     tested: bool = False,
@@ -137,15 +140,14 @@ def say_result(
 
     Args:
         job: the file and what was made of it.
-        width, height: of the picture, in pixels.
+        width, height: of the picture that was compressed or made, in pixels.
         read: bytes read.
         written: bytes written.
-        compressed: bytes of the .vqz file, for the bits per pixel.
+        bpp: bits of the .vqz file per pixel of the picture in it, all of which may not have been asked for.
         seconds: how long it took.
         quality: the quality that was found for a target, if any.
         tested: whether the file was decoded without writing the picture.
     """
-    bpp = 8 * compressed / (width * height)
     what = f"{job.source}: fine, {read:,}" if tested else f"{job.source} -> {job.target}: {read:,} -> {written:,}"
     found = "" if quality is None else f", quality {quality}"
     say(f"{what} bytes, {width} x {height}, {bpp:.4f} bpp{found}, {seconds:.2f} s")
