@@ -379,11 +379,35 @@ def test_a_second_signal_does_not_wait(
     assert not isinstance(caught.value, process.Interrupted)
 
 
+@pytest.mark.parametrize("last", ["validate", "export"])
+def test_a_signal_after_the_last_step_does_not_wait(
+    last: str, pictures: Path, tmp_path: Path, unmeasured: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint is that of the last step, and only what was interrupted is left to do."""
+    output, steps, stopped = tmp_path / "mine.safetensors", [], []
+
+    def report(run: Any, stage: str) -> None:
+        steps.append(run.step)
+        if stage == last and run.share >= 1 and not stopped:
+            stopped.append(run.step)
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("vqcodec.train.state.Run.report", report)
+    with pytest.raises(process.Interrupted) as caught:
+        run(pictures, output, 0.3)
+    assert caught.value.number == signal.SIGTERM
+    assert not output.exists()
+    steps.clear()
+    run(pictures, output, 0.3, resume=True)
+    assert set(steps) == set(stopped)
+    assert output.exists()
+
+
 def test_signals_with_a_handler_are_left_to_it() -> None:
     came: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
     try:
-        with process.held_signals() as held:
+        with process.held_signals() as held, process.raised_signals():
             signal.raise_signal(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -18,8 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vqcodec.models.config import Config, PriorConfig, SliceConfig, StageConfig
+from vqcodec.train import data, validation
 from vqcodec.train import run as training
-from vqcodec.train import validation
 from vqcodec.train.run import Progress, train
 from vqcodec.train.schedule import Schedule
 
@@ -63,6 +63,20 @@ def small_runs(qualities: tuple[int, ...] = QUALITIES) -> Iterator[None]:
         patch.setattr(torch, "set_flush_denormal", lambda _: True)  # of the whole process
         ticks = itertools.count()  # the clock is looked at twice a step
         patch.setattr(training, "time", SimpleNamespace(monotonic=lambda: next(ticks) / (2 * STEPS_A_SECOND)))
+        yield
+
+
+@contextlib.contextmanager
+def shared_crops() -> Iterator[None]:
+    """In the body, processes share the batches that one process would see, and rounding adds no noise."""
+
+    def stream(job: Any, pictures: data.Pictures, side: int, step: int) -> Iterator[torch.Tensor]:
+        for crops in data.batches(pictures, batch=job.schedule.crops_a_step(side, 1), size=side, seed=step):
+            yield crops[job.rank :: job.world]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vqcodec.train.crops.stream", stream)
+        patch.setattr(torch, "rand_like", lambda x: torch.full_like(x, 0.5))
         yield
 
 

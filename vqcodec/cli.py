@@ -698,9 +698,10 @@ def train(
             )
         except process.Interrupted as stop:
             command = shlex.join(["vqcodec", *sys.argv[1:], *([] if resume else ["--resume"])])
-            terminal.say(f"{output}: interrupted, but nothing is lost; go on with: {command}")
+            if process.is_first():
+                terminal.say(f"{output}: interrupted, but nothing is lost; go on with: {command}")
             return 128 + stop.number
-        if not over:
+        if not over and process.is_first():
             terminal.say(f"{output}: not trained to the end yet; go on with --resume")
     return report.status
 

@@ -8,6 +8,7 @@ from torch import Tensor, distributed
 
 from vqcodec.models.quantizer import Codebook, start_of
 from vqcodec.models.vqvae import VQVAE
+from vqcodec.train.process import sum_over_processes
 
 # Of the exponential moving averages, a step (van den Oord et al. 2017, appendix A.1: gamma).
 DECAY = 0.99
@@ -58,13 +59,12 @@ def update_averages(book: Codebook, v: Tensor, indices: Tensor) -> None:
     flat = (indices + torch.arange(planes, device=v.device) * codes).reshape(-1)
     counts = torch.zeros(planes * codes, device=v.device)
     counts = counts.index_add_(0, flat, torch.ones_like(flat, dtype=torch.float32)).reshape(planes, codes)
-    if book.learn == "ema":  # otherwise the counts are only for show
-        _sum_over_processes(counts)
+    sum_over_processes(counts)
     book.steps += 1
     book.usage.lerp_(counts, 1 - DECAY)
     if book.learn == "ema":
         totals = torch.zeros(planes * codes, dim, device=v.device).index_add_(0, flat, v.float().reshape(-1, dim))
-        _sum_over_processes(totals)
+        sum_over_processes(totals)
         book.sums.lerp_(totals.reshape(planes, codes, dim), 1 - DECAY)
         correction = 1 - DECAY**book.steps
         usage, sums = book.usage / correction, book.sums / correction
@@ -95,7 +95,7 @@ def revive(book: Codebook, v: Tensor) -> int:
             book.usage[plane, dead] = 1.0
             book.sums[plane, dead] = picks
             moved += len(dead)
-    if _many_processes():
+    if distributed.is_available() and distributed.is_initialized():
         for tensor in (book.vectors.data, book.usage, book.sums):
             distributed.broadcast(tensor, 0)
     return moved
@@ -114,13 +114,3 @@ def perplexity(vqvae: VQVAE) -> float:
             share = piece.codebook.usage / piece.codebook.usage.sum(1, keepdim=True).clamp(min=1e-9)
             values.append(torch.exp(-(share * share.clamp(min=1e-12).log()).sum(1)))
     return float(torch.cat(values).mean())
-
-
-def _sum_over_processes(x: Tensor) -> None:
-    """Add up x in place over the processes of a distributed run."""
-    if _many_processes():
-        distributed.all_reduce(x)
-
-
-def _many_processes() -> bool:
-    return distributed.is_available() and distributed.is_initialized()

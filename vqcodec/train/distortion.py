@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from vqcodec.train.process import sum_over_processes
 from vqcodec.visual import visual_distance
 
 # Number of qualities at which the unit of the visual distance is measured; it is interpolated between them.
@@ -16,7 +17,7 @@ class Distortion(nn.Module):
 
     At each knot the unit is a running geometric mean of squared error / visual distance over the training pictures. It
     makes both terms equal on average. So the distortion stays on the scale of the squared error, and each quality keeps
-    its distortion weight.
+    its distortion weight. All processes of a distributed run learn the same unit.
 
     Attributes:
         share: of the visual distance, 0..1.
@@ -50,7 +51,8 @@ class Distortion(nn.Module):
     def _learn(self, near: Tensor, mse: Tensor, visual: Tensor) -> None:
         ratio = (mse.clamp(min=1e-3) / visual.clamp(min=1e-3)).log()
         near = near * ratio.isfinite()[:, None]
-        weight = near.sum(0)
+        sums = torch.stack([near.sum(0), (near * ratio.nan_to_num()[:, None]).sum(0)])
+        weight, total = sum_over_processes(sums)
         self.seen += weight
-        mean = (near * ratio.nan_to_num()[:, None]).sum(0) / weight.clamp(min=1e-6)
+        mean = total / weight.clamp(min=1e-6)
         self.log_unit += weight / self.seen.clamp(min=1e-6, max=MEMORY).maximum(weight) * (mean - self.log_unit)

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from vqcodec.train.process import sum_over_processes
+
 ADAM_SCALE = 0.2  # root mean square of Adam's updates, about
 MOMENTUM = 0.95
 ITERATIONS = 4  # of Newton-Schulz
@@ -64,8 +66,7 @@ def _share_work(updates: Tensor) -> Tensor:
     found = torch.zeros_like(updates)
     if len(updates[own]):
         found[own] = orthogonalise(updates[own])
-    distributed.all_reduce(found)
-    return found
+    return sum_over_processes(found)
 
 
 def orthogonalise(x: Tensor) -> Tensor:

@@ -6,34 +6,75 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 from vqcodec import caller, signals
 from vqcodec.errors import TrainingError
 
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
 MALLOC_TRIM_THRESHOLD, MALLOC_MMAP_THRESHOLD = -1, -3  # of malloc.h
+PATIENCE = timedelta(minutes=20)  # with other processes: the first one validates while they wait
 
 
 @contextlib.contextmanager
 def joined() -> Iterator[tuple[int, int]]:
     """Join the process group that torchrun announces, if it does.
 
+    When one process fails, the others fail at what they would do together. Only the first error is raised.
+
     Yields:
         the rank of this process, and how many processes there are.
+
+    Raises:
+        SystemExit: with code 1, in place of an error in the body, if another process has failed before this one.
     """
     if not os.environ.keys() >= {"RANK", "WORLD_SIZE"}:
         yield 0, 1
         return
-    backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    distributed.init_process_group(backends, timeout=timedelta(minutes=20))
+    from torch.distributed.rendezvous import rendezvous  # not every build of torch has it
+
+    nccl = torch.cuda.is_available() and distributed.is_nccl_available()
+    store, rank, world = next(rendezvous("env://", timeout=PATIENCE))
+    backends = "cpu:gloo,cuda:nccl" if nccl else "gloo"
     try:
-        yield distributed.get_rank(), distributed.get_world_size()
+        distributed.init_process_group(backends, store=store, rank=rank, world_size=world, timeout=PATIENCE)
+        yield rank, world
+    except Interrupted:  # which all of them are
+        raise
+    except BaseException as error:
+        if not _fails_first(store) and isinstance(error, Exception):
+            raise SystemExit(1) from None
+        raise
     finally:
-        distributed.destroy_process_group()
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+def _fails_first(store: "Store") -> bool:
+    """Whether no other process has asked this before."""
+    try:
+        return store.add("failures", 1) == 1
+    except RuntimeError:  # the process that keeps the store has ended
+        return False
+
+
+def is_first() -> bool:
+    """Whether this process speaks for those that torchrun has started, or is the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def sum_over_processes(x: Tensor) -> Tensor:
+    """Add up x in place over the processes of a distributed run."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(x)
+    return x
 
 
 def device(name: str, rank: int) -> torch.device:
@@ -55,7 +96,7 @@ def first_one(value: float, world: int, device: torch.device) -> float:
     """The value that the first of `world` processes has."""
     if world == 1:
         return value
-    shared = torch.tensor([value], device=device)
+    shared = torch.tensor([value], dtype=torch.float64, device=device)
     distributed.broadcast(shared, 0)
     return float(shared)
 
@@ -108,7 +149,7 @@ class Interrupted(KeyboardInterrupt):
 def held_signals() -> Iterator[list[int]]:
     """In the body, SIGINT and SIGTERM wait until somebody looks at them. A second one raises KeyboardInterrupt.
 
-    Only the main thread can do this, and only to signals for which the caller has no handler.
+    See `_handled` for when this can be done.
 
     Yields:
         the numbers of the signals that came.
@@ -120,14 +161,38 @@ def held_signals() -> Iterator[list[int]]:
         if len(came) > 1:
             raise KeyboardInterrupt
 
+    with _handled(hold):
+        yield came
+
+
+@contextlib.contextmanager
+def raised_signals() -> Iterator[None]:
+    """In the body, SIGINT and SIGTERM raise `Interrupted`: for what follows the last checkpoint.
+
+    See `_handled` for when this can be done.
+    """
+
+    def end(number: int, _: object) -> None:
+        raise Interrupted(number)
+
+    with _handled(end):
+        yield
+
+
+@contextlib.contextmanager
+def _handled(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """In the body, `handler` gets SIGINT and SIGTERM.
+
+    Only the main thread can do this, and only to signals for which the caller has no handler.
+    """
     usual = {signal.SIGINT: (signal.default_int_handler,), signal.SIGTERM: (signal.SIG_DFL, signals.leave)}
     with contextlib.ExitStack() as handlers:
         if threading.current_thread() is threading.main_thread():
             for number, known in usual.items():
-                if (handler := signal.getsignal(number)) in known:
-                    handlers.callback(signal.signal, number, handler)
-                    signal.signal(number, hold)
-        yield came
+                if (before := signal.getsignal(number)) in known:
+                    handlers.callback(signal.signal, number, before)
+                    signal.signal(number, handler)
+        yield
 
 
 def keep_memory() -> None:

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from vqcodec.errors import TrainingError
@@ -91,13 +92,14 @@ def train(
             weights of another configuration; features without weights to start from, or without the packages; a loss
             that is not finite any more; a file that cannot be written.
         Interrupted: SIGINT or SIGTERM came, for which the program has no handler of its own. The checkpoint is saved.
+        SystemExit: another process has failed, and says why.
         ValueError: no such distortion.
         WeightsError: unknown configuration; unreadable weights or features.
     """
-    given = begin.open_weights(start_from, output, look=features is not None)
-    settings = configuration(config, given, start_from, look=features is not None)
     with contextlib.ExitStack() as around:
         rank, world = around.enter_context(process.joined())
+        given = begin.open_weights(start_from, output, look=features is not None)
+        settings = configuration(config, given, start_from, look=features is not None)
         here = process.device(device, rank)
         around.enter_context(process.tuned(here, world, seed))
         plan = choose_schedule(schedule, settings, here, world, features is not None, distortion)
@@ -130,15 +132,22 @@ def train(
         else:
             begin.afresh(run)
         _learn(run)
-        if rank == 0 and not run.interrupted:
-            export(run)
+        if rank == 0:
+            with process.raised_signals():
+                validation.validate(run)
+                if not run.interrupted:
+                    export(run)
     return not run.interrupted
 
 
 def _learn(run: Run) -> None:
-    """Take steps until the run or the sitting is over, phase after phase; report, save and validate now and then."""
+    """Take steps until the run or the sitting is over, phase after phase; report, save and validate now and then.
+
+    In the end the checkpoint is saved.
+    """
     job, schedule = run.job, run.job.schedule
     phases.enter(run, run.phase)
+    torch.manual_seed(job.seed + 1000 * job.rank + run.step)  # every process and every sitting draws noise of its own
     begun = time.monotonic() - run.spent
     reported = saved = validated = time.monotonic()
     stream: Iterator[Tensor] = iter(())
@@ -180,5 +189,5 @@ def _learn(run: Run) -> None:
                 validated = time.monotonic()
         if job.rank == 0:
             checkpoint.save(run)
-    if job.rank == 0:
-        validation.validate(run)
+            if signals:
+                raise process.Interrupted(signals[0])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from vqcodec import precision
 from vqcodec.models.layers import ResidualBlock
 from vqcodec.models.quantizer import Codebook
-from vqcodec.train import codebooks
+from vqcodec.train import codebooks, process
 from vqcodec.train.loss import RateDistortion
 from vqcodec.train.optimisers import set_learning_rates
 from vqcodec.train.recording import Recording
@@ -47,6 +47,8 @@ def take(run: Run, crops: Tensor, share: float) -> None:
         revives = revives and share < REVIVE_SHARE and rate_weight < 1
         with maintaining(run.model, codebooks.revive if revives else None):
             recent, run.loss = _gradients(run, crops.to(job.device), quality.to(job.device), rate_weight)
+        means = process.sum_over_processes(torch.cat([recent, run.loss[None]]) / job.world)
+        recent, run.loss = means[:2], means[2]
     run.lost = torch.where(run.loss.isfinite(), 0, run.lost + 1)
     for optimiser in run.optimisers.values():
         optimiser.step()
