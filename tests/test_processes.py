@@ -46,12 +46,17 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_pictures(tmp_path_factory.mktemp("pictures"), 8, 160, 200)
 
 
+def new_store() -> distributed.TCPStore:
+    """Where the processes of a group find each other; torchrun keeps it outside of them as well."""
+    return distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
 def in_two_processes(function: Callable[..., None], *arguments: object) -> list[tuple[int, str, str]]:
     """A function of this module in two processes, as torchrun would start them: exit code, stdout and stderr of each.
 
     None of them may wait for the other as long as it would for a slow validation.
     """
-    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = new_store()
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     shared |= {
         "WORLD_SIZE": "2",
@@ -89,7 +94,7 @@ def facts_of(output: Path) -> dict[str, Any]:
 # What is learned
 
 
-def learn(pictures: str, fresh: str, resumed: str) -> None:
+def learn(pictures: str, fresh: str, resumed: str, port: str) -> None:
     """The first sitting of a run, and the second one of another run; prints what this process has come to."""
 
     def learned(run: Any) -> None:
@@ -104,7 +109,7 @@ def learn(pictures: str, fresh: str, resumed: str) -> None:
     with bare_runs() as patch, shared_crops():
         patch.setattr(training, "_learn", learned)
         sitting(Path(pictures), Path(fresh))
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"  # apart from the run before
+        os.environ["MASTER_PORT"] = port  # every group needs a store of its own
         sitting(Path(pictures), Path(resumed), resume=True)
 
 
@@ -138,7 +143,8 @@ def test_two_processes_learn_what_one_does(pictures: Path, tmp_path: Path) -> No
         patch.setattr(step, "take", at_step(0, lambda: copy(one, begun)))
         sitting(pictures, one)
         copy(one, two_on)
-        ends = in_two_processes(learn, pictures, two, two_on)
+        store = new_store()
+        ends = in_two_processes(learn, pictures, two, two_on, store.port)
         copy(two, one_on)
         sitting(pictures, one_on, resume=True)
 
