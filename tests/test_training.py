@@ -348,7 +348,16 @@ def at_step(number: int, act: Callable[[Any], None]) -> Callable[..., None]:
     return taken
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT has Python's usual handler, even where the shell that started the tests ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.usefixtures("interruptible")
 def test_a_signal_ends_the_run_after_the_step(
     number: signal.Signals, pictures: Path, tmp_path: Path, unmeasured: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -366,6 +375,7 @@ def test_a_signal_ends_the_run_after_the_step(
     assert output.exists()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_signal_does_not_wait(
     pictures: Path, tmp_path: Path, unmeasured: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -929,8 +929,11 @@ def _load(data: bytes, max_pixels: int = bitstream.DEFAULT_MAX_PIXELS) -> "Pictu
 
     from vqcodec import image
 
-    Image.MAX_IMAGE_PIXELS = None  # or Pillow would refuse pictures above 179 megapixels
-    return image.load(data, max_pixels=max_pixels)
+    usual, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # or Pillow would refuse more than 179 megapixels
+    try:
+        return image.load(data, max_pixels=max_pixels)
+    finally:
+        Image.MAX_IMAGE_PIXELS = usual
 
 
 @contextlib.contextmanager

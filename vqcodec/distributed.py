@@ -464,7 +464,7 @@ def cluster(address: str | None = None, num_cpus: int | None = None) -> Iterator
         ConnectionError: there is no cluster at this address.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w", encoding="utf-8"))))
         log = logging.getLogger("ray.data")
         stack.callback(log.setLevel, log.level)
         log.setLevel(logging.CRITICAL)
@@ -488,7 +488,7 @@ def _without_stderr() -> Iterator[None]:
     """Nothing goes to standard error, from code outside of Python either."""
     kept = os.dup(2)
     try:
-        with open(os.devnull, "w") as nowhere:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere:
             os.dup2(nowhere.fileno(), 2)
         yield
     finally:
