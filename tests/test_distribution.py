@@ -44,7 +44,8 @@ def wheel(built: Path) -> Path:
 
 
 def test_the_wheel_holds_the_package_and_the_weights_that_it_uses(built: Path) -> None:
-    package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "vqcodec").rglob("*.py")}
+    sources = [*(ROOT / "vqcodec").rglob("*.py"), *(ROOT / "vqcodec/studio/web").iterdir()]
+    package = {path.relative_to(ROOT).as_posix() for path in sources}
     weights = [path for kind in ("safetensors", "json", "md") for path in (ROOT / "weights").glob(f"*.{kind}")]
     with zipfile.ZipFile(wheel(built)) as file:
         held = {name for name in file.namelist() if ".dist-info/" not in name}
