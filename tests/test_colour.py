@@ -244,3 +244,24 @@ def test_any_primaries_make_a_profile_or_an_error(gamma: float, primaries: list[
         assert colour.problem(space.profile(grey=False)) == ""
     except ImageError:
         pass
+
+
+@pytest.mark.parametrize(
+    ("code_points", "notes", "has_profile"),
+    [
+        ((1, 13, 6), ("10 bits per channel were reduced to 8",), False),
+        ((12, 13, 6), ("10 bits per channel were reduced to 8",), True),
+        ((9, 16, 9), ("10 bits per channel were reduced to 8", "HDR (PQ) was tone-mapped to sRGB"), False),
+    ],
+    ids=["sRGB", "Display P3", "PQ"],
+)
+def test_heif(code_points: tuple[int, int, int], notes: tuple[str, ...], has_profile: bool) -> None:
+    """HEIF files state depth and colours as AVIF files do."""
+    heif = pytest.importorskip("pillow_heif", reason="needs pip install pillow-heif")
+    samples = np.full((32, 48, 3), 30_000, "<u2")
+    names = ("color_primaries", "transfer_characteristics", "matrix_coefficients")
+    file = io.BytesIO()
+    made = heif.from_bytes(mode="RGB;16", size=(48, 32), data=samples.tobytes())
+    made.save(file, quality=90, **dict(zip(names, code_points, strict=True)))
+    picture = load(file.getvalue(), max_pixels=None)
+    assert picture.notes == notes and (picture.icc is not None) == has_profile
