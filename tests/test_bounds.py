@@ -1,5 +1,7 @@
 """Bounds on memory and work: what a picture, a target or a file may ask for."""
 
+import gc
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -157,3 +159,22 @@ def test_small_tiles_share_their_tables(calls: Calls) -> None:
             coding.encode(model, Frame(256, 256, 50, tile), codes)
             made.append(calls.seen["_counts"])
     assert made[1] <= 2 * made[0]
+
+
+def test_nothing_is_kept_of_a_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was computed for one picture is freed before the next, without waiting for the garbage collector."""
+    made: list[weakref.ref[trials_module.Trials]] = []
+    begin = trials_module.Trials.__init__
+
+    def noted(self: trials_module.Trials, *args: Any) -> None:
+        made.append(weakref.ref(self))
+        begin(self, *args)
+
+    monkeypatch.setattr(trials_module.Trials, "__init__", noted)
+    gc.disable()
+    try:
+        codec.compress(models.picture(64, 64), weights=models.tiny_weights())
+        codec.compress(models.picture(64, 64), weights=models.tiny_weights(), target=Target("psnr", 30))
+        assert [ref() for ref in made] == [None, None]
+    finally:
+        gc.enable()

@@ -4,7 +4,6 @@ Files are kept, because they are small and any of them may be the one that is fo
 kept: the one whose likeness comes closest to the goal so far.
 """
 
-import functools
 import hashlib
 from collections.abc import Callable, Sequence
 
@@ -21,6 +20,7 @@ from vqcodec.target import Setting
 from vqcodec.tuning import Importance, Tuning
 
 Pixels = NDArray[np.uint8]
+KEPT = 2  # qualities whose latents are kept
 
 
 class Trials:
@@ -48,8 +48,9 @@ class Trials:
         self._files: dict[Setting, tuple[bytes, bytes]] = {}
         self._likenesses: dict[Setting, float] = {}
         self._closest: tuple[Setting, list[Tensor]] | None = None
-        # The emphasis is searched for at a quality that was tried shortly before. Latents are as large as the picture.
-        self._latents = functools.lru_cache(maxsize=2)(self._analyse)
+        # Of the last qualities, the latest one last: the emphasis is searched for at one of them. Latents are as large
+        # as the picture, so they must go with this object: a cache around its own method would keep it alive.
+        self._latents: dict[int, list[Tensor]] = {}
 
     def file(self, setting: Setting) -> tuple[bytes, bytes]:
         """The file, and `digest` of the codes in it."""
@@ -89,13 +90,20 @@ class Trials:
         """The codes. Without a search they can go to coders `coders[tile][layer]` at once."""
         frame, importance = self.frame_of(setting.quality), self._importance(setting)
         with coding.exact(self.model):
-            codes = encoder.choose(self.model, frame, self._latents(setting.quality), importance, coders)
+            codes = encoder.choose(self.model, frame, self._latents_at(setting.quality), importance, coders)
         if self.rounds:
             codes = search.improve(self.model, frame, self.pixels, codes, self.rounds, importance, self.on_progress)
         return codes
 
-    def _analyse(self, quality: int) -> list[Tensor]:
-        return synthesis.analyse(self.model, self.pixels, torch.tensor([quality], device=self.model.device))
+    def _latents_at(self, quality: int) -> list[Tensor]:
+        """The latents at a quality; those of the last KEPT qualities are kept."""
+        latents = self._latents.pop(quality, None)
+        if latents is None:
+            if len(self._latents) == KEPT:
+                del self._latents[next(iter(self._latents))]
+            latents = synthesis.analyse(self.model, self.pixels, torch.tensor([quality], device=self.model.device))
+        self._latents[quality] = latents
+        return latents
 
     def _importance(self, setting: Setting) -> Importance:
         if self.tuned is None:
