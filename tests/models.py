@@ -2,9 +2,12 @@
 
 import atexit
 import functools
+import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,6 +70,16 @@ FAST = Config(
     ),
     prior=PriorConfig(channels=16, embedding=16),
 )
+
+
+def changed(path: Sequence[Any], value: Any) -> str:
+    """TINY as JSON, with another value in a place."""
+    tree = json.loads(TINY.to_json())
+    node = tree
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    return json.dumps(tree)
 
 
 def picture(height: int, width: int, seed: int = 0) -> Pixels:

@@ -4,10 +4,9 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
-from models import TINY
+from models import TINY, changed
 
 from vqcodec.errors import WeightsError
 from vqcodec.models.config import Config, SliceConfig, StageConfig
@@ -96,16 +95,6 @@ def test_codebook_must_be_known() -> None:
 def test_sizes_out_of_range(name: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"{name} must be"):
         SliceConfig(**{"planes": 1, "dim": 1, "codes": 16, "layer": 0, name: value})
-
-
-def changed(path: list[Any], value: Any) -> str:
-    """TINY as JSON with one thing replaced."""
-    tree = json.loads(TINY.to_json())
-    node = tree
-    for key in path[:-1]:
-        node = node[key]
-    node[path[-1]] = value
-    return json.dumps(tree)
 
 
 @pytest.mark.parametrize(

@@ -41,16 +41,6 @@ def paths(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 PATHS = paths(json.loads(TINY.to_json()))
 
 
-def changed(path: tuple[Any, ...], value: Any) -> str:
-    """The configuration as JSON, with another value in a place."""
-    tree = json.loads(TINY.to_json())
-    node = tree
-    for key in path[:-1]:
-        node = node[key]
-    node[path[-1]] = value
-    return json.dumps(tree)
-
-
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("mutated") / "weights.safetensors"
@@ -95,7 +85,7 @@ def test_a_configuration_is_compared_with_the_file_before_networks_are_made(
     path: tuple[Any, ...], value: Any, named: str, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(weights, "_blank", lambda _: pytest.fail("networks were made"))
-    file.write_bytes(save(load_file(models.tiny_weights()), {**metadata(), "config": changed(path, value)}))
+    file.write_bytes(save(load_file(models.tiny_weights()), {**metadata(), "config": models.changed(path, value)}))
     for use in (weights.load, weights_file.describe):
         with pytest.raises(WeightsError, match=named):
             use(file)
@@ -104,7 +94,7 @@ def test_a_configuration_is_compared_with_the_file_before_networks_are_made(
 @given(st.sampled_from(PATHS), anything)
 @fixed
 def test_any_configuration(file: Path, path: tuple[Any, ...], value: Any) -> None:
-    load_or_refuse(file, save(load_file(models.tiny_weights()), {**metadata(), "config": changed(path, value)}))
+    load_or_refuse(file, save(load_file(models.tiny_weights()), {**metadata(), "config": models.changed(path, value)}))
 
 
 @given(st.data())

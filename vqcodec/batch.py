@@ -1,4 +1,4 @@
-"""Many files: what is made of each is written, told and counted here, and made here or by several processes."""
+"""Many files: what is made of each is told and counted here, and made here, by several processes, or on a cluster."""
 
 import contextlib
 import functools
@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from vqcodec import files, pool, terminal
 from vqcodec.files import Job
@@ -101,6 +101,76 @@ def run(jobs: Sequence[Job], work: Callable[[Job], Made], policy: Policy, *, cou
             left_out=counts["left out"],
         )
     return batch.report.status
+
+
+def run_on_ray(
+    name: str,
+    settings: dict[str, Any],
+    inputs: Sequence[str],
+    output: str | None,
+    address: str,
+    *,
+    weights: str | None,
+    device: str,
+    overwrite: bool,
+    quiet: bool,
+) -> int:
+    """Make files on a Ray cluster. What is there already is left alone, and one bad file does not stop the others.
+
+    Args:
+        name: "Compress" or "Decompress", the transcoder.
+        settings: its arguments beside weights and device.
+        inputs, output, weights, device: of the command line.
+        address: of the cluster; "" for any, see `distributed.cluster`.
+        overwrite: whether existing files may be replaced.
+        quiet: whether to print errors and warnings only.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ValueError: the inputs and the output do not go together, or a package is missing.
+    """
+    if output is None or files.STREAM in (output, *inputs):
+        raise ValueError("--ray works on files and folders, and needs a folder for -o.")
+    try:
+        from vqcodec import distributed
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--ray needs the package {error.name}: pip install 'vqcodec[ray]'.") from None
+
+    kind = getattr(distributed, name)
+    transcoder = functools.partial(kind, weights=weights and os.path.abspath(weights), **settings)
+    report = ErrorReport()
+    try:
+        jobs, there = distributed.plan(inputs, output, kind, overwrite=overwrite)
+    except ValueError:
+        raise
+    except Exception as error:  # noqa: BLE001 - libraries of filesystems raise what they like
+        report.add(Failure.of("--ray", error))
+        return report.status
+    if there and not quiet:
+        total = there + len(jobs)
+        terminal.say(f"vqcodec: {there:,} of {total:,} files are there already and stay (-f makes them again)")
+    if not jobs:
+        return 0
+    read = written = failed = 0
+    with report.errors_of("--ray"):
+        with distributed.cluster(address or None):
+            made = distributed.make(jobs, transcoder, output=output, overwrite=overwrite, device=device)
+            with terminal.sample_bar(made, len(jobs)) as outcomes:
+                for outcome in outcomes:
+                    read, written = read + outcome.read, written + outcome.written
+                    failed += bool(outcome.errors)
+                    for path, message in outcome.errors:
+                        report.add(Failure(path, message))
+                    for path, note in outcome.notes:
+                        if name == "Decompress":
+                            terminal.say(f"vqcodec: {path}: warning: {note}")
+                        elif not quiet:
+                            terminal.say(f"vqcodec: {path}: note: {note}")
+        if failed or not quiet:
+            terminal.say_total(len(jobs), failed, read=read, written=written)
+    return report.status
 
 
 class _Batch:

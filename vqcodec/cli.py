@@ -123,11 +123,7 @@ def main(debug: bool) -> None:
 @options.ray
 @click.option("--strip", is_flag=True, help="Leave out EXIF and XMP; colour profile and transparency stay.")
 @click.option("--if-smaller", is_flag=True, help="Write only what is smaller than its source.")
-@options.skip_existing
-@options.preserve
-@options.remove
-@options.jobs
-@options.manifest
+@options.many_files
 @options.quiet
 def compress(
     inputs: tuple[str, ...],
@@ -191,9 +187,9 @@ def compress(
         )
         settings = {"quality": quality, "target": target, "max_size": max_size, "effort": effort, "tune": tune}
         settings |= {"verify": verify, "max_pixels": max_pixels}
-        return _run_on_ray(
-            "Compress", settings, inputs, output, ray, weights=weights, device=device, overwrite=force, quiet=quiet
-        )
+        run_on_ray = functools.partial(batch.run_on_ray, "Compress", settings, inputs, output, ray)
+        with _usage():
+            return run_on_ray(weights=weights, device=device, overwrite=force, quiet=quiet)
     jobs = _plan(inputs, output, files.PICTURE_SUFFIXES, files.VQZ_SUFFIXES[0])
 
     if if_smaller and jobs[0].target == files.STREAM:
@@ -230,13 +226,13 @@ def _compress(
     job: files.Job, *, strip: bool, max_pixels: int, searched: bool, show_search: bool, **settings: Any
 ) -> batch.Made:
     """Compress a picture file. The settings are those of `codec.compress`."""
-    from vqcodec import codec
+    from vqcodec import codec, image
 
     start = time.perf_counter()
     before = files.status(job.source)
     data = files.read(job.source)
     with _naming_limit(max_pixels):
-        picture = _load(data, max_pixels)
+        picture = image.load(data, max_pixels=max_pixels)
     notes, picture = picture.notes, dataclasses.replace(picture, notes=())  # they are said later
     if strip:
         picture = dataclasses.replace(picture, exif=None, xmp=None)
@@ -288,11 +284,7 @@ def _compress(
 @options.device
 @options.force
 @options.ray
-@options.skip_existing
-@options.preserve
-@options.remove
-@options.jobs
-@options.manifest
+@options.many_files
 @options.quiet
 def decompress(
     inputs: tuple[str, ...],
@@ -341,9 +333,18 @@ def decompress(
         _refuse_with_ray(skip_existing=skip_existing, rm=remove, json=as_json, jobs=count, no_preserve=not preserve)
         settings = {"look": look, "partial": partial, "region": region, "scale": int(scale[-1]), "grey": grey}
         settings["max_pixels"] = max_pixels
-        return _run_on_ray(
-            "Decompress", settings, inputs, output, ray, weights=weights, device=device, overwrite=force, quiet=quiet
-        )
+        with _usage():
+            return batch.run_on_ray(
+                "Decompress",
+                settings,
+                inputs,
+                output,
+                ray,
+                weights=weights,
+                device=device,
+                overwrite=force,
+                quiet=quiet,
+            )
     if test:
         with _usage():
             jobs = [files.Job(path, files.STREAM) for path, _ in files.find(inputs, files.VQZ_SUFFIXES)]
@@ -547,7 +548,9 @@ def _decode(data: bytes, weights: str | None, device: str) -> "Picture":
         from vqcodec import codec
 
         return codec.decode_picture(data, weights=weights, device=device)
-    return _load(data)
+    from vqcodec import image
+
+    return image.load(data, max_pixels=bitstream.DEFAULT_MAX_PIXELS)
 
 
 @main.command()
@@ -794,7 +797,9 @@ def sample(
     picture = None
     if complete is not None and not report.failed:
         with report.errors_of(complete):
-            picture = _load(files.read(complete))
+            from vqcodec import image
+
+            picture = image.load(files.read(complete), max_pixels=bitstream.DEFAULT_MAX_PIXELS)
     if report.failed:
         return report.status
     with report.errors_of(complete or output):
@@ -847,7 +852,7 @@ def reconstruct(
         files.check(job, overwrite=force)
         from vqcodec import codec, image
 
-        picture = _load(files.read(source))
+        picture = image.load(files.read(source), max_pixels=bitstream.DEFAULT_MAX_PIXELS)
         restored = codec.reconstruct(picture, quality=quality, weights=weights, device=device)
         pixels = image.contact_sheet([*restored, picture.pixels]) if levels else restored[-1]
         alpha = None if levels else picture.alpha
@@ -923,19 +928,6 @@ def _check_suffixes(jobs: Iterable[files.Job]) -> None:
             raise click.UsageError(str(error)) from error
 
 
-def _load(data: bytes, max_pixels: int = bitstream.DEFAULT_MAX_PIXELS) -> "Picture":
-    """Decode a picture file of at most `max_pixels`; see `image.load`."""
-    from PIL import Image
-
-    from vqcodec import image
-
-    usual, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # or Pillow would refuse more than 179 megapixels
-    try:
-        return image.load(data, max_pixels=max_pixels)
-    finally:
-        Image.MAX_IMAGE_PIXELS = usual
-
-
 @contextlib.contextmanager
 def _naming_limit(max_pixels: int) -> Iterator[None]:
     """Make an error of the body that states this limit name the option that sets it."""
@@ -952,71 +944,8 @@ def _suffix(target: str) -> str:
     return ".png" if target == files.STREAM or files.is_special(target) else Path(target).suffix
 
 
-def _run_on_ray(
-    name: str,
-    settings: dict[str, Any],
-    inputs: Sequence[str],
-    output: str | None,
-    address: str,
-    *,
-    weights: str | None,
-    device: str,
-    overwrite: bool,
-    quiet: bool,
-) -> int:
-    """Make files on a Ray cluster. What is there already is left alone, and one bad file does not stop the others.
-
-    Args:
-        name: "Compress" or "Decompress", the transcoder.
-        settings: its arguments beside weights and device.
-        inputs, output, weights, device: of the command line.
-        address: of the cluster; "" for any, see `distributed.cluster`.
-        overwrite: whether existing files may be replaced.
-        quiet: whether to print errors only.
-
-    Returns:
-        The exit code.
-    """
-    if output is None or files.STREAM in (output, *inputs):
-        raise click.UsageError("--ray works on files and folders, and needs a folder for -o.")
-    try:
-        from vqcodec import distributed
-    except ModuleNotFoundError as error:
-        raise click.UsageError(f"--ray needs the package {error.name}: pip install 'vqcodec[ray]'.") from None
-
-    kind = getattr(distributed, name)
-    transcoder = functools.partial(kind, weights=weights and os.path.abspath(weights), **settings)
-    report = ErrorReport()
-    with report.errors_of("--ray"):
-        with _usage():
-            jobs, there = distributed.plan(inputs, output, kind, overwrite=overwrite)
-        if there and not quiet:
-            total = there + len(jobs)
-            terminal.say(f"vqcodec: {there:,} of {total:,} files are there already and stay (-f makes them again)")
-        if not jobs:
-            return 0
-        read = written = failed = 0
-        with distributed.cluster(address or None):
-            made = distributed.make(jobs, transcoder, output=output, overwrite=overwrite, device=device)
-            with terminal.sample_bar(made, len(jobs)) as outcomes:
-                for outcome in outcomes:
-                    read, written = read + outcome.read, written + outcome.written
-                    failed += bool(outcome.errors)
-                    for path, message in outcome.errors:
-                        with report.errors_of(path):
-                            raise VqcodecError(message)
-                    for path, note in outcome.notes:
-                        if name == "Decompress":
-                            terminal.say(f"vqcodec: {path}: warning: {note}")
-                        elif not quiet:
-                            terminal.say(f"vqcodec: {path}: note: {note}")
-        if failed or not quiet:
-            terminal.say_total(len(jobs), failed, read=read, written=written)
-    return report.status
-
-
 def _refuse_with_ray(**given: object) -> None:
-    """Refuse options that nothing of `_run_on_ray` heeds.
+    """Refuse options that nothing of `batch.run_on_ray` heeds.
 
     Raises:
         click.UsageError: one of them is given.

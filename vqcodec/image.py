@@ -86,14 +86,14 @@ def load(data: bytes, *, max_pixels: int | None) -> Picture:
 
     Args:
         data: the whole file.
-        max_pixels: largest width x height to accept, checked before the pixels are decoded; None for no limit. Pillow's
-            own limit (twice PIL.Image.MAX_IMAGE_PIXELS) applies in any case.
+        max_pixels: largest width x height to accept, checked before the pixels are decoded; None for Pillow's own limit
+            (twice PIL.Image.MAX_IMAGE_PIXELS).
 
     Raises:
         ImageError: the file has another format, is damaged, too large or animated, or has a pixel type that from_pil()
             does not accept.
     """
-    with pillow.errors("the picture cannot be decoded") as caught:
+    with pillow.errors("the picture cannot be decoded", any_size=max_pixels is not None) as caught:
         image = Image.open(io.BytesIO(data), formats=_READ_FORMATS)
         if max_pixels is not None and image.width * image.height > max_pixels:
             raise ImageError(

@@ -127,6 +127,15 @@ remove = click.option(
 manifest = click.option(
     "--json", "as_json", is_flag=True, help="Print what became of each file, as a line of JSON on standard output."
 )
+
+
+def many_files(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of commands that make a file of each of many."""
+    for option in (manifest, jobs, remove, preserve, skip_existing):  # the first to be applied is the last to be shown
+        command = option(command)
+    return command
+
+
 quiet = click.option("--quiet", is_flag=True, help="Print errors only.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 seed = click.option(

@@ -16,6 +16,7 @@ MAX_INPUTS = (1 << 24) // (127 * 127)
 # Most rows of a stored table of probabilities: about half of the 255 values that the prior can choose a row with.
 MAX_ROWS = 128
 CELL = 4  # side in pixels of the cells that `pixels.Renderer` works on
+FEATURES = 24  # features that each cell gets from its patch
 # Largest code length of codebooks that start as a lattice. In more dimensions the first shells of the integer lattice
 # hold more points than most codebooks.
 LARGEST_LATTICE = 8

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vqcodec.models.config import CELL
+from vqcodec.models.config import CELL, FEATURES
 
-FEATURES = 24  # features that each cell gets from its patch
 STRIP = 1536  # cells that a CPU processes at a time
 
 

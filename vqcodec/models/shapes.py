@@ -6,7 +6,7 @@ networks that pass the comparison take a small multiple of the memory that their
 
 from collections.abc import Iterator
 
-from vqcodec.models.config import CELL, Config, StageConfig
+from vqcodec.models.config import CELL, FEATURES, Config, StageConfig
 
 NamedShapes = Iterator[tuple[str, tuple[int, ...]]]
 
@@ -21,7 +21,7 @@ def large_tensors(config: Config) -> NamedShapes:
             side = channels * ratio**2 if number else ratio
             yield f"{name}.lap.change.weight" if number else f"{name}.lap.weight", (side, side)
         if stage.renderer:
-            yield f"{name}.renderer.features.weight", (24 * (stage.stride // CELL) ** 2, stage.channels, 1, 1)
+            yield f"{name}.renderer.features.weight", (FEATURES * (stage.stride // CELL) ** 2, stage.channels, 1, 1)
             yield f"{name}.renderer.modulation.weight", (2 * stage.renderer, stage.channels, 1, 1)
             yield f"{name}.renderer.mix.weight", (stage.renderer, stage.renderer, 1, 1)
         for part, count in (("encoder", stage.encoder_blocks), ("decoder", stage.decoder_blocks)):

@@ -3,7 +3,8 @@
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from types import ModuleType
 
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
@@ -14,10 +15,15 @@ MAX_TEXT = PngImagePlugin.MAX_TEXT_MEMORY  # bytes of profiles and texts that ca
 
 
 @contextmanager
-def errors(failure: str) -> Iterator[list[warnings.WarningMessage]]:
-    """Collect Pillow's warnings, and replace any exception by an ImageError: "{failure}: ..."."""
+def errors(failure: str, *, any_size: bool = False) -> Iterator[list[warnings.WarningMessage]]:
+    """Collect Pillow's warnings, and replace any exception by an ImageError: "{failure}: ...".
+
+    Args:
+        failure: what has failed if there is an exception.
+        any_size: whether the body itself looks at the number of pixels, so that Pillow's limit must not count.
+    """
     try:
-        with long_texts(), caught_warnings() as caught:
+        with long_texts(), any_sizes() if any_size else nullcontext(), caught_warnings() as caught:
             yield caught
     except (ImageError, MemoryError):
         raise
@@ -29,20 +35,21 @@ def errors(failure: str) -> Iterator[list[warnings.WarningMessage]]:
         raise ImageError(f"{failure}: {line(error)}") from error
 
 
-class _LongTexts:
-    """Lets Pillow read profiles and texts of PNG files up to its limit for all of a file, while any thread reads."""
+class _Lifted:
+    """Changes a limit of Pillow, which is the whole process's, while any thread is in the body."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: ModuleType, name: str, value: int | None) -> None:
+        self.module, self.name, self.value = module, name, value
         self.lock = threading.Lock()
         self.readers = 0
-        self.usual = 0
+        self.usual: int | None = None
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         with self.lock:
             if not self.readers:
-                self.usual = PngImagePlugin.MAX_TEXT_CHUNK
-                PngImagePlugin.MAX_TEXT_CHUNK = max(self.usual, MAX_TEXT)
+                self.usual = getattr(self.module, self.name)
+                setattr(self.module, self.name, self.value)
             self.readers += 1
         try:
             yield
@@ -50,10 +57,12 @@ class _LongTexts:
             with self.lock:
                 self.readers -= 1
                 if not self.readers:
-                    PngImagePlugin.MAX_TEXT_CHUNK = self.usual
+                    setattr(self.module, self.name, self.usual)
 
 
-long_texts = _LongTexts()
+# Profiles and texts of PNG files can be as long as Pillow allows for all of a file.
+long_texts = _Lifted(PngImagePlugin, "MAX_TEXT_CHUNK", max(PngImagePlugin.MAX_TEXT_CHUNK, MAX_TEXT))
+any_sizes = _Lifted(Image, "MAX_IMAGE_PIXELS", None)
 
 
 def line(error: object) -> str:

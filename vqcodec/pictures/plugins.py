@@ -6,7 +6,7 @@ leaves an EXIF orientation that must not be applied.
 
 import importlib
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from PIL import Image
 
@@ -22,14 +22,19 @@ def register() -> tuple[str, ...]:
     Returns:
         Names for the `formats` of `Image.open`.
     """
-    try:
-        importlib.import_module("pillow_heif").register_heif_opener()
-    except ImportError:
-        message = "HEIF pictures need pillow-heif: pip install 'vqcodec[heif]'"
-        Image.OPEN.setdefault("HEIF", (_refusing(message), lambda start: start[4:12] in _HEIF))
+    Image.OPEN.setdefault("HEIF", (_open_heif, lambda start: start[4:12] in _HEIF))
     # Under a name of its own, because the caller of the library may use a plugin.
     Image.OPEN["VQCODEC JXL"] = (_refusing("JPEG XL pictures cannot be read"), lambda start: start.startswith(_JXL))
     return "HEIF", "VQCODEC JXL"
+
+
+def _open_heif(file: Any, name: Any) -> Any:
+    """Open a HEIF picture. The plugin, a large library, is loaded when it is needed."""
+    try:
+        plugin = importlib.import_module("pillow_heif")
+    except ImportError:
+        raise ImageError("HEIF pictures need pillow-heif: pip install 'vqcodec[heif]'") from None
+    return plugin.HeifImageFile(file, name)
 
 
 def _refusing(message: str) -> Callable[..., NoReturn]:
