@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vqcodec import bitstream, codec, packaged, weights, weights_file
+from vqcodec import bitstream, codec, decoder, packaged, weights, weights_file
 from vqcodec.errors import WeightsError
 from vqcodec.models.integers import IntegerConv
 
@@ -116,7 +116,7 @@ def hash_of(arrays: Sequence[NDArray[np.generic]]) -> str:
 
 def hash_of_codes(data: bytes, weights_file: Path, device: str) -> str:
     """SHA-256 of the codes of a file."""
-    codes = codec.decode_codes(bitstream.read(data), weights.load(weights_file, device))
+    codes = decoder.decode_codes([bitstream.read(data)], weights.load(weights_file, device))
     return hash_of([level.numpy() for level in codes])
 
 

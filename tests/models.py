@@ -5,7 +5,7 @@ import functools
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +203,7 @@ def tuned_weights(folder: Path) -> Path:
 
 
 def random_codes(model: VQVAE, height: int, width: int, seed: int = 0) -> list[Tensor]:
-    """int64 (h, w, P) per level for a picture of this size, a multiple of `Config.multiple`; small indices likelier."""
+    """int64 (1, h, w, P) per level for a picture of this size, a multiple of `Config.multiple`; small ones likelier."""
     generator = torch.Generator().manual_seed(seed)
     codes = []
     for level, stage in enumerate(model.config.levels):
@@ -211,7 +211,7 @@ def random_codes(model: VQVAE, height: int, width: int, seed: int = 0) -> list[T
         parts = []
         for piece in model.level_slices(level):
             size = piece.codebook.config.codes
-            share = torch.rand(h, w, piece.planes, generator=generator)
+            share = torch.rand(1, h, w, piece.planes, generator=generator)
             parts.append((share**3 * size).long().clamp(max=size - 1))
         codes.append(torch.cat(parts, -1))
     return codes
@@ -223,7 +223,7 @@ def code_inputs(model: VQVAE, codes: list[Tensor]) -> list[list[Tensor]]:
     for level, level_codes in enumerate(codes):
         first, parts = 0, []
         for piece in model.level_slices(level):
-            indices = level_codes[:, :, first : first + piece.planes]
+            indices = level_codes[0, :, :, first : first + piece.planes]
             table = piece.codebook.inputs()
             planes = torch.arange(piece.planes)
             parts.append(table[planes, indices].flatten(2).permute(2, 0, 1)[None])
@@ -263,7 +263,7 @@ def run_prior(prior: Prior, inputs: list[list[Tensor]], quality: int = 50) -> li
 def encode_codes(model: Model, header: Header, codes: list[Tensor]) -> list[bytes]:
     """Segments of given codes (as `codec.decode_codes` returns them): the encoder without its choice."""
     with coding.exact(model):
-        return coding.encode(model, header.frame, codes)
+        return coding.encode(model, header.frame, codes)[0]
 
 
 def raster(layers: int = 3, seed: int = 0) -> RateDistortion:
@@ -279,3 +279,11 @@ def raster(layers: int = 3, seed: int = 0) -> RateDistortion:
         commitment=0.25,
     )
     return tiny(config, seed)
+
+
+# Every kind of model that decodes differently.
+KINDS: dict[str, Callable[[], RateDistortion]] = {
+    "tiny": tiny,
+    "fast": lambda: tiny(FAST),
+    "raster": lambda: raster(layers=2),
+}

@@ -23,7 +23,8 @@ def modules_after(code: str) -> set[str]:
 
 def test_public_names():
     exceptions = {name for name, value in vars(errors).items() if isinstance(value, type)}
-    assert set(vqcodec.__all__) == exceptions | {"Target", "__version__", "compress", "decompress", "read_info"}
+    functions = {"compress", "compress_many", "decompress", "decompress_many", "read_info"}
+    assert set(vqcodec.__all__) == exceptions | functions | {"Target", "__version__"}
     assert dir(vqcodec) == sorted(vqcodec.__all__)
     for name in exceptions:
         assert getattr(vqcodec, name) is getattr(errors, name)

@@ -41,12 +41,12 @@ def test_range_coding_makes_no_table_of_a_whole_pass(rows: bool, monkeypatch: py
     frame = Frame(256, 192, 50)
     codes = [c.short() for c in models.random_codes(model.vqvae, 192, 256)]
     with coding.exact(model):
-        expected = coding.encode(model, frame, codes)
+        expected = coding.encode(model, frame, codes)[0]
         monkeypatch.setitem(counts.BLOCK, "cpu", 1 << 12)
         with Largest() as encoding:
-            segments = coding.encode(model, frame, codes)
+            segments = coding.encode(model, frame, codes)[0]
         with Largest() as decoding:
-            found = coding.decode(model, frame, segments)
+            found = coding.decode(model, frame, [segments])
     assert segments == expected
     assert all(torch.equal(a, b) for a, b in zip(found, codes, strict=True))
     most = 256 * 192 * (4 if rows else 1)
@@ -133,18 +133,18 @@ def test_empty_segments_are_codes_0_and_cost_nothing(rows: bool, monkeypatch: py
     frame = Frame(150, 100, 50, 64)
     nothing = coding.no_codes(model.config, frame)
     with coding.exact(model):
-        segments = coding.encode(model, frame, nothing)
+        segments = coding.encode(model, frame, nothing)[0]
         assert not any(segments)
         codes = [c.clone() for c in nothing]
-        codes[0][0, 0] = 1
-        some = coding.encode(model, frame, codes)
+        codes[0][0, 0, 0] = 1
+        some = coding.encode(model, frame, codes)[0]
         assert any(some) and not all(some)
-        assert all(torch.equal(a, b) for a, b in zip(coding.decode(model, frame, some), codes, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(coding.decode(model, frame, [some]), codes, strict=True))
         monkeypatch.setattr(coding.Tiles, "passes", lambda _: pytest.fail("the prior was run"))
         huge = Frame(6000, 4000, 50)
         for given in (huge, frame):
             count = len(given.tiles()) * model.config.layers
-            assert not any(c.any() for c in coding.decode(model, given, [b""] * count))
+            assert not any(c.any() for c in coding.decode(model, given, [[b""] * count]))
 
 
 def test_small_tiles_share_their_tables(calls: Calls) -> None:

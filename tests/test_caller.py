@@ -13,7 +13,7 @@ import pytest
 import torch
 from commandline import process
 
-from vqcodec import bitstream, codec, sampling, weights
+from vqcodec import bitstream, codec, decoder, sampling, weights
 from vqcodec.models.quantizer import structured_start
 
 Setting = Callable[[], AbstractContextManager[object]]
@@ -106,7 +106,7 @@ def test_settings_that_round_otherwise(name: str) -> None:
 
     def decoded(data: bytes) -> tuple[list[torch.Tensor], np.ndarray]:
         weights._load.cache_clear()
-        codes = codec.decode_codes(bitstream.read(data), weights.load(path))
+        codes = decoder.decode_codes([bitstream.read(data)], weights.load(path))
         return codes, np.asarray(codec.decompress(data, weights=path, device="cpu"), np.int64)
 
     plain = codec.compress(source, weights=path, device="cpu")

@@ -16,7 +16,7 @@ import torch
 from models import TINY, Pixels, picture
 from PIL import Image, ImageCms, features
 
-from vqcodec import bitstream, codec, coding, image, synthesis
+from vqcodec import bitstream, codec, coding, decoder, image, synthesis
 from vqcodec.bitstream import Chunk, Container, Header, read_info
 from vqcodec.entropy import Counts, Encoder
 from vqcodec.errors import ChecksumError, FormatError, HeaderError, ImageError, LimitError, TargetError, WeightsError
@@ -108,8 +108,8 @@ def test_autocast_around_the_codec_changes_nothing() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert compress(source, verify=True) == data
         assert np.array_equal(decode(data).pixels, decode(data).pixels)
-        codes = codec.decode_codes(bitstream.read(data), models.tiny_model())
-    for found, expected in zip(codes, codec.decode_codes(bitstream.read(data), models.tiny_model()), strict=True):
+        codes = decoder.decode_codes([bitstream.read(data)], models.tiny_model())
+    for found, expected in zip(codes, decoder.decode_codes([bitstream.read(data)], models.tiny_model()), strict=True):
         assert torch.equal(found, expected)
 
 
@@ -484,10 +484,10 @@ def test_damage_stays_in_its_tile(layer: int) -> None:
     damaged = data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
     found = decode(damaged, partial=True)
     assert len(found.notes) == 1 and "segment" in found.notes[0]
-    codes = codec.decode_codes(bitstream.read(damaged, partial=True), models.tiny_model())
-    intact = codec.decode_codes(bitstream.read(data), models.tiny_model())
-    assert torch.equal(codes[0][2:, 2:4], intact[0][2:, 2:4] * layer)
-    assert not codes[1][8:, 8:16].any(), "later layers of the tile cannot be decoded either"
+    codes = decoder.decode_codes([bitstream.read(damaged, partial=True)], models.tiny_model())
+    intact = decoder.decode_codes([bitstream.read(data)], models.tiny_model())
+    assert torch.equal(codes[0][0, 2:, 2:4], intact[0][0, 2:, 2:4] * layer)
+    assert not codes[1][0, 8:, 8:16].any(), "later layers of the tile cannot be decoded either"
     changed = (found.pixels != whole.pixels).any(2)
     assert changed[72:120, 72:120].mean() > 0.5
     # As far as the networks reach from the tile: 8 + 4 pixels by the decoder, one position by each refinement;
@@ -501,10 +501,10 @@ def test_a_tile_is_coded_alone() -> None:
     """Other tiles' codes do not change a tile's segments."""
     model, (_, data) = models.tiny_model(), tiled()
     header = bitstream.read_header(data)
-    codes = [c.clone() for c in codec.decode_codes(bitstream.read(data), model)]
+    codes = [c.clone() for c in decoder.decode_codes([bitstream.read(data)], model)]
     assert models.encode_codes(model, header, codes) == list(bitstream.read(data).segments)
     for level, stage in enumerate(TINY.levels):
-        codes[level][: 64 // stage.stride, : 64 // stage.stride] = 1
+        codes[level][0, : 64 // stage.stride, : 64 // stage.stride] = 1
     changed = models.encode_codes(model, header, codes)
     for number, (found, expected) in enumerate(zip(changed, bitstream.read(data).segments, strict=True)):
         assert (found == expected) == (number % 6 != 0)
@@ -607,12 +607,14 @@ def test_max_pixels() -> None:
 def test_tiled_and_whole_files_of_the_same_codes_give_the_same_pixels() -> None:
     model, (_, data) = models.tiny_model(), tiled()
     container = bitstream.read(data)
-    codes = codec.decode_codes(container, model)
+    codes = decoder.decode_codes([container], model)
     whole = dataclasses.replace(container.header, tile=0)
     segments = models.encode_codes(model, whole, codes)
     again = bitstream.write(whole, (), segments)
     assert again != data
-    assert all(torch.equal(a, b) for a, b in zip(codec.decode_codes(bitstream.read(again), model), codes, strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(decoder.decode_codes([bitstream.read(again)], model), codes, strict=True)
+    )
     assert np.array_equal(decode(again).pixels, decode(data).pixels)
 
 
@@ -633,21 +635,21 @@ def test_windows_leave_no_seams(
     source = picture(*size, seed=45)
     data = codec.compress(source, quality=60, weights=weights)
     with torch.inference_mode():
-        latents = synthesis.analyse(model, source, quality)
+        latents = synthesis.analyse(model, source[None], quality)
         restored = codec.decode_picture(data, weights=weights).pixels
         monkeypatch.setattr(synthesis, "WINDOW", window)
         calls = []
         descend = model.vqvae.descend
         monkeypatch.setattr(model.vqvae, "descend", lambda *a: calls.append(a) or descend(*a))
-        for found, expected in zip(synthesis.analyse(model, source, quality), latents, strict=True):
+        for found, expected in zip(synthesis.analyse(model, source[None], quality), latents, strict=True):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
         found = codec.decode_picture(data, weights=weights).pixels
     assert len(calls) > 3, "the picture must not fit one window"
     assert int(np.abs(found.astype(int) - restored).max()) <= 1
     assert (found != restored).mean() < 0.01
     # The choice of codes may fall the other way in a rare tie, no more.
-    again = codec.decode_codes(bitstream.read(codec.compress(source, quality=60, weights=weights)), model)
-    for ours, expected in zip(again, codec.decode_codes(bitstream.read(data), model), strict=True):
+    again = decoder.decode_codes([bitstream.read(codec.compress(source, quality=60, weights=weights))], model)
+    for ours, expected in zip(again, decoder.decode_codes([bitstream.read(data)], model), strict=True):
         assert float((ours != expected).float().mean()) < 0.01
 
 
@@ -658,7 +660,7 @@ def test_pixels_are_rounded() -> None:
         expected = model.vqvae.descend(1, estimate, quality)[0].permute(1, 2, 0).numpy()
         grid = synthesis.GridEstimate(model, Frame(60, 50, 50))
         grid.values = estimate
-        found = grid.picture()
+        (found,) = grid.picture()
     assert (expected < 0).any() and (expected > 255).any()
     assert np.array_equal(found, np.clip(np.rint(expected), 0, 255)[:50, :60])
 

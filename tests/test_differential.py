@@ -1,7 +1,6 @@
 """The same thing computed in two ways: tiles together and alone, batches and their members, windows and the whole,
 and what the search says that codes cost beside what they do cost."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import models
@@ -10,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import FAST, Pixels, picture
+from models import Pixels, picture
 from torch import Tensor
 
 from vqcodec import coding, precision, search, synthesis, tuning, weights
@@ -18,22 +17,14 @@ from vqcodec.encoder import encode
 from vqcodec.entropy import Table
 from vqcodec.frame import Frame
 from vqcodec.models.model import Context, Estimate, Model, walk
-from vqcodec.train.loss import RateDistortion
 from vqcodec.tuning import Importance
 from vqcodec.visual import visual_distance
 
-# Each kind of prior and of tables that there is.
-KINDS: dict[str, Callable[[], RateDistortion]] = {
-    "tiny": models.tiny,
-    "fast": lambda: models.tiny(FAST),
-    "raster": lambda: models.raster(layers=2),
-}
 
-
-@pytest.fixture(scope="module", params=list(KINDS))
+@pytest.fixture(scope="module", params=list(models.KINDS))
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     path = tmp_path_factory.mktemp("weights") / f"{request.param}.safetensors"
-    return weights.load(models.save(KINDS[request.param](), path))
+    return weights.load(models.save(models.KINDS[request.param](), path))
 
 
 def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
@@ -50,21 +41,21 @@ def test_tiles_together_and_alone(model: Model) -> None:
     frame = Frame(80, 70, 60, tile=64)
     pixels = picture(70, 80, seed=1)
     with coding.exact(model):
-        segments, codes = encode(model, frame, pixels)
-        assert coding.encode(model, frame, codes) == segments
-        assert_equal(coding.decode(model, frame, segments), codes)
+        (segments,), codes = encode(model, frame, pixels[None])
+        assert coding.encode(model, frame, codes)[0] == segments
+        assert_equal(coding.decode(model, frame, [segments]), codes)
         boxes = frame.padded_tiles(model.config.multiple)
         assert len({box[2:] for box in boxes}) == 4, "inner tiles, right and lower ones, and the corner's"
         for number, ((top, left, height, width), padded) in enumerate(zip(frame.tiles(), boxes, strict=True)):
             alone = replace(frame, width=width, height=height, tile=0)
             own = [
-                level[top // stage.stride :, left // stage.stride :][
-                    : padded[2] // stage.stride, : padded[3] // stage.stride
+                level[:, top // stage.stride :, left // stage.stride :][
+                    :, : padded[2] // stage.stride, : padded[3] // stage.stride
                 ]
                 for level, stage in zip(codes, model.config.levels, strict=True)
             ]
-            assert coding.encode(model, alone, own) == segments[number :: len(boxes)]
-            assert_equal(coding.decode(model, alone, segments[number :: len(boxes)]), own)
+            assert coding.encode(model, alone, own)[0] == segments[number :: len(boxes)]
+            assert_equal(coding.decode(model, alone, [segments[number :: len(boxes)]]), own)
 
 
 def test_missing_segments_change_no_other_tile(model: Model) -> None:
@@ -72,10 +63,10 @@ def test_missing_segments_change_no_other_tile(model: Model) -> None:
     frame = Frame(80, 70, 60, tile=64)
     rng = np.random.default_rng(2)
     with coding.exact(model):
-        segments, codes = encode(model, frame, picture(70, 80, seed=1))
+        (segments,), codes = encode(model, frame, picture(70, 80, seed=1)[None])
         for _ in range(4):
             left = [segment if rng.random() < 0.7 else None for segment in segments]
-            found = coding.decode(model, frame, left)
+            found = coding.decode(model, frame, [left])
             for number, (top, start, height, width) in enumerate(frame.padded_tiles(model.config.multiple)):
                 own = left[number::4]
                 layers = own.index(None) if None in own else len(own)
@@ -83,8 +74,8 @@ def test_missing_segments_change_no_other_tile(model: Model) -> None:
                     rows = slice(top // stage.stride, (top + height) // stage.stride)
                     columns = slice(start // stage.stride, (start + width) // stage.stride)
                     for piece, planes in zip(stage.slices, stage.spans, strict=True):
-                        expected = codes[level][rows, columns, planes] * (piece.layer < layers)
-                        assert torch.equal(found[level][rows, columns, planes], expected)
+                        expected = codes[level][:, rows, columns, planes] * (piece.layer < layers)
+                        assert torch.equal(found[level][:, rows, columns, planes], expected)
 
 
 # Batches
@@ -113,7 +104,7 @@ def walked(model: Model, qualities: tuple[int, ...], codes: list[Tensor]) -> tup
 
 def test_batches_and_their_members(model: Model) -> None:
     """Of three pictures of different qualities, the prior's integers are equal, and pixels but for roundings."""
-    each = [[c[None] for c in models.random_codes(model.vqvae, 64, 96, seed)] for seed in range(3)]
+    each = [models.random_codes(model.vqvae, 64, 96, seed) for seed in range(3)]
     parameters, pixels = walked(model, QUALITIES, [torch.cat(level) for level in zip(*each, strict=True)])
     for number, (quality, codes) in enumerate(zip(QUALITIES, each, strict=True)):
         own, restored = walked(model, (quality,), codes)
@@ -124,7 +115,7 @@ def test_batches_and_their_members(model: Model) -> None:
 
 def test_one_by_one_and_all_given(model: Model) -> None:
     """A decoder that learns codes pass by pass sees what an encoder sees that knows all of them."""
-    codes = [c[None] for c in models.random_codes(model.vqvae, 64, 96)]
+    codes = models.random_codes(model.vqvae, 64, 96)
     expected, _ = walked(model, (50,), codes)
     context, found = Context(torch.tensor([50]), 64, 96), []
     with coding.exact(model):
@@ -164,11 +155,12 @@ def test_windows_and_the_whole(window: int, grey: bool, model: Model, monkeypatc
     padded = frame.padded(model.config.multiple)
     codes = [c.to(torch.int16) for c in models.random_codes(model.vqvae, *padded)]
     with coding.exact(model):
-        latents, restored = synthesis.analyse(model, pixels, quality), synthesis.reconstruct(model, frame, codes)
+        latents = synthesis.analyse(model, pixels[None], quality)
+        restored = synthesis.reconstruct(model, frame, codes)[0]
         monkeypatch.setattr(synthesis, "WINDOW", window)
-        for found, expected in zip(synthesis.analyse(model, pixels, quality), latents, strict=True):
+        for found, expected in zip(synthesis.analyse(model, pixels[None], quality), latents, strict=True):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
-        again = synthesis.reconstruct(model, frame, codes)
+        again = synthesis.reconstruct(model, frame, codes)[0]
     gap = np.abs(again.astype(int) - restored)
     assert int(gap.max()) <= 1 and float((gap > 0).mean()) < 0.005
 
@@ -176,9 +168,9 @@ def test_windows_and_the_whole(window: int, grey: bool, model: Model, monkeypatc
 def test_the_estimate_of_a_picture_and_of_a_batch(model: Model) -> None:
     """`GridEstimate`, in place and window by window, decodes to what `Estimate` decodes to."""
     codes = models.random_codes(model.vqvae, 64, 96)
-    _, pixels = walked(model, (50,), [c[None] for c in codes])
+    _, pixels = walked(model, (50,), codes)
     with coding.exact(model):
-        restored = synthesis.reconstruct(model, Frame(96, 64, 50), codes)
+        restored = synthesis.reconstruct(model, Frame(96, 64, 50), codes)[0]
     gap = np.abs(restored - pixels[0].permute(1, 2, 0).clamp(0, 255).numpy())
     assert float(gap.max()) <= 0.501
 
@@ -213,7 +205,7 @@ def bits_of(model: Model, codes: list[Tensor], quality: int) -> float:
     context = Context(torch.tensor([quality]), *SHAPE)
     with coding.exact(model):
         for piece in walk(model.levels, context):
-            for one in context.passes(codes[piece.level][None, :, :, piece.planes].long()):
+            for one in context.passes(codes[piece.level][..., piece.planes].long()):
                 coding.put([Counting()], piece, one)  # type: ignore[arg-type]
     return bits
 
@@ -233,7 +225,7 @@ def distortion_of(
     estimate = Estimate(model.vqvae, torch.tensor([quality]), *SHAPE)
     with coding.exact(model):
         for number, piece in enumerate(walk(model.levels, estimate)):
-            vectors = piece.vectors(codes[piece.level][None, :, :, piece.planes].long())
+            vectors = piece.vectors(codes[piece.level][..., piece.planes].long())
             estimate.add(vectors if errors is None else vectors + errors[number])
         restored = estimate.pixels()
     gap = restored.double() - models.batch(pixels).double()
@@ -245,7 +237,7 @@ def distortion_of(
 
 def importance(model: Model, pixels: Pixels, quality: int, visual: bool) -> Importance:
     if visual:
-        return models.visual_tuning(model.config).importance(model.config, pixels, quality)
+        return models.visual_tuning(model.config).importance(model.config, pixels[None], quality)
     return tuning.flat(model.config, quality)
 
 
@@ -254,7 +246,7 @@ def cost_of(model: Model, codes: list[Tensor], pixels: Pixels, quality: int, wha
 
 
 def evaluated(model: Model, codes: list[Tensor], pixels: Pixels, quality: int, what: Importance) -> search._Point:
-    return search._evaluate(model, models.batch(pixels), [c.long() for c in codes], quality, what)
+    return search._evaluate(model, models.batch(pixels), [c[0].long() for c in codes], quality, what)
 
 
 @pytest.mark.parametrize("visual", [False, True], ids=["psnr", "visual"])
@@ -264,7 +256,7 @@ def test_what_the_search_evaluates(quality: int, visual: bool, model: Model, sin
     pixels = picture(*SHAPE, seed=6)
     what = importance(model, pixels, quality, visual)
     with coding.exact(model):
-        _, codes = encode(model, Frame(SHAPE[1], SHAPE[0], quality), pixels, what)
+        _, codes = encode(model, Frame(SHAPE[1], SHAPE[0], quality), pixels[None], what)
     bits = bits_of(model, codes, quality)
     distortion = distortion_of(model, codes, pixels, quality, what)
     for weight in (0.0, what.weight):
@@ -278,7 +270,7 @@ def test_slopes_are_differences(visual: bool, model: Model, single: None) -> Non
     pixels, quality = picture(*SHAPE, seed=6), 60
     what = importance(model, pixels, quality, visual)
     with coding.exact(model):
-        _, codes = encode(model, Frame(SHAPE[1], SHAPE[0], quality), pixels, what)
+        _, codes = encode(model, Frame(SHAPE[1], SHAPE[0], quality), pixels[None], what)
     point = evaluated(model, codes, pixels, quality, what)
     shapes = [s.vectors.shape for s in point.symbols]
     planes = [s.indices.shape[1] for s in point.symbols]
@@ -311,7 +303,7 @@ def test_the_search_lowers_what_it_says(
     pixels, quality = picture(*SHAPE, seed=7), 60
     frame, what = Frame(SHAPE[1], SHAPE[0], quality), importance(model, pixels, quality, visual)
     with coding.exact(model):
-        _, codes = encode(model, frame, pixels, what)
+        _, codes = encode(model, frame, pixels[None], what)
     monkeypatch.setattr(search, "WINDOW", 64)
     monkeypatch.setattr(search, "MARGIN", 32)
     before = cost_of(model, codes, pixels, quality, what)

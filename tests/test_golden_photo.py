@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from vqcodec import bitstream, codec, metrics, packaged, synthesis, weights
+from vqcodec import bitstream, codec, decoder, metrics, packaged, synthesis, weights
 from vqcodec.weights import Model
 
 PHOTO = renew.HERE / "photo"
@@ -47,7 +47,7 @@ def data(name: str) -> bytes:
 
 
 def codes_of(data: bytes, model: Model, partial: bool = False) -> list[Tensor]:
-    return codec.decode_codes(bitstream.read(data, partial=partial), model)
+    return decoder.decode_codes([bitstream.read(data, partial=partial)], model)
 
 
 def check_pixels(found: NDArray[np.uint8], file: str) -> None:
@@ -110,8 +110,8 @@ def test_damaged(model: Model) -> None:
     for whole, part, stage in zip(codes_of(good, model), found, model.config.levels, strict=True):
         side = header.tile // stage.stride
         for piece, span in zip(stage.slices, stage.spans, strict=True):
-            seen = np.kron(there[piece.layer], np.ones((side, side), int))[: part.shape[0], : part.shape[1], None]
-            assert np.array_equal(part[:, :, span], whole[:, :, span].numpy() * seen)
+            seen = np.kron(there[piece.layer], np.ones((side, side), int))[: part.shape[1], : part.shape[2], None]
+            assert np.array_equal(part[..., span], whole[..., span].numpy() * seen)
     restored = codec.decode_picture(bad, partial=True)
     assert [note.split(" is ")[0].split(" ends ")[0] for note in restored.notes] == [
         "segment 18 of 48",

@@ -20,7 +20,7 @@ from torch.nn import functional
 from trainer import small_runs
 
 import vqcodec
-from vqcodec import codec, packaged, weights, weights_file
+from vqcodec import decoder, packaged, weights, weights_file
 from vqcodec.errors import TrainingError, WeightsError
 from vqcodec.models.config import Config
 from vqcodec.models.model import Model
@@ -101,7 +101,7 @@ def test_only_pixels_differ(own: Path, look: Path) -> None:
     model, other = weights.load(own), weights.load(own, look=look)
     assert other.id == model.id
     container = vqcodec.bitstream.read(data)
-    for a, b in zip(codec.decode_codes(container, model), codec.decode_codes(container, other), strict=True):
+    for a, b in zip(decoder.decode_codes([container], model), decoder.decode_codes([container], other), strict=True):
         assert torch.equal(a, b)
     assert np.array_equal(faithful, vqcodec.decompress(data, weights=own)), "faithful unless told otherwise"
 

@@ -121,8 +121,8 @@ def test_training_believes_what_files_cost(quality: int) -> None:
     loaded = models.tiny_model()
     header = Header(160, 128, quality, loaded.id, TINY.layers, 0)
     with torch.inference_mode():
-        segments, codes = encoder.encode(loaded, header.frame, picture)
-        restored = synthesis.reconstruct(loaded, header.frame, codes)
+        (segments,), codes = encoder.encode(loaded, header.frame, picture[None])
+        restored = synthesis.reconstruct(loaded, header.frame, codes)[0]
     bits = 8 * sum(map(len, segments))
     assert all(segments), "a layer of nothing but code 0 takes no bytes, which the loss cannot know"
     believed = float(losses.bpp) * 128 * 160

@@ -136,12 +136,12 @@ def test_bands_leave_no_seams(fast_weights: Path, monkeypatch: pytest.MonkeyPatc
     data = vqcodec.compress(pixels, weights=fast_weights, quality=60)
     whole = np.asarray(vqcodec.decompress(data, weights=fast_weights)).astype(int)
     with coding.exact(model):
-        latents = synthesis.analyse(model, pixels, quality)
+        latents = synthesis.analyse(model, pixels[None], quality)
     monkeypatch.setitem(synthesis.BAND_PIXELS, "cpu", 232 * 16 * 3)
     parts = np.asarray(vqcodec.decompress(data, weights=fast_weights)).astype(int)
     assert np.abs(parts - whole).max() <= 1
     with coding.exact(model):
-        for found, expected in zip(synthesis.analyse(model, pixels, quality), latents, strict=True):
+        for found, expected in zip(synthesis.analyse(model, pixels[None], quality), latents, strict=True):
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -149,10 +149,10 @@ def test_bands_leave_no_seams(fast_weights: Path, monkeypatch: pytest.MonkeyPatc
 def test_pixels_by_the_second_reader(quality: int, fast_weights: Path) -> None:
     model = weights.load(fast_weights)
     with coding.exact(model):
-        _, codes = encode(model, Frame(90, 50, quality), models.picture(50, 90, seed=quality))
-        expected = synthesis.reconstruct(model, Frame(90, 50, quality), codes)
+        _, codes = encode(model, Frame(90, 50, quality), models.picture(50, 90, seed=quality)[None])
+        expected = synthesis.reconstruct(model, Frame(90, 50, quality), codes)[0]
     found = reference.Renderer(reference.Weights(fast_weights), quality).pixels(
-        [c.numpy().astype(np.int64) for c in codes], 50, 90
+        [c[0].numpy().astype(np.int64) for c in codes], 50, 90
     )
     gap = np.abs(found.astype(int) - expected)
     assert int(gap.max()) <= 1 and float((gap > 0).mean()) < 0.002

@@ -51,7 +51,7 @@ def test_the_search_asks(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     frame = Frame(64, 64, 50)
     pixels = picture(64, 64)
-    _, codes = encode(model, frame, pixels)
+    _, codes = encode(model, frame, pixels[None])
     monkeypatch.setattr(precision, "bfloat16_pays", lambda device: pays)
     monkeypatch.setattr(torch.nn.functional, "conv2d", watched)
     search.improve(model, frame, pixels, codes, 1)

@@ -79,10 +79,10 @@ def test_a_code_changes_only_what_is_coded_after_it(order: int, phase: int, plac
     after = [c.clone() for c in before]
     first = sum(piece.planes for piece in TINY.levels[level].slices[:index])
     planes = TINY.levels[level].slices[index].planes
-    y = min(2 * place[0] + PHASES[phase][0], before[level].shape[0] - 1)
-    x = min(2 * place[1] + PHASES[phase][1], before[level].shape[1] - 1)
+    y = min(2 * place[0] + PHASES[phase][0], before[level].shape[1] - 1)
+    x = min(2 * place[1] + PHASES[phase][1], before[level].shape[2] - 1)
     own = PHASES.index((y % 2, x % 2))
-    after[level][y, x, first : first + planes] = (before[level][y, x, first : first + planes] + 11) % 32
+    after[level][0, y, x, first : first + planes] = (before[level][0, y, x, first : first + planes] + 11) % 32
     found, expected = parameters_of(frozen(), after), parameters_of(frozen(), before)
 
     for other in range(order):
@@ -104,7 +104,7 @@ def test_the_next_pass_sees_its_four_neighbours_and_no_more() -> None:
     """Phase 1 at (y, x) has the codes of phase 0 at (y - 1, x - 1) to (y + 1, x + 1) around it."""
     level, row, column = 1, 4, 6  # a position of phase 0
     before, after = codes(), codes()
-    after[level][row, column, :8] = (before[level][row, column, :8] + 9) % 64
+    after[level][0, row, column, :8] = (before[level][0, row, column, :8] + 9) % 64
     found, expected = parameters_of(frozen(), after)[1], parameters_of(frozen(), before)[1]
     changed = (found != expected).any(-1).any(-1)[0]
     places = {(int(y), int(x)) for y, x in changed.nonzero() if y % 2 and x % 2}

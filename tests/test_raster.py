@@ -12,7 +12,7 @@ import torch
 from models import picture
 from torch import Tensor
 
-from vqcodec import bitstream, codec, weights
+from vqcodec import bitstream, codec, decoder, weights
 from vqcodec.models.prior import Prior, RasterSlice
 from vqcodec.train.loss import RateDistortion
 
@@ -131,9 +131,9 @@ def test_codes_by_the_second_reader(tmp_path: Path) -> None:
     model = copy.deepcopy(trained())
     weights.save_model(path, model.config, model.vqvae, model.prior, {})
     container = bitstream.read(codec.compress(picture(24, 40), weights=path))
-    expected = codec.decode_codes(container, weights.load(path))
+    expected = decoder.decode_codes([container], weights.load(path))
     segments = [segment for segment in container.segments if segment is not None]
     found = list(reference.Tile(reference.Weights(path), 50).decode(segments, 24, 40))
     assert [k.shape for k in found] == [(3, 5, 1), (6, 10, 1)]
     for ours, theirs in zip(expected, found, strict=True):
-        assert np.array_equal(ours.numpy(), theirs)
+        assert np.array_equal(ours[0].numpy(), theirs)

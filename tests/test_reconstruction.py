@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from vqcodec import bitstream, codec, coding, synthesis, weights
+from vqcodec import bitstream, coding, decoder, synthesis, weights
 from vqcodec.bitstream import Container, Header
 from vqcodec.models.config import Config, PriorConfig, SliceConfig, StageConfig
 from vqcodec.models.layers import Lap, Linear1x1, ResidualBlock
@@ -84,7 +84,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def as_arrays(codes: Sequence[Tensor]) -> list[reference.Ints]:
-    return [level.numpy().astype(np.int64) for level in codes]
+    return [level[0].numpy().astype(np.int64) for level in codes]
 
 
 def assert_near(found: NDArray[np.uint8], expected: NDArray[np.uint8]) -> None:
@@ -101,7 +101,7 @@ def test_pixels_by_the_second_reader(path: Path, quality: int, grey: bool) -> No
     header = Header(WIDTH, HEIGHT, quality, model.id, model.config.layers, tile=64, grey=grey)
     codes = models.random_codes(model.vqvae, 128, 192, seed=quality)
     with coding.exact(model):
-        expected = synthesis.reconstruct(model, header.frame, codes)
+        expected = synthesis.reconstruct(model, header.frame, codes)[0]
     found = reference.Renderer(reference.Weights(path), quality).pixels(as_arrays(codes), HEIGHT, WIDTH, grey)
     assert_near(found, expected[:, :, 0] if grey else expected)
     share = float(((found > 0) & (found < 255)).mean())
@@ -131,7 +131,7 @@ def test_missing_segments_by_the_second_reader(missing: set[int]) -> None:
     segments = tuple(None if number in missing else s for number, s in enumerate(golden().segments))
     container = dataclasses.replace(golden(), segments=segments)
     model, header = weights.load(WEIGHTS), container.header
-    codes = as_arrays(codec.decode_codes(container, model))
+    codes = as_arrays(decoder.decode_codes([container], model))
     loaded = reference.Weights(WEIGHTS)
     boxes = header.frame.tiles()
     for number, (top, left, height, width) in enumerate(boxes):

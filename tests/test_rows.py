@@ -10,7 +10,7 @@ import torch
 from models import FAST, picture
 
 import vqcodec
-from vqcodec import bitstream, codec, coding, sampling, search, weights
+from vqcodec import bitstream, coding, decoder, sampling, search, weights
 from vqcodec.entropy import Decoder, Encoder, Table
 from vqcodec.errors import ChecksumError, WeightsError
 from vqcodec.frame import Frame
@@ -149,7 +149,7 @@ def test_choice_bits_and_gradients(dim: int) -> None:
 def test_codes_by_the_second_reader(size: tuple[int, int], fast_weights: Path) -> None:
     data = vqcodec.compress(picture(*size, seed=7), weights=fast_weights, quality=70, tile=64, verify=True)
     container = bitstream.read(data)
-    codes = codec.decode_codes(container, weights.load(fast_weights))
+    codes = decoder.decode_codes([container], weights.load(fast_weights))
     loaded = reference.Weights(fast_weights)
     boxes = container.header.frame.padded_tiles(loaded.levels[0]["stride"])
     for number, (top, left, height, width) in enumerate(boxes):
@@ -157,7 +157,7 @@ def test_codes_by_the_second_reader(size: tuple[int, int], fast_weights: Path) -
         decoded = reference.Tile(loaded, 70).decode(own, height, width)
         for found, level, expected in zip(decoded, loaded.levels, codes, strict=True):
             y, x = top // level["stride"], left // level["stride"]
-            assert np.array_equal(found, expected[y : y + found.shape[0], x : x + found.shape[1]].numpy())
+            assert np.array_equal(found, expected[0, y : y + found.shape[0], x : x + found.shape[1]].numpy())
 
 
 def test_files_are_as_large_as_the_rate_model_says(fast_weights: Path) -> None:
@@ -165,11 +165,11 @@ def test_files_are_as_large_as_the_rate_model_says(fast_weights: Path) -> None:
     frame = Frame(192, 128, 60)
     with coding.exact(model):
         codes = [c.to(torch.int64) for c in models.random_codes(model.vqvae, 128, 192)]
-        segments = coding.encode(model, frame, codes)
+        segments = coding.encode(model, frame, codes)[0]
         expected = 0.0
-        (tile,) = coding.batches_of(model, frame)
+        (tile,) = coding.batches_of(model, frame, [(0, 0)])
         for piece in walk(model.levels, tile):
-            for one in tile.passes(codes[piece.level][None, :, :, piece.planes]):
+            for one in tile.passes(codes[piece.level][..., piece.planes]):
                 assert one.codes is not None
                 expected += float(search._bits(piece.rates(one.parameters), piece.codebook, one.codes))
     assert 8 * sum(map(len, segments)) == pytest.approx(expected, rel=0.005)

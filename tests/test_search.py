@@ -9,7 +9,7 @@ import pytest
 import torch
 from models import picture
 
-from vqcodec import bitstream, codec, coding, encoder, search, synthesis, tuning
+from vqcodec import bitstream, codec, coding, decoder, encoder, search, synthesis, tuning
 from vqcodec.bitstream import Header
 from vqcodec.models.config import Config, PriorConfig, SliceConfig, StageConfig
 from vqcodec.models.rates import Rates
@@ -54,8 +54,8 @@ def test_what_is_evaluated_is_what_files_cost() -> None:
     pixels = picture(96, 128, seed=6)
     data = compress(pixels)
     model = models.tiny_model()
-    codes = [c.long() for c in codec.decode_codes(bitstream.read(data), model)]
-    padded = synthesis.cut(model, pixels, (slice(0, 3), slice(0, 4)), model.config.multiple)
+    codes = [c[0].long() for c in decoder.decode_codes([bitstream.read(data)], model)]
+    padded = synthesis.cut(model, pixels[None], (slice(0, 3), slice(0, 4)), model.config.multiple)
     point = search._evaluate(model, padded, codes, QUALITY, tuning.flat(model.config, QUALITY))
     assert point.total / (96 * 128) == pytest.approx(cost(pixels, data), rel=0.02)
     assert torch.equal(torch.cat([s.indices for s in point.symbols[1:]], 1), codes[1].flatten(0, 1))
@@ -68,7 +68,7 @@ def visual_cost(pixels: np.ndarray, segments: list[bytes], codes: list[torch.Ten
     model = models.tiny_model()
     header = Header(pixels.shape[1], pixels.shape[0], QUALITY, model.id, model.config.layers, 0)
     with coding.exact(model):
-        restored = synthesis.reconstruct(model, header.frame, codes)
+        restored = synthesis.reconstruct(model, header.frame, codes)[0]
     mse = float(np.square(restored.astype(float) - pixels).mean())
     distortion = what.squared * mse + what.visual * float(visual_distance(models.batch(restored), models.batch(pixels)))
     return 8 * sum(map(len, segments)) / pixels[:, :, 0].size + what.weight * distortion
@@ -79,25 +79,25 @@ def test_a_visual_tuning_is_what_the_search_is_after() -> None:
     pixels = picture(96, 128, seed=6)
     model = models.tiny_model()
     header = Header(128, 96, QUALITY, model.id, model.config.layers, 0)
-    what = models.visual_tuning().importance(model.config, pixels, QUALITY)
+    what = models.visual_tuning().importance(model.config, pixels[None], QUALITY)
     with coding.exact(model):
-        segments, codes = encoder.encode(model, header.frame, pixels, what)
+        (segments,), codes = encoder.encode(model, header.frame, pixels[None], what)
     start = visual_cost(pixels, segments, codes, what)
-    padded = synthesis.cut(model, pixels, (slice(0, 3), slice(0, 4)), model.config.multiple)
-    point = search._evaluate(model, padded, [c.long() for c in codes], QUALITY, what)
+    padded = synthesis.cut(model, pixels[None], (slice(0, 3), slice(0, 4)), model.config.multiple)
+    point = search._evaluate(model, padded, [c[0].long() for c in codes], QUALITY, what)
     assert point.total / (96 * 128) == pytest.approx(start, rel=0.02)
 
     found = search.improve(model, header.frame, pixels, codes, 30, what)
     with coding.exact(model):
-        assert visual_cost(pixels, coding.encode(model, header.frame, found), found, what) < 0.995 * start
+        assert visual_cost(pixels, coding.encode(model, header.frame, found)[0], found, what) < 0.995 * start
 
 
 def test_steps_weigh_planes_by_their_sensitivity() -> None:
     pixels = picture(64, 64, seed=8)
     model = models.tiny_model()
     codes = [torch.zeros(2, 2, 12, dtype=torch.int64), torch.zeros(8, 8, 12, dtype=torch.int64)]
-    padded = synthesis.cut(model, pixels, (slice(0, 2), slice(0, 2)), model.config.multiple)
-    what = models.visual_tuning().importance(model.config, pixels, QUALITY)
+    padded = synthesis.cut(model, pixels[None], (slice(0, 2), slice(0, 2)), model.config.multiple)
+    what = models.visual_tuning().importance(model.config, pixels[None], QUALITY)
     plain = search._evaluate(model, padded, codes, QUALITY, tuning.Importance(what.weight))
     tuned = search._evaluate(model, padded, codes, QUALITY, what)
     factors = [what.planes[0], what.planes[1][:8], what.planes[1][8:]]
@@ -196,13 +196,13 @@ def test_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     model = models.tiny_model()
     header = Header(160, 100, QUALITY, model.id, model.config.layers, 0)
     with coding.exact(model):
-        codes = encoder.encode(model, header.frame, pixels)[1]
+        codes = encoder.encode(model, header.frame, pixels[None])[1]
     before = [c.clone() for c in codes]
     shares: list[float] = []
     found = search.improve(model, header.frame, pixels, codes, 4, on_round=shares.append)
     assert shares == sorted(shares) and shares[-1] == 1 and len(shares) == 4 * 2 * 3
     assert all(torch.equal(a, b) for a, b in zip(codes, before, strict=True)), "the argument is left alone"
-    changed = (found[1] != codes[1]).any(2)
+    changed = (found[1] != codes[1])[0].any(2)
     parts = [changed[y : y + 8, x : x + 8].any() for y in (0, 8) for x in (0, 8, 16)]
     assert sum(map(bool, parts)) >= 3
 
@@ -212,14 +212,14 @@ def test_emphasis_is_what_the_search_is_after() -> None:
     model = models.tiny_model()
     header = Header(96, 96, QUALITY, model.id, model.config.layers, 0)
     with coding.exact(model):
-        codes = encoder.encode(model, header.frame, pixels)[1]
+        codes = encoder.encode(model, header.frame, pixels[None])[1]
     sizes = []
     for emphasis in (0.5, 1.0, 2.0):
         found = search.improve(
             model, header.frame, pixels, codes, 8, tuning.flat(model.config, header.quality, emphasis)
         )
         with coding.exact(model):
-            sizes.append(sum(map(len, coding.encode(model, header.frame, found))))
+            sizes.append(sum(map(len, coding.encode(model, header.frame, found)[0])))
     assert sizes[0] < sizes[1] < sizes[2]
 
 

@@ -53,12 +53,12 @@ def test_files_are_as_large_as_without(measured: Tuning, pictures: list[np.ndarr
     for quality in QUALITIES:
         sums = [0, 0, 0]
         for pixels in pictures:
-            tuned = measured.importance(TINY, pixels, quality)
+            tuned = measured.importance(TINY, pixels[None], quality)
             balance = tuned.weight / tuning.flat(TINY, quality).weight
             unbalanced = tuning.Importance(tuned.weight / balance, tuned.planes, tuned.places)
             with coding.exact(model):
                 for number, how in enumerate((None, tuned, unbalanced)):
-                    sums[number] += sum(map(len, encode(model, frame_of(pixels, quality), pixels, how)[0]))
+                    sums[number] += sum(map(len, encode(model, frame_of(pixels, quality), pixels[None], how)[0][0]))
         sizes.append(sums)
     plain, balanced, unbalanced = np.array(sizes, float).T
     assert np.abs(balanced / plain - 1).max() < 0.04
@@ -79,7 +79,7 @@ def effects(pixels: np.ndarray, codes: list[Tensor], errors: list[Tensor]) -> Te
     model, quality = models.tiny_model(), torch.tensor([QUALITY])
     estimate = Estimate(model.vqvae, quality, *pixels.shape[:2])
     for piece in walk(model.levels, estimate):
-        vectors = piece.vectors(codes[piece.level][None, :, :, piece.planes].long())
+        vectors = piece.vectors(codes[piece.level][..., piece.planes].long())
         estimate.add(vectors + errors[piece.level][:, piece.channels])
     restored, original = estimate.pixels(), models.batch(pixels)
     return torch.stack([(restored - original).square().mean(), visual_distance(restored, original)[0]])
@@ -88,7 +88,7 @@ def effects(pixels: np.ndarray, codes: list[Tensor], errors: list[Tensor]) -> Te
 def restored_codes(pixels: np.ndarray) -> list[Tensor]:
     model = models.tiny_model()
     with coding.exact(model):
-        codes: list[Tensor] = encode(model, frame_of(pixels), pixels)[1]
+        codes: list[Tensor] = encode(model, frame_of(pixels), pixels[None])[1]
     return codes
 
 
@@ -99,7 +99,7 @@ def test_sensitivities_of_planes_are_those_of_brute_force() -> None:
     generator = torch.Generator().manual_seed(5)
 
     def draw() -> list[Tensor]:
-        shapes = [(1, stage.channels, *c.shape[:2]) for stage, c in zip(TINY.levels, codes, strict=True)]
+        shapes = [(1, stage.channels, *c.shape[1:3]) for stage, c in zip(TINY.levels, codes, strict=True)]
         return [AMPLITUDE * (2.0 * torch.randint(2, shape, generator=generator) - 1) for shape in shapes]
 
     draws = [draw() for _ in range(12)]
@@ -143,7 +143,7 @@ def test_masking_is_the_power_of_the_variance(pictures: list[np.ndarray]) -> Non
     """Found again in made sensitivities, whatever is out of bounds."""
     places = []
     for pixels in pictures:
-        variance = tuning.activity(pixels, TINY) + tuning.LEAST_VARIANCE
+        variance = tuning.activity(pixels[None], TINY)[0] + tuning.LEAST_VARIANCE
         places.append((5 * variance**-0.3)[: pixels.shape[0] // 8 - 1])
         places[-1][0] = 0
     found = sensitivity._Contributions(1.0, [], places)

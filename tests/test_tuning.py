@@ -13,7 +13,7 @@ import pytest
 import torch
 from models import TINY, Pixels, picture
 
-from vqcodec import bitstream, codec, coding, encoder, tuning
+from vqcodec import bitstream, codec, coding, decoder, encoder, tuning
 from vqcodec.bitstream import Header
 from vqcodec.errors import WeightsError
 from vqcodec.models.config import Config
@@ -159,7 +159,7 @@ def test_importance_between_and_beyond_qualities(quality: int, low: int, share: 
     def between(values: torch.Tensor) -> torch.Tensor:
         return values[low] ** (1 - share) * values[low + 1] ** share
 
-    found = tuned.importance(TINY, pixels, quality)
+    found = tuned.importance(TINY, pixels[None], quality)
     weight = TINY.lambda_of((quality - 1) / 99)
     assert found.weight == pytest.approx(weight * float(between(tuned.balance)))
     assert found.visual == pytest.approx(SHARE * float(between(tuned.unit)))
@@ -167,14 +167,14 @@ def test_importance_between_and_beyond_qualities(quality: int, low: int, share: 
     for factors, sensitivities in zip(found.planes, tuned.planes, strict=True):
         torch.testing.assert_close(factors, 1 - SHARE + SHARE * between(sensitivities))
     masking = float((1 - share) * tuned.masking[low] + share * tuned.masking[low + 1])
-    texture = (activity(pixels, TINY) + LEAST_VARIANCE) / (USUAL_VARIANCE + LEAST_VARIANCE)
+    texture = (activity(pixels[None], TINY) + LEAST_VARIANCE) / (USUAL_VARIANCE + LEAST_VARIANCE)
     assert found.places is not None
     torch.testing.assert_close(found.places, 1 - SHARE + SHARE * texture**masking)
 
 
 def test_emphasis_multiplies_the_weight_alone() -> None:
     tuned, pixels = models.visual_tuning(), picture(40, 40)
-    plain, more = (tuned.importance(TINY, pixels, 30, emphasis) for emphasis in (1.0, 1.7))
+    plain, more = (tuned.importance(TINY, pixels[None], 30, emphasis) for emphasis in (1.0, 1.7))
     assert more.weight == pytest.approx(1.7 * plain.weight)
     assert plain.places is not None and more.places is not None and torch.equal(more.places, plain.places)
     assert all(torch.equal(a, b) for a, b in zip(more.planes, plain.planes, strict=True))
@@ -183,15 +183,15 @@ def test_emphasis_multiplies_the_weight_alone() -> None:
 
 
 def test_factors_of_planes_and_places() -> None:
-    window = (slice(1, 3), slice(0, 2))
+    place = (slice(0, 1), slice(1, 3), slice(0, 2))
     squares = tuning.flat(TINY, 50)
     assert squares.of_planes(1, slice(8, 12)) == 1.0
-    assert squares.of_places(True, window) is None
-    planes, places = (torch.rand(12), torch.rand(12)), torch.rand(4, 5)
+    assert squares.of_places(True, place) is None
+    planes, places = (torch.rand(12), torch.rand(12)), torch.rand(2, 4, 5)
     found = Importance(1.0, planes, places)
     assert torch.equal(found.of_planes(1, slice(8, 12)), planes[1][8:])  # type: ignore[arg-type]
-    assert torch.equal(found.of_places(True, window), places[1:3, :2])  # type: ignore[arg-type]
-    assert found.of_places(False, window) is None, "a coarse position covers smooth and textured places"
+    assert torch.equal(found.of_places(True, place), places[:1, 1:3, :2])  # type: ignore[arg-type]
+    assert found.of_places(False, place) is None, "a coarse position covers smooth and textured places"
 
 
 def expected_activity(pixels: Pixels, config: Config) -> np.ndarray:
@@ -209,7 +209,7 @@ def expected_activity(pixels: Pixels, config: Config) -> np.ndarray:
 @pytest.mark.parametrize("size", [(1, 1), (37, 53), (512, 40), (513, 20), (1100, 70)], ids=str)
 def test_activity(size: tuple[int, int], config: Config) -> None:
     pixels = picture(*size, seed=8)
-    found = activity(pixels, config)
+    found = activity(pixels[None], config)[0]
     assert found.dtype == torch.float32
     np.testing.assert_allclose(found.numpy(), expected_activity(pixels, config), rtol=1e-3, atol=0.1)
 
@@ -224,9 +224,9 @@ def half_textured(height: int = 96, width: int = 192) -> Pixels:
 
 def test_flat_places_count_more_than_textured_ones() -> None:
     for quality in (1, 50, 100):
-        places = models.visual_tuning().importance(TINY, half_textured(), quality).places
+        places = models.visual_tuning().importance(TINY, half_textured()[None], quality).places
         assert places is not None
-        flat, textured = places.chunk(2, 1)
+        flat, textured = places.chunk(2, 2)
         assert float(flat.min()) > 1.1 and 1 - SHARE < float(textured.max()) < 1
 
 
@@ -239,7 +239,7 @@ def encoded(importance: Importance | None, pixels: Pixels, tile: int = 0) -> tup
     height, width = pixels.shape[:2]
     header = Header(width, height, 50, model.id, model.config.layers, tile)
     with coding.exact(model):
-        segments, codes = encoder.encode(model, header.frame, pixels, importance)
+        (segments,), codes = encoder.encode(model, header.frame, pixels[None], importance)
     return bitstream.write(header, (), segments), codes
 
 
@@ -247,8 +247,8 @@ def encoded(importance: Importance | None, pixels: Pixels, tile: int = 0) -> tup
 @pytest.mark.parametrize("size", [(1, 1), (33, 31), (128, 180)], ids=str)
 def test_tuned_files_decode_like_any_other(size: tuple[int, int], tile: int) -> None:
     pixels = picture(*size, seed=9)
-    data, codes = encoded(models.visual_tuning().importance(TINY, pixels, 50), pixels, tile)
-    found = codec.decode_codes(bitstream.read(data), models.tiny_model())
+    data, codes = encoded(models.visual_tuning().importance(TINY, pixels[None], 50), pixels, tile)
+    found = decoder.decode_codes([bitstream.read(data)], models.tiny_model())
     assert all(torch.equal(a, b) for a, b in zip(found, codes, strict=True))
     if size != (1, 1):
         assert any(bool((a != b).any()) for a, b in zip(encoded(None, pixels, tile)[1], codes, strict=True))
@@ -265,7 +265,7 @@ def test_factors_reach_their_plane(level: int, plane: int) -> None:
         chosen.append(encoded(Importance(TINY.lambda_of(49 / 99), tuple(planes)), pixels)[1])
     little, much = (int((codes[level][..., plane] > 0).sum()) for codes in chosen)
     assert much > little
-    changed = [(a != b).flatten(0, 1).float().mean(0) for a, b in zip(*chosen, strict=True)]
+    changed = [(a != b).flatten(0, 2).float().mean(0) for a, b in zip(*chosen, strict=True)]
     own = float(changed[level][plane])
     changed[level][plane] = 0
     assert own > 0.05
@@ -275,8 +275,8 @@ def test_factors_reach_their_plane(level: int, plane: int) -> None:
 @pytest.mark.parametrize("tile", [0, 64])
 def test_factors_reach_their_places(tile: int) -> None:
     pixels = picture(128, 192, seed=11)
-    places = torch.full((16, 24), 0.2)
-    places[:, :12] = 5.0
+    places = torch.full((1, 16, 24), 0.2)
+    places[:, :, :12] = 5.0
     squares = []
     for importance in (None, Importance(TINY.lambda_of(49 / 99), places=places)):
         restored = codec.decode_picture(encoded(importance, pixels, tile)[0], weights=models.tiny_weights()).pixels
@@ -329,7 +329,7 @@ def test_a_stale_tuning_is_an_error(tuned: Path, tmp_path: Path) -> None:
 
 
 def test_importance_moves_to_a_device() -> None:
-    found = models.visual_tuning().importance(TINY, picture(40, 40), 50)
+    found = models.visual_tuning().importance(TINY, picture(40, 40)[None], 50)
     moved = found.to(torch.device("meta"))
     assert moved.places is not None and moved.places.is_meta and all(p.is_meta for p in moved.planes)
     assert dataclasses.replace(moved, planes=(), places=None) == dataclasses.replace(found, planes=(), places=None)

@@ -1,6 +1,5 @@
 """A part of a picture, and a smaller picture, against the whole."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import models
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import vqcodec
-from vqcodec import bitstream, codec, coding, image, synthesis, weights
+from vqcodec import bitstream, coding, decoder, image, synthesis, weights
 from vqcodec.errors import ImageError, WeightsError
 from vqcodec.frame import Frame, Region
 from vqcodec.models.layers import ResidualBlock
@@ -20,20 +19,14 @@ from vqcodec.models.model import Model
 from vqcodec.models.pixels import Renderer
 from vqcodec.pictures import colour
 from vqcodec.pictures.signalling import CodePoints
-from vqcodec.train.loss import RateDistortion
 
-KINDS: dict[str, Callable[[], RateDistortion]] = {
-    "tiny": models.tiny,
-    "fast": lambda: models.tiny(models.FAST),
-    "raster": lambda: models.raster(layers=2),
-}
 HEIGHT, WIDTH = 205, 330
 
 
-@pytest.fixture(scope="module", params=list(KINDS))
+@pytest.fixture(scope="module", params=list(models.KINDS))
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     path = tmp_path_factory.mktemp("weights") / f"{request.param}.safetensors"
-    return weights.load(models.save(KINDS[request.param](), path))
+    return weights.load(models.save(models.KINDS[request.param](), path))
 
 
 def random_codes(model: Model, frame: Frame) -> list[torch.Tensor]:
@@ -54,9 +47,9 @@ def test_a_region_is_cut_from_the_whole(window: int, grey: bool, model: Model, m
     regions = [Region(0, 0, 1, 1), Region(WIDTH - 1, HEIGHT - 1, 1, 1), Region(0, 0, WIDTH, HEIGHT)]
     regions += [Region(101, 55, 64, 32), Region(7, 100, 200, 1), Region(37, 3, 1, 202), Region(160, 96, 32, 32)]
     with coding.exact(model):
-        whole = synthesis.reconstruct(model, frame, codes)
+        whole = synthesis.reconstruct(model, frame, codes)[0]
         for region in regions:
-            part = synthesis.reconstruct(model, frame, codes, region)
+            part = synthesis.reconstruct(model, frame, codes, region)[0]
             expected = whole[region.rows, region.columns]
             gap = np.abs(part.astype(int) - expected)
             assert part.shape == expected.shape and part.flags.c_contiguous
@@ -73,20 +66,22 @@ def test_only_tiles_that_matter_are_decoded(model: Model, monkeypatch: pytest.Mo
     codes = random_codes(model, frame)
     header = bitstream.Header.of(frame, model.id, model.config.layers)
     with coding.exact(model):
-        container = bitstream.read(bitstream.write(header, [], coding.encode(model, frame, codes)), max_pixels=None)
-    seen: set[int] = set()
+        container = bitstream.read(bitstream.write(header, [], coding.encode(model, frame, codes)[0]), max_pixels=None)
+    seen: set[tuple[int, int]] = set()
     make = coding.Tiles.__init__
 
-    def note(self: coding.Tiles, quality: torch.Tensor, numbers: list[int], boxes: list[coding.Box]) -> None:
-        seen.update(numbers)
-        make(self, quality, numbers, boxes)
+    def note(
+        self: coding.Tiles, quality: torch.Tensor, members: list[tuple[int, int]], boxes: list[coding.Box]
+    ) -> None:
+        seen.update(members)
+        make(self, quality, members, boxes)
 
     monkeypatch.setattr(coding.Tiles, "__init__", note)
-    decoded = codec.decode_codes(container, model, region)
-    assert seen == tiles
+    decoded = decoder.decode_codes([container], model, region)
+    assert seen == {(0, number) for number in tiles}
     with coding.exact(model):
-        expected = synthesis.reconstruct(model, frame, codes)[region.rows, region.columns]
-        gap = np.abs(synthesis.reconstruct(model, frame, decoded, region).astype(int) - expected)
+        expected = synthesis.reconstruct(model, frame, codes)[0][region.rows, region.columns]
+        gap = np.abs(synthesis.reconstruct(model, frame, decoded, region)[0].astype(int) - expected)
     assert gap.max() <= 1 and (gap > 0).mean() < 0.005
 
 
@@ -97,10 +92,10 @@ def scales(model: Model) -> list[int]:
     return [scale for scale in (2, 4, 8) if scale <= synthesis.largest_scale(model.config)]
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", list(models.KINDS))
 def test_a_smaller_picture_of_a_linear_decoder_is_its_mean(kind: str, tmp_path: Path) -> None:
     """Without residual blocks and renderers, a pixel is the mean of those that it stands for, except at borders."""
-    trained = KINDS[kind]()
+    trained = models.KINDS[kind]()
     with torch.no_grad():
         for part in trained.modules():
             if isinstance(part, (ResidualBlock, Renderer)):
@@ -114,11 +109,11 @@ def test_a_smaller_picture_of_a_linear_decoder_is_its_mean(kind: str, tmp_path: 
         layers = synthesis.layers_for(model.config, scale)
         for level, stage in enumerate(model.config.levels):
             kept = sum(piece.planes for piece in stage.slices if piece.layer < layers)
-            codes[level][:, :, kept:] = 0
+            codes[level][..., kept:] = 0
             codes[level][torch.rand(codes[level].shape, generator=generator) < 0.9] = 0  # few pixels are clipped
         with coding.exact(model):
-            whole = synthesis.reconstruct(model, frame, codes)
-            small = synthesis.reconstruct(model, frame, codes, scale=scale)
+            whole = synthesis.reconstruct(model, frame, codes)[0]
+            small = synthesis.reconstruct(model, frame, codes, scale=scale)[0]
         blocks = whole.reshape(128 // scale, scale, 192 // scale, scale, 3)
         unclipped = ((blocks > 0) & (blocks < 255)).all((1, 3))
         border = 16 // scale
@@ -132,12 +127,12 @@ def test_a_smaller_picture_looks_like_the_whole(model: Model) -> None:
     frame = Frame(WIDTH, HEIGHT, 60)
     codes = random_codes(model, frame)
     with coding.exact(model):
-        whole = synthesis.reconstruct(model, frame, codes)
+        whole = synthesis.reconstruct(model, frame, codes)[0]
         for scale in scales(model):
-            small = synthesis.reconstruct(model, frame, codes, scale=scale)
+            small = synthesis.reconstruct(model, frame, codes, scale=scale)[0]
             assert small.shape == (-(-HEIGHT // scale), -(-WIDTH // scale), 3)
             region = Region(101, 55, 64, 33)
-            part = synthesis.reconstruct(model, frame, codes, region, scale)
+            part = synthesis.reconstruct(model, frame, codes, region, scale)[0]
             rows, columns = (slice(s.start // scale, -(-s.stop // scale)) for s in (region.rows, region.columns))
             gap = np.abs(part.astype(int) - small[rows, columns])
             assert part.shape == small[rows, columns].shape and gap.max() <= 1
@@ -169,14 +164,14 @@ def test_a_picture_without_codes_is_folded(
     frame = Frame(size[1], size[0], 60)
     codes = coding.no_codes(model.config, frame)
     with coding.exact(model):
-        expected = {scale: synthesis.reconstruct(model, frame, codes, scale=scale) for scale in (1, *scales(model))}
+        expected = {scale: synthesis.reconstruct(model, frame, codes, scale=scale)[0] for scale in (1, *scales(model))}
         sides = []
         whole = synthesis.reconstruct
         monkeypatch.setattr(
             synthesis, "reconstruct", lambda m, f, *more: sides.append(max(f.width, f.height)) or whole(m, f, *more)
         )
         for scale, pixels in expected.items():
-            found = synthesis.blank(model, frame, scale)
+            (found,) = synthesis.blank(model, frame, scale)
             assert found.shape == pixels.shape and np.abs(found.astype(int) - pixels).max() <= 1
     assert max(sides) <= min(max(size), 800)
 

@@ -27,7 +27,7 @@ from vqcodec.errors import (
 from vqcodec.target import Target
 
 if TYPE_CHECKING:
-    from vqcodec.codec import compress, decompress
+    from vqcodec.codec import compress, compress_many, decompress, decompress_many
 
 __version__ = "0.1.0"
 
@@ -48,7 +48,9 @@ __all__ = [
     "WeightsError",
     "__version__",
     "compress",
+    "compress_many",
     "decompress",
+    "decompress_many",
     "read_info",
 ]
 
@@ -57,7 +59,7 @@ pillow_plugin.register()
 
 def __getattr__(name: str) -> Any:
     # torch takes a second to import, which `vqcodec --help`, `vqcodec info` and a caller of read_info should not pay.
-    if name in ("compress", "decompress"):
+    if name in ("compress", "compress_many", "decompress", "decompress_many"):
         from vqcodec import codec
 
         return getattr(codec, name)

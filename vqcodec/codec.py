@@ -1,29 +1,32 @@
-"""The public API: compress and decompress.
+"""The public API: compress and decompress, one picture or many.
 
     compress      picture -> pad -> latents -> per slice: estimate, choose codes, range-code -> container
                   with effort: codes -> search -> range-code -> container
     decompress    container -> per tile: range-decode codes -> per slice: estimate + codes -> pixels -> crop
 
 Entropy coding works tile by tile, with integers and codes only (coding.py). The float networks work on the grids of the
-whole picture (synthesis.py), so tiles leave no seams.
+whole picture (synthesis.py), so tiles leave no seams. Pictures of one frame go through both together.
 """
 
+import functools
 import math
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from vqcodec import bitstream, caller, coding, image, metrics, packaged, search, synthesis, tuning, weights
 from vqcodec.bitstream import Chunk, Container, Header
-from vqcodec.encoder import choose
-from vqcodec.errors import ChecksumError, FormatError, HeaderError, ImageError, WeightsError
+from vqcodec.decoder import decode, decode_codes
+from vqcodec.encoder import choose, encode
+from vqcodec.errors import ChecksumError, FormatError, ImageError, WeightsError
 from vqcodec.frame import Frame, Region
 from vqcodec.image import Picture
 from vqcodec.models.model import Model
@@ -35,6 +38,7 @@ from vqcodec.tuning import Tuning
 DEFAULT_QUALITY = 50
 SCALES = (1, 2, 4, 8)
 TILE = 1024
+GROUP_PIXELS = 1 << 24  # of pictures that go through the networks together: what one large picture has
 
 
 @caller.undisturbed()
@@ -84,35 +88,20 @@ def compress(
         raise ValueError("quality and target exclude each other")
     if max_size is not None:
         max_size = _integer("max_size", max_size, 1)
-    effort = _integer("effort", effort, 1, len(search.ROUNDS))
-    if tune is not None and tune not in packaged.TUNES:
-        raise ValueError(f"tune must be one of {', '.join(packaged.TUNES)}, got {tune!r}")
+    rounds = search.ROUNDS[_integer("effort", effort, 1, len(search.ROUNDS)) - 1]
     source = _as_picture(picture)
     for note in source.notes:
         warnings.warn(note, stacklevel=3)  # there is the decorator between
-    model = _load(weights, device)
-    tuned = _tuning(weights, model, tune, target)
-    unit = math.lcm(bitstream.TILE_UNIT, model.config.multiple)
-    tile = _integer("tile", tile, 0, bitstream.MAX_TILE)
-    if tile % unit:
-        raise ValueError(f"tile must be 0 or a multiple of {unit}, got {tile!r}")
-    height, width = source.pixels.shape[:2]
-    chunks = _chunks(source)
-
-    def frame_of(quality: int) -> Frame:
-        return Frame(width, height, quality, tile, source.grey)
-
-    def write(frame: Frame, segments: list[bytes]) -> bytes:
-        return bitstream.write(Header.of(frame, model.id, model.config.layers), chunks, segments)
-
-    rounds = search.ROUNDS[effort - 1]
-    trials = Trials(model, source.pixels, tuned, frame_of, write, rounds, on_progress)
+    settings = _settings(weights, device, tile, tune, target)
+    frame_of, write = functools.partial(settings.frame, source), functools.partial(settings.write, source)
+    trials = Trials(settings.model, source.pixels, settings.tuned, frame_of, write, rounds, on_progress)
 
     def evaluate(setting: Setting) -> float:
         """What the target measures."""
         assert target is not None
         if target.measure in ("size", "bpp"):
             size = trials.size(setting)
+            height, width = source.pixels.shape[:2]
             return size if target.measure == "size" else metrics.bits_per_pixel(size, width, height)
         return trials.likeness(setting, metrics.psnr if target.measure == "psnr" else ssimulacra2, target.value)
 
@@ -123,10 +112,72 @@ def compress(
         best = largest_within(trials.size, max_size, best)
     written, chosen = trials.file(best)
     if verify:
-        decoded = decode_codes(bitstream.read(written, max_pixels=None), model)
-        if digest(decoded) != chosen:
-            raise FormatError("verification failed: the file would not decode to the codes it was made from")
+        _verify([written], settings.model, chosen)
     return written
+
+
+@caller.undisturbed()
+def compress_many(
+    pictures: Sequence[Image.Image | NDArray[np.uint8] | Picture],
+    *,
+    quality: int | None = None,
+    target: Target | None = None,
+    max_size: int | None = None,
+    weights: str | Path | None = None,
+    device: str = "auto",
+    tile: int = TILE,
+    effort: int = 1,
+    tune: str | None = None,
+    verify: bool = False,
+) -> list[bytes]:
+    """Compress pictures to the bytes of .vqz files: `compress` for each, but faster if many are small and of one size.
+
+    Without a search (target, max_size, effort above 1), pictures of one size go through the networks together. That
+    changes the last digits of their sums, so that a file may differ from that of `compress` in a few codes.
+
+    Args: as `compress`.
+
+    Returns:
+        The files in the order of the pictures.
+
+    Raises:
+        As `compress`: none is returned if one fails.
+    """
+    if target is not None or max_size is not None or effort != 1:
+        return [
+            compress(
+                picture,
+                quality=quality,
+                target=target,
+                max_size=max_size,
+                weights=weights,
+                device=device,
+                tile=tile,
+                effort=effort,
+                tune=tune,
+                verify=verify,
+            )
+            for picture in pictures
+        ]
+    quality = DEFAULT_QUALITY if quality is None else _integer("quality", quality, LOWEST, HIGHEST)
+    sources = [_as_picture(picture) for picture in pictures]
+    for note in (note for source in sources for note in source.notes):
+        warnings.warn(note, stacklevel=3)  # there is the decorator between
+    settings = _settings(weights, device, tile, tune)
+    model, files = settings.model, [b""] * len(sources)
+    frames = [settings.frame(source, quality) for source in sources]
+    for frame, members in _groups(frames, frames):
+        pixels = np.stack([sources[member].pixels for member in members])
+        with coding.exact(model):
+            tuned = settings.tuned
+            importance = None if tuned is None else tuned.importance(model.config, pixels, quality)
+            segments, codes = encode(model, frame, pixels, importance)
+        written = [settings.write(sources[member], frame, own) for member, own in zip(members, segments, strict=True)]
+        if verify:
+            _verify(written, model, digest(codes))
+        for member, file in zip(members, written, strict=True):
+            files[member] = file
+    return files
 
 
 def decompress(
@@ -161,8 +212,28 @@ def decompress(
     return image.to_pil(picture)
 
 
-def decode_picture(
-    data: bytes,
+def decompress_many(files: Sequence[bytes], **options: Any) -> list[Image.Image]:
+    """Decode the bytes of .vqz files to Pillow images: `decompress` for each, but faster if many are small.
+
+    Args: as `decode_pictures`.
+
+    Raises:
+        As `decompress`: none is returned if one fails.
+    """
+    pictures = decode_pictures(files, **options)
+    for problem in (problem for picture in pictures for problem in picture.notes):
+        warnings.warn(problem, stacklevel=2)
+    return [image.to_pil(picture) for picture in pictures]
+
+
+def decode_picture(data: bytes, **options: Any) -> Picture:
+    """Decode the bytes of a .vqz file. Args and Raises: as `decode_pictures`."""
+    (picture,) = decode_pictures([data], **options)
+    return picture
+
+
+def decode_pictures(
+    files: Sequence[bytes],
     *,
     weights: str | Path | None = None,
     look: str = packaged.LOOKS[0],
@@ -172,11 +243,11 @@ def decode_picture(
     scale: int = 1,
     grey: bool = False,
     max_pixels: int | None = bitstream.DEFAULT_MAX_PIXELS,
-) -> Picture:
-    """Decode the bytes of a .vqz file.
+) -> list[Picture]:
+    """Decode the bytes of .vqz files. Those of one frame go through the networks together.
 
     Args:
-        data: the whole file; with `partial`, its beginning is enough.
+        files: the whole files; with `partial`, the beginning of each is enough.
         weights: the weights that the file was made with, as a file or a packaged name; None for those of the packaged
             ones that its header names.
         look: "faithful" minimises the distortion; "natural" is trained for perceptual quality.
@@ -191,7 +262,7 @@ def decode_picture(
         max_pixels: largest width x height to accept, checked before any memory is allocated; None for no limit.
 
     Returns:
-        The picture with its alpha and metadata.
+        The pictures with their alpha and metadata, in the order of the files.
 
     Raises:
         FormatError: the data is not a .vqz file, is damaged or cut, or the picture is too large.
@@ -202,38 +273,25 @@ def decode_picture(
     scale = _integer("scale", scale, 1)
     if scale not in SCALES:
         raise ValueError(f"scale must be one of {', '.join(map(str, SCALES))}, got {scale}")
-    container = bitstream.read(data, max_pixels=max_pixels, partial=partial)
-    header = container.header
-    part = None if region is None else _region(region, header.frame)
-    model = _load(_packaged(header.weights_id) if weights is None else weights, device, look)
-    if scale > (largest := synthesis.largest_scale(model.config)):
-        raise WeightsError(f"these weights decode to no less than 1/{largest} of the size")
-    chunks = {chunk.kind: chunk.data for chunk in container.chunks}
-    alpha = None
-    if "ALPH" in chunks:
-        try:
-            alpha = image.decode_alpha(chunks["ALPH"], header.width, header.height)
-        except ImageError as error:
-            raise ChecksumError(str(error)) from None
-        alpha = image.reduced(alpha, part, scale)
-    if part is None and not any(container.segments):
-        _check_fit(header, model)
-        with coding.exact(model):
-            pixels = synthesis.blank(model, header.frame, scale)
-    else:
-        codes = decode_codes(container, model, part, scale)
-        with coding.exact(model):
-            pixels = synthesis.reconstruct(model, header.frame, codes, part, scale)
-    picture = Picture(
-        pixels,
-        grey=header.grey,
-        alpha=alpha,
-        icc=chunks.get("ICCP"),
-        exif=chunks.get("EXIF"),
-        xmp=chunks.get("XMP "),
-        notes=container.problems,
-    )
-    return image.to_grey(picture) if grey else picture
+    containers = [bitstream.read(data, max_pixels=max_pixels, partial=partial) for data in files]
+    models = {
+        weights_id: _load(_packaged(weights_id) if weights is None else weights, device, look)
+        for weights_id in {container.header.weights_id for container in containers}
+    }
+    for model in models.values():
+        if scale > (largest := synthesis.largest_scale(model.config)):
+            raise WeightsError(f"these weights decode to no less than 1/{largest} of the size")
+    pictures: dict[int, Picture] = {}
+    frames = [container.header.frame for container in containers]
+    keys = [(c.header.frame, c.header.weights_id, any(c.segments)) for c in containers]
+    for (frame, weights_id, _), members in _groups(keys, frames):
+        part = None if region is None else _region(region, frame)
+        some = [containers[member] for member in members]
+        decoded = decode(some, models[weights_id], part, scale)
+        for member, container, pixels in zip(members, some, decoded, strict=True):
+            picture = _picture(container, pixels, part, scale)
+            pictures[member] = image.to_grey(picture) if grey else picture
+    return [pictures[number] for number in range(len(files))]
 
 
 def reconstruct(
@@ -251,56 +309,13 @@ def reconstruct(
     frame = Frame(width, height, quality, TILE, picture.grey)
     tuned = _tuning(weights, model, None, None)
     with coding.exact(model):
-        importance = None if tuned is None else tuned.importance(model.config, picture.pixels, quality)
-        latents = synthesis.analyse(model, picture.pixels, torch.tensor([quality], device=model.device))
+        importance = None if tuned is None else tuned.importance(model.config, picture.pixels[None], quality)
+        latents = synthesis.analyse(model, picture.pixels[None], torch.tensor([quality], device=model.device))
         codes = choose(model, frame, latents, importance)
         partial = (
             [c if level <= last else torch.zeros_like(c) for level, c in enumerate(codes)] for last in range(len(codes))
         )
-        return [synthesis.reconstruct(model, frame, some) for some in partial]
-
-
-def decode_codes(container: Container, model: Model, region: Region | None = None, scale: int = 1) -> list[Tensor]:
-    """Decode the codes of a file: the part of decoding that is exact on every machine.
-
-    Args:
-        container, model: the file and its weights.
-        region, scale: what `synthesis.reconstruct` is to be asked for; codes that do not matter for it are 0.
-
-    Returns:
-        As `coding.decode`.
-
-    Raises:
-        WeightsError: the file was made with other weights.
-        HeaderError: the layers or tiles of the file do not fit the weights.
-        ChecksumError: a segment is not what an encoder wrote.
-    """
-    header = container.header
-    _check_fit(header, model)
-    layers = synthesis.layers_for(model.config, scale)
-    tiles = synthesis.tiles_for(model, header.frame, region, scale)
-    count = len(header.frame.tiles())
-    segments = [
-        data if number // count < layers and number % count in tiles else None
-        for number, data in enumerate(container.segments)
-    ]
-    with coding.exact(model):
-        return coding.decode(model, header.frame, segments)
-
-
-def _check_fit(header: Header, model: Model) -> None:
-    """Check that a file was made with these weights.
-
-    Raises:
-        WeightsError: it was not.
-        HeaderError: it says so, but its layers or tiles do not fit them.
-    """
-    if header.weights_id != model.id:
-        raise WeightsError(f"made with weights {header.weights_id.hex()}, these are {model.id.hex()}")
-    if header.layers != model.config.layers:
-        raise HeaderError(f"the file has {header.layers} layers, its weights have {model.config.layers}")
-    if header.tile % model.config.multiple:
-        raise HeaderError(f"tile is {header.tile} pixels, these weights need multiples of {model.config.multiple}")
+        return [synthesis.reconstruct(model, frame, some)[0] for some in partial]
 
 
 def _region(region: tuple[int, int, int, int], frame: Frame) -> Region:
@@ -334,6 +349,35 @@ def _integer(name: str, value: object, low: int, high: int | None = None) -> int
     return number
 
 
+# Batches
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def _groups(keys: Sequence[Key], frames: Sequence[Frame]) -> Iterator[tuple[Key, list[int]]]:
+    """Split pictures into groups of equal keys, which go through the networks together; yields their numbers.
+
+    A group has at most `GROUP_PIXELS`, or is one picture.
+    """
+    found: dict[Key, list[int]] = {}
+    for number, key in enumerate(keys):
+        found.setdefault(key, []).append(number)
+    for key, members in found.items():
+        frame = frames[members[0]]
+        count = max(1, GROUP_PIXELS // (frame.width * frame.height))
+        yield from ((key, members[start : start + count]) for start in range(0, len(members), count))
+
+
+def _verify(files: Sequence[bytes], model: Model, chosen: bytes) -> None:
+    """Check that files of one frame decode to the codes whose `digest` is given.
+
+    Raises:
+        FormatError: they do not.
+    """
+    if digest(decode_codes([bitstream.read(data, max_pixels=None) for data in files], model)) != chosen:
+        raise FormatError("verification failed: the file would not decode to the codes it was made from")
+
+
 # Pictures and metadata
 
 
@@ -360,6 +404,38 @@ def _load(path: str | Path | None, device: str, look: str = packaged.LOOKS[0]) -
     return weights.load(found, device, packaged.find_look(found, look))
 
 
+@dataclass(frozen=True)
+class _Settings:
+    """How pictures are encoded: arguments of `compress`, checked and loaded."""
+
+    model: Model
+    tuned: Tuning | None
+    tile: int
+
+    def frame(self, source: Picture, quality: int) -> Frame:
+        height, width = source.pixels.shape[:2]
+        return Frame(width, height, quality, self.tile, source.grey)
+
+    def write(self, source: Picture, frame: Frame, segments: list[bytes]) -> bytes:
+        """The file of a picture."""
+        return bitstream.write(Header.of(frame, self.model.id, self.model.config.layers), _chunks(source), segments)
+
+
+def _settings(
+    weights: str | Path | None, device: str, tile: int, tune: str | None, target: Target | None = None
+) -> _Settings:
+    """Args and Raises: as `compress`."""
+    if tune is not None and tune not in packaged.TUNES:
+        raise ValueError(f"tune must be one of {', '.join(packaged.TUNES)}, got {tune!r}")
+    model = _load(weights, device)
+    tuned = _tuning(weights, model, tune, target)
+    unit = math.lcm(bitstream.TILE_UNIT, model.config.multiple)
+    tile = _integer("tile", tile, 0, bitstream.MAX_TILE)
+    if tile % unit:
+        raise ValueError(f"tile must be 0 or a multiple of {unit}, got {tile!r}")
+    return _Settings(model, tuned, tile)
+
+
 def _tuning(path: str | Path | None, model: Model, tune: str | None, target: Target | None) -> Tuning | None:
     """The visual tuning to choose codes with, None for squared error. Args: as `compress`."""
     if tune == "psnr" or (tune is None and target is not None and target.measure == "psnr"):
@@ -380,3 +456,28 @@ def _chunks(picture: Picture) -> list[Chunk]:
     if picture.alpha is not None:
         chunks.append(Chunk("ALPH", image.encode_alpha(picture.alpha)))
     return chunks
+
+
+def _picture(container: Container, pixels: NDArray[np.uint8], region: Region | None, scale: int) -> Picture:
+    """A decoded picture with its alpha and metadata.
+
+    Raises:
+        ChecksumError: the alpha is damaged.
+    """
+    header, chunks = container.header, {chunk.kind: chunk.data for chunk in container.chunks}
+    alpha = None
+    if "ALPH" in chunks:
+        try:
+            alpha = image.decode_alpha(chunks["ALPH"], header.width, header.height)
+        except ImageError as error:
+            raise ChecksumError(str(error)) from None
+        alpha = image.reduced(alpha, region, scale)
+    return Picture(
+        pixels,
+        grey=header.grey,
+        alpha=alpha,
+        icc=chunks.get("ICCP"),
+        exif=chunks.get("EXIF"),
+        xmp=chunks.get("XMP "),
+        notes=container.problems,
+    )

@@ -1,6 +1,10 @@
-"""Entropy coding: codes <-> segments, tile by tile. It uses integers and codes only, no latents or pixels."""
+"""Entropy coding: codes <-> segments, tile by tile. It uses integers and codes only, no latents or pixels.
+
+Codes are those of B pictures of one frame: for each level, coarse first, int16 (B, h, w, P) over the padded picture.
+"""
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -20,6 +24,9 @@ from vqcodec.spans import span, timed
 BATCH_PIXELS = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 
+Place = tuple[slice, slice, slice]
+
+
 @contextlib.contextmanager
 def exact(model: Model) -> Iterator[None]:
     """Disable gradients, and what the caller has set: under autocast, bfloat16 cannot hold the prior's integers."""
@@ -31,15 +38,20 @@ class Tiles(Context):
     """The prior's context in a batch of tiles of one size, which the networks see together.
 
     Attributes:
-        numbers: of the tiles, in file order.
-        windows: rows and columns of each tile on the present level's grid.
+        members: the tiles, each by the number of its picture and by its own in file order.
+        places: where they are on the present level's grid, indices into codes (B, h, w, P): pictures, rows, columns.
+            Tiles of successive pictures at one place have a single index; else each tile has its own.
     """
 
-    windows: list[tuple[slice, slice]]
+    places: list[Place]
 
-    def __init__(self, quality: Tensor, numbers: list[int], boxes: list[Box]) -> None:
+    def __init__(self, quality: Tensor, members: list[tuple[int, int]], boxes: list[Box]) -> None:
         """quality: (1,), 1..100. boxes: of the tiles in pixels, multiples of `Config.multiple`, all of one size."""
-        self.numbers, self._corners = numbers, [box[:2] for box in boxes]
+        self.members = members
+        corners, pictures = [box[:2] for box in boxes], [picture for picture, _ in members]
+        together = len(set(corners)) == 1 and pictures == list(range(pictures[0], pictures[0] + len(pictures)))
+        self._corners = corners[:1] if together else corners
+        self._pictures = [slice(start, start + len(members) // len(self._corners)) for start in pictures]
         super().__init__(quality.expand(len(boxes)), *boxes[0][2:])
 
     def begin(self, level: Level) -> None:
@@ -47,7 +59,15 @@ class Tiles(Context):
         stride = level.stage.stride
         height, width = (side // stride for side in self.size)
         corners = [(top // stride, left // stride) for top, left in self._corners]
-        self.windows = [(slice(top, top + height), slice(left, left + width)) for top, left in corners]
+        self.places = [
+            (pictures, slice(top, top + height), slice(left, left + width))
+            for pictures, (top, left) in zip(self._pictures, corners, strict=False)
+        ]
+
+    def cut(self, x: Tensor) -> Tensor:
+        """The tiles of maps on the present level's grid: (B, C, h, w) -> (tiles, C, h', w')."""
+        parts = [x[pictures, :, rows, columns] for pictures, rows, columns in self.places]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def passes(self, given: Tensor | None = None) -> Iterator[Pass]:
         """See `Context.passes`; counts the time as the prior's."""
@@ -60,30 +80,33 @@ class Tiles(Context):
             yield one
 
 
-def batches_of(model: Model, frame: Frame, chosen: Iterable[int] | None = None) -> list[Tiles]:
-    """Tiles of a picture, all of them or those of the given numbers, in batches of equal ones."""
+def batches_of(model: Model, frame: Frame, chosen: Iterable[tuple[int, int]]) -> list[Tiles]:
+    """The chosen tiles, each by the numbers of its picture and its own, in batches of equal ones."""
     quality = torch.tensor([frame.quality], device=model.device)
     boxes = frame.padded_tiles(model.config.multiple)
-    sizes: dict[tuple[int, int], list[int]] = {}
-    for number in range(len(boxes)) if chosen is None else chosen:
-        sizes.setdefault(boxes[number][2:], []).append(number)
+    sizes: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for picture, number in chosen:
+        sizes.setdefault(boxes[number][2:], []).append((picture, number))
     batches = []
-    for (height, width), numbers in sizes.items():
+    for (height, width), members in sizes.items():
         count = max(1, BATCH_PIXELS[model.device.type] // (height * width))
-        for start in range(0, len(numbers), count):
-            some = numbers[start : start + count]
-            batches.append(Tiles(quality, some, [boxes[number] for number in some]))
+        for start in range(0, len(members), count):
+            some = members[start : start + count]
+            batches.append(Tiles(quality, some, [boxes[number] for _, number in some]))
     return batches
 
 
-def no_codes(config: Config, frame: Frame) -> list[Tensor]:
-    """Codes that are all 0: for each level, coarse first, int16 (h, w, P) over the padded picture."""
+def every_tile(frame: Frame, pictures: int) -> list[tuple[int, int]]:
+    """The tiles of so many pictures, for `batches_of`."""
+    return list(itertools.product(range(pictures), range(len(frame.tiles()))))
+
+
+def no_codes(config: Config, frame: Frame, pictures: int = 1) -> list[Tensor]:
+    """Codes of so many pictures that are all 0."""
     height, width = frame.padded(config.multiple)
     return [
-        torch.zeros(
-            height // stage.stride, width // stage.stride, sum(s.planes for s in stage.slices), dtype=torch.int16
-        )
-        for stage in config.levels
+        torch.zeros(pictures, height // stage.stride, width // stage.stride, planes, dtype=torch.int16)
+        for stage, planes in ((stage, sum(s.planes for s in stage.slices)) for stage in config.levels)
     ]
 
 
@@ -200,61 +223,69 @@ def _by_row(tables: RowTables, parameters: Tensor, tiles: int) -> tuple[NDArray[
     return rows, np.argsort(rows, 1, kind="stable")  # a radix sort, for numbers of one byte
 
 
-def encode(model: Model, frame: Frame, codes: list[Tensor]) -> list[bytes]:
-    """Range-code codes, in the form that `decode` returns, to segments in file order. The inverse of `decode`."""
-    coders = new_coders(model, frame)
-    for batch in batches_of(model, frame):
+Coders = list[list[list[Encoder]]]  # by picture, tile and layer
+
+
+def encode(model: Model, frame: Frame, codes: list[Tensor]) -> list[list[bytes]]:
+    """Range-code codes; returns the segments of each picture in file order. The inverse of `decode`."""
+    coders = new_coders(model, frame, len(codes[0]))
+    for batch in batches_of(model, frame, every_tile(frame, len(codes[0]))):
         for piece in walk(model.levels, batch):
-            given = torch.stack([codes[piece.level][(*window, piece.planes)] for window in batch.windows])
+            given = torch.cat([codes[piece.level][(*place, piece.planes)] for place in batch.places])
             for one in batch.passes(given.to(model.device, torch.int64)):
-                put([coders[number][piece.config.layer] for number in batch.numbers], piece, one)
+                put([coders[picture][number][piece.config.layer] for picture, number in batch.members], piece, one)
         batch.release()
     return in_file_order(coders)
 
 
-def new_coders(model: Model, frame: Frame) -> list[list[Encoder]]:
-    """Encoders by tile and layer."""
-    return [[Encoder() for _ in range(model.config.layers)] for _ in frame.tiles()]
+def new_coders(model: Model, frame: Frame, pictures: int) -> Coders:
+    """Encoders of the segments of so many pictures."""
+    return [[[Encoder() for _ in range(model.config.layers)] for _ in frame.tiles()] for _ in range(pictures)]
 
 
-def in_file_order(coders: list[list[Encoder]]) -> list[bytes]:
-    """The bytes that the coders `coders[tile][layer]` wrote: layer by layer, the tiles of a layer in order."""
-    return [own[layer].finish() for layer in range(len(coders[0])) for own in coders]
+def in_file_order(coders: Coders) -> list[list[bytes]]:
+    """The bytes that the coders of each picture wrote: layer by layer, the tiles of a layer in order."""
+    return [[own[layer].finish() for layer in range(len(tiles[0])) for own in tiles] for tiles in coders]
 
 
-def decode(model: Model, frame: Frame, segments: Sequence[bytes | None]) -> list[Tensor]:
-    """Decode segments in file order to codes.
+def decode(model: Model, frame: Frame, segments: Sequence[Sequence[bytes | None]]) -> list[Tensor]:
+    """Decode segments to codes.
 
     Args:
-        model: the weights. frame: the picture's frame. segments: None where one is missing.
+        model: the weights. frame: that of the pictures. segments: of each picture, in file order; None for a missing
+            one.
 
     Returns:
-        For each level, coarse first, int16 (h, w, P) over the padded picture. Where a segment is missing, all codes of
-        its tile from that layer on are 0.
+        The codes. Where a segment is missing, all codes of its tile from that layer on are 0.
 
     Raises:
         ChecksumError: a segment is not what an encoder wrote.
     """
-    codes = no_codes(model.config, frame)
-    count = len(segments) // model.config.layers
-    for batch in batches_of(model, frame, [number for number in range(count) if segments[number] is not None]):
-        left = {number: segments[number::count] for number in batch.numbers}
-        coders: dict[tuple[int, int], Decoder] = {}
+    codes = no_codes(model.config, frame, len(segments))
+    count = len(frame.tiles())
+    present = [
+        (picture, number)
+        for picture, number in every_tile(frame, len(segments))
+        if segments[picture][number] is not None
+    ]
+    for batch in batches_of(model, frame, present):
+        left = {(picture, number): segments[picture][number::count] for picture, number in batch.members}
+        coders: dict[tuple[tuple[int, int], int], Decoder] = {}
         for piece in walk(model.levels, batch):
             layer = piece.config.layer
-            for number, own in list(left.items()):
+            for tile, own in list(left.items()):
                 data = own[layer]
                 if data is None or not any(own[layer:]):
-                    del left[number]  # no bytes: the rest of its codes are 0
-                elif (number, layer) not in coders:
-                    coders[number, layer] = Decoder(data)
+                    del left[tile]  # no bytes: the rest of its codes are 0
+                elif (tile, layer) not in coders:
+                    coders[tile, layer] = Decoder(data)
             if not left:
                 break
-            sources = [coders[number, layer] if number in left else None for number in batch.numbers]
+            sources = [coders[tile, layer] if tile in left else None for tile in batch.members]
             for one in batch.passes():
                 one.codes = get(sources, piece, one)
             chosen = batch.take_codes().to("cpu", torch.int16)
-            for window, own_codes in zip(batch.windows, chosen, strict=True):
-                codes[piece.level][(*window, piece.planes)] = own_codes
+            for place, some in zip(batch.places, chosen.chunk(len(batch.places)), strict=True):
+                codes[piece.level][(*place, piece.planes)] = some
         batch.release()
     return codes

@@ -6,7 +6,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vqcodec import coding, synthesis, tuning
-from vqcodec.entropy import Encoder
 from vqcodec.frame import Frame
 from vqcodec.models.model import Model, Pass, Slice, walk
 from vqcodec.models.quantizer import rows
@@ -16,18 +15,18 @@ from vqcodec.tuning import Importance
 
 def encode(
     model: Model, frame: Frame, pixels: NDArray[np.uint8], importance: Importance | None = None
-) -> tuple[list[bytes], list[Tensor]]:
+) -> tuple[list[list[bytes]], list[Tensor]]:
     """Choose codes and range-code them.
 
     Args:
-        model: the weights. frame: the picture's frame. pixels: uint8 (H, W, 3).
+        model: the weights. frame: that of the pictures. pixels: uint8 (B, H, W, 3).
         importance: weights of the errors; None for plain squared error.
 
     Returns:
-        The segments in file order, and the codes in the form that `coding.decode` returns.
+        The segments of each picture in file order, and the codes.
     """
     latents = synthesis.analyse(model, pixels, torch.tensor([frame.quality], device=model.device))
-    coders = coding.new_coders(model, frame)
+    coders = coding.new_coders(model, frame, len(pixels))
     codes = choose(model, frame, latents, importance, coders)
     return coding.in_file_order(coders), codes
 
@@ -37,41 +36,43 @@ def choose(
     frame: Frame,
     latents: list[Tensor],
     importance: Importance | None = None,
-    coders: list[list[Encoder]] | None = None,
+    coders: coding.Coders | None = None,
 ) -> list[Tensor]:
     """Choose codes.
 
     Args:
-        model: the weights. frame: the picture's frame. latents: from `synthesis.analyse`.
+        model: the weights. frame: that of the pictures. latents: from `synthesis.analyse`.
         importance: weights of the errors; None for plain squared error.
-        coders: `coders[tile][layer]`, which range-code the codes; None to leave that out.
+        coders: what range-codes the codes; None to leave that out.
 
     Returns:
-        The codes in the form that `coding.decode` returns.
+        The codes, as of coding.py.
     """
     importance = (importance or tuning.flat(model.config, frame.quality)).to(model.device)
     quality = torch.tensor([frame.quality], device=model.device)
-    codes = coding.no_codes(model.config, frame)
-    estimate = synthesis.GridEstimate(model, frame)
-    batches = coding.batches_of(model, frame)
+    pictures = len(latents[0])
+    codes = coding.no_codes(model.config, frame, pictures)
+    estimate = synthesis.GridEstimate(model, frame, pictures)
+    batches = coding.batches_of(model, frame, coding.every_tile(frame, pictures))
     for piece in walk(model.levels, estimate, *batches):
         step_cost = piece.error_weight(importance.weight, quality) * importance.of_planes(piece.level, piece.planes)
         whole = latents[piece.level][:, piece.channels]
         for batch in batches:
-            cuts = [(slice(None), slice(None), *window) for window in batch.windows]
-            v = torch.cat([(whole[cut] - estimate.here[cut]) / estimate.step for cut in cuts])
+            v = (batch.cut(whole) - batch.cut(estimate.here)) / estimate.step
             finest = piece.level == len(latents) - 1
-            factors = [importance.of_places(finest, window) for window in batch.windows]
+            factors = [importance.of_places(finest, place) for place in batch.places]
             for one in batch.passes(_nearest(piece, v)):
                 if one.codes is None:
                     one.codes = _choose(piece, one, v, step_cost, factors, model.config.rate_factor)
                 if coders is not None:
-                    coding.put([coders[number][piece.config.layer] for number in batch.numbers], piece, one)
+                    own = [coders[picture][number][piece.config.layer] for picture, number in batch.members]
+                    coding.put(own, piece, one)
             chosen = batch.take_codes()
             vectors, narrow = piece.vectors(chosen), chosen.to("cpu", torch.int16)
-            for tile, window in enumerate(batch.windows):
-                estimate.add_at(window, vectors[tile : tile + 1])
-                codes[piece.level][(*window, piece.planes)] = narrow[tile]
+            count = len(batch.places)
+            for place, added, some in zip(batch.places, vectors.chunk(count), narrow.chunk(count), strict=True):
+                estimate.add_at(place, added)
+                codes[piece.level][(*place, piece.planes)] = some
     return codes
 
 
@@ -96,7 +97,7 @@ def _choose(
         piece: the slice. one: the pass.
         v: float (B, P D, h, w), the residuals of the tiles in steps.
         step_cost: float (1, P), bits per squared step.
-        factors: for each tile float (h, w), what the error of each position is multiplied by, or None for 1.
+        factors: what the error of each position is multiplied by, float (n, h, w) for n tiles each, or None for 1.
         rate_factor: see `Codebook.choose`.
 
     Returns:
@@ -104,7 +105,7 @@ def _choose(
     """
     target = rows(v[(slice(None), slice(None), *one.places)], piece.config.planes)
     costs = step_cost.expand(len(target), -1)
-    known = [here[one.places].flatten() for here in factors if here is not None]
+    known = [here[(slice(None), *one.places)].flatten() for here in factors if here is not None]
     if known:
         costs = costs * torch.cat(known)[:, None]
     return piece.codebook.choose(target, piece.rates(one.parameters), costs, rate_factor)

@@ -99,13 +99,13 @@ def sample(
     given = None
     if picture is not None:
         with coding.exact(model):
-            latents = synthesis.analyse(model, picture.pixels, torch.tensor([quality], device=model.device))
+            latents = synthesis.analyse(model, picture.pixels[None], torch.tensor([quality], device=model.device))
             given = choose(model, frame, latents)
     kept = frame.padded(model.config.multiple)[0] // model.config.levels[-1].stride // 2 if rows is None else rows
     dice = Dice(temperature, np.random.default_rng(seed))
     for _ in range(count):
         with coding.exact(model):  # left before the caller goes on
-            drawn = synthesis.reconstruct(model, frame, draw(model, frame, dice, given, kept))
+            (drawn,) = synthesis.reconstruct(model, frame, draw(model, frame, dice, given, kept))
         yield drawn
 
 
@@ -114,21 +114,21 @@ def draw(model: Model, frame: Frame, dice: Dice, given: list[Tensor] | None = No
 
     Args:
         model: the weights. frame: with `tile` 0. dice: the symbol source.
-        given: codes in the form that `coding.decode` returns; None to sample all.
+        given: codes as of coding.py; None to sample all.
         rows: number of rows of the finest grid that keep the given codes.
 
     Returns:
-        Codes in the form that `coding.decode` returns.
+        Codes as of coding.py.
     """
     finest = model.config.levels[-1].stride
     codes = coding.no_codes(model.config, frame)
-    (tile,) = coding.batches_of(model, frame)
+    (tile,) = coding.batches_of(model, frame, [(0, 0)])
     for piece in walk(model.levels, tile):
         kept = rows * finest // piece.stage.stride
         for one in tile.passes():
             one.codes = coding.get([dice], piece, one)
             if given is not None:
-                known = given[piece.level][:kept, :, piece.planes][one.places].to(one.codes).flatten(0, 1)
+                known = given[piece.level][0, :kept, :, piece.planes][one.places].to(one.codes).flatten(0, 1)
                 one.codes[: len(known)] = known
-        codes[piece.level][..., piece.planes] = tile.take_codes()[0].to("cpu", torch.int16)
+        codes[piece.level][..., piece.planes] = tile.take_codes().to("cpu", torch.int16)
     return codes

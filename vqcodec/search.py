@@ -146,7 +146,7 @@ def improve(
         model: the weights.
         frame: the picture's frame.
         pixels: uint8 (H, W, 3).
-        codes: the encoder's choice, in the form that `coding.decode` returns.
+        codes: the encoder's choice, as of coding.py, of this one picture.
         rounds: search steps in each window.
         importance: weights of the errors; None for plain squared error.
         on_round: called after every step with the fraction of the work done, 0..1.
@@ -157,7 +157,7 @@ def improve(
     importance = (importance or tuning.flat(model.config, frame.quality)).to(model.device)
     codes = [c.clone() for c in codes]
     unit = model.config.multiple
-    coarse = codes[0].shape[0], codes[0].shape[1]
+    coarse = codes[0].shape[1], codes[0].shape[2]
     windows = list(synthesis.windows(*coarse, max(1, WINDOW // unit), -(-MARGIN // unit)))
     for number, (inner, outer, part) in enumerate(windows):
 
@@ -168,15 +168,15 @@ def improve(
         given = []
         for level, stage in enumerate(model.config.levels):
             box = synthesis.finer(outer, unit // stage.stride)[2:]
-            given.append(codes[level][box].to(model.device, torch.int64))
-        seen = synthesis.cut(model, pixels, outer, unit)
+            given.append(codes[level][(0, *box)].to(model.device, torch.int64))
+        seen = synthesis.cut(model, pixels[None], outer, unit)
         finest = synthesis.finer(outer, unit // model.config.levels[-1].stride)[2:]
-        local = replace(importance, places=importance.of_places(True, finest))
+        local = replace(importance, places=importance.of_places(True, (slice(None), *finest)))
         improved = _improve(model, seen, given, frame.quality, local, rounds, done)
         for level, stage in enumerate(model.config.levels):
             ratio = unit // stage.stride
             here, there = synthesis.finer(inner, ratio)[2:], synthesis.finer(part, ratio)[2:]
-            codes[level][here] = improved[level][there].to("cpu", torch.int16)
+            codes[level][(0, *here)] = improved[level][there].to("cpu", torch.int16)
     return codes
 
 

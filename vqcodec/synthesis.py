@@ -1,4 +1,4 @@
-"""Runs the float networks over whole pictures: pixels -> latents, codes -> pixels.
+"""Runs the float networks over whole pictures of one frame: pixels -> latents, codes -> pixels.
 
 The networks run in windows, which bounds memory. Windows overlap by at least the receptive field of the networks and
 so leave no seams in the picture. A model without stages finer than its codes needs none: its maps are no larger than
@@ -33,15 +33,15 @@ def reconstruct(
     """Decode codes to pixels.
 
     Args:
-        model: the weights. frame: the picture's frame.
-        codes: as `coding.decode` returns them. For a region, only those of `tiles_for` matter.
-        region: the part of the picture to decode; None for all of it.
+        model: the weights. frame: that of the pictures.
+        codes: as of coding.py. For a region, only those of `tiles_for` matter.
+        region: the part of each picture to decode; None for all of it.
         scale: 1, or a power of two up to `largest_scale`. A pixel of the result stands for scale x scale pixels.
 
     Returns:
-        uint8 (h, w, 3). All pixels that have a part of the region.
+        uint8 (B, h, w, 3). All pixels that have a part of the region.
     """
-    estimate = GridEstimate(model, frame, region, scale)
+    estimate = GridEstimate(model, frame, len(codes[0]), region, scale)
     layers = layers_for(model.config, scale)
     levels = [
         replace(level, slices=tuple(piece for piece in level.slices if piece.config.layer < layers))
@@ -51,13 +51,13 @@ def reconstruct(
         rows, columns = estimate.boxes[piece.level]
         for strip in _strips(rows.stop - rows.start, columns.stop - columns.start, WINDOW // piece.stage.stride):
             under = slice(rows.start + strip.start, rows.start + strip.stop)
-            indices = codes[piece.level][None, under, columns, piece.planes].to(model.device, torch.int64)
-            estimate.add_at((strip, slice(None)), piece.vectors(indices))
+            indices = codes[piece.level][:, under, columns, piece.planes].to(model.device, torch.int64)
+            estimate.add_at((slice(None), strip, slice(None)), piece.vectors(indices))
     return estimate.picture()
 
 
 def blank(model: Model, frame: Frame, scale: int = 1) -> NDArray[np.uint8]:
-    """`reconstruct` from codes that are all 0, in a time that large pictures do not add to.
+    """`reconstruct` from codes of one picture that are all 0, in a time that large pictures do not add to.
 
     Away from its borders such a picture repeats itself, so the middle of a smaller one takes the place of the rest.
     """
@@ -81,7 +81,7 @@ def blank(model: Model, frame: Frame, scale: int = 1) -> NDArray[np.uint8]:
     )
     small = replace(frame, height=int(height), width=int(width))
     pixels = reconstruct(model, small, no_codes(model.config, small), None, scale)
-    return np.ascontiguousarray(pixels[rows[:, None], columns])
+    return np.ascontiguousarray(pixels[:, rows[:, None], columns])
 
 
 def largest_scale(config: Config) -> int:
@@ -135,19 +135,21 @@ def _boxes(model: Model, frame: Frame, region: Region | None, scale: int) -> "li
 
 
 class GridEstimate(Estimate):
-    """The estimate over the grids of a picture. Networks run in windows; codes are added in place.
+    """The estimate over the grids of pictures. Networks run in windows; codes are added in place.
 
     Args:
-        model, frame, region, scale: see `reconstruct`.
+        model, frame, region, scale: see `reconstruct`. pictures: how many.
 
     Attributes:
         boxes: for each level, the part of its grid that the estimate covers: all that the region depends on.
     """
 
-    def __init__(self, model: Model, frame: Frame, region: Region | None = None, scale: int = 1) -> None:
+    def __init__(
+        self, model: Model, frame: Frame, pictures: int = 1, region: Region | None = None, scale: int = 1
+    ) -> None:
         quality = torch.tensor([frame.quality], device=model.device)
         super().__init__(model.vqvae, quality, *frame.padded(model.config.multiple))
-        self.model, self.frame, self.region, self.scale = model, frame, region, scale
+        self.model, self.frame, self.pictures, self.region, self.scale = model, frame, pictures, region, scale
         self.boxes = _boxes(model, frame, region, scale)
 
     @timed("refinement")
@@ -169,7 +171,7 @@ class GridEstimate(Estimate):
         self.values = self.values.contiguous(memory_format=torch.channels_last)
 
     def _zeros(self, level: Level, box: "Box") -> Tensor:
-        shape = (1, level.stage.channels, *(s.stop - s.start for s in box))
+        shape = (self.pictures, level.stage.channels, *(s.stop - s.start for s in box))
         values = torch.zeros(shape, dtype=torch.float32, device=self.model.device)
         return values.contiguous(memory_format=torch.channels_last)
 
@@ -192,10 +194,11 @@ class GridEstimate(Estimate):
             self.values[:, :, strip] = refined[:, :, first : first + strip.stop - strip.start]
 
     @timed("refinement")
-    def add_at(self, window: "Box", vectors: Tensor) -> None:
-        """Add vectors, float (1, P D, h, w) in steps, to the slice's channels in a window of the grid, in place."""
+    def add_at(self, place: tuple[slice, slice, slice], vectors: Tensor) -> None:
+        """Add vectors, float (b, P D, h, w) in steps, to the slice's channels of some pictures, rows and columns."""
         assert self.piece is not None
-        self.values[(slice(None), self.piece.channels, *window)] += vectors * self.step
+        pictures, rows, columns = place
+        self.values[pictures, self.piece.channels, rows, columns] += vectors * self.step
 
     @timed("decoder")
     def picture(self) -> NDArray[np.uint8]:
@@ -212,7 +215,7 @@ class GridEstimate(Estimate):
         reach = -(-self.vqvae.decoder_reach(level) // stride)
         asked = _pixels(self.frame, self.region, scale)
         own = _coarser(asked, stride // scale)
-        pixels = np.empty((*((s.stop - s.start) * stride // scale for s in own), 3), np.uint8)
+        pixels = np.empty((self.pictures, *((s.stop - s.start) * stride // scale for s in own), 3), np.uint8)
         height, width = self.values.shape[2:]
         box = _inside(own, self.boxes[level])
         for inner, outer, part in windows(height, width, _window(config, stride), reach, box):
@@ -220,15 +223,15 @@ class GridEstimate(Estimate):
             rows, columns = finer(part, stride // finest)[2:]
             left = (inner[1].start - box[1].start) * stride // scale
             for band, around, middle in _bands(features.shape, rows, side, local, self.model.device):
-                decoded = self.vqvae.render(features[:, :, around], self.quality, kernel)[0]
+                decoded = self.vqvae.render(features[:, :, around], self.quality, kernel)
                 ys, xs = (slice(s.start * side, s.stop * side) for s in (middle, columns))
-                ready = decoded[:, ys, xs].round().clamp_(0, 255).permute(1, 2, 0).to("cpu", torch.uint8).numpy()
+                ready = decoded[:, :, ys, xs].round().clamp_(0, 255).permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()
                 top = (inner[0].start - box[0].start) * stride // scale + (band.start - rows.start) * side
-                target = pixels[top : top + len(ready), left : left + ready.shape[1]]
+                target = pixels[:, top : top + ready.shape[1], left : left + ready.shape[2]]
                 target[...] = ready
                 if self.frame.grey:
-                    target[...] = np.rint(target.mean(2, keepdims=True, dtype=np.float32))
-        return np.ascontiguousarray(pixels[_inside(asked, finer(own, stride // scale)[2:])])
+                    target[...] = np.rint(target.mean(3, keepdims=True, dtype=np.float32))
+        return np.ascontiguousarray(pixels[(slice(None), *_inside(asked, finer(own, stride // scale)[2:]))])
 
 
 def _bands(
@@ -245,7 +248,7 @@ def _bands(
         latter.
     """
     height, width = shape[2:]
-    count = max(1, BAND_PIXELS[device.type] // (width * side**2))
+    count = max(1, BAND_PIXELS[device.type] // (shape[0] * width * side**2))
     for start in range(rows.start, rows.stop, count):
         stop = min(start + count, rows.stop)
         low, high = max(0, start - reach), min(height, stop + reach)
@@ -283,16 +286,16 @@ def _strips(height: int, width: int, side: int) -> list[slice]:
 
 @timed("encoder")
 def analyse(model: Model, pixels: NDArray[np.uint8], quality: Tensor) -> list[Tensor]:
-    """Encode pixels, uint8 (H, W, 3), to latents.
+    """Encode pixels to latents.
 
     Args:
-        model: the weights. pixels: the picture. quality: (1,), 1..100.
+        model: the weights. pixels: uint8 (B, H, W, 3). quality: (1,), 1..100, of all pictures.
 
     Returns:
-        For each level, coarse first, float (1, C, h, w) over the padded picture.
+        For each level, coarse first, float (B, C, h, w) over the padded pictures.
     """
     unit = model.config.multiple
-    height, width = pixels.shape[:2]
+    height, width = pixels.shape[1:3]
     down, right = -height % unit, -width % unit
     coarse = (height + down) // unit, (width + right) // unit
     latents: list[Tensor] = []
@@ -311,10 +314,10 @@ def analyse(model: Model, pixels: NDArray[np.uint8], quality: Tensor) -> list[Te
 
 
 def _transform(model: Model, pixels: NDArray[np.uint8], box: "Box") -> Tensor:
-    """`VQVAE.transform` under a box of positions of the coarsest grid: float (1, C, h, w)."""
+    """`VQVAE.transform` under a box of positions of the coarsest grid: float (B, C, h, w)."""
     finest = model.config.stages[0]
     rows, columns = finer(box, model.config.multiple // finest.stride)[2:]
-    shape = (1, finest.channels, rows.stop - rows.start, columns.stop - columns.start)
+    shape = (len(pixels), finest.channels, rows.stop - rows.start, columns.stop - columns.start)
     x = torch.empty(shape, dtype=torch.float32, device=model.device).contiguous(memory_format=torch.channels_last)
     reach = model.vqvae.local_reach()
     for band, around, own in _bands(shape, slice(0, shape[2]), finest.stride, reach, model.device):
@@ -324,20 +327,20 @@ def _transform(model: Model, pixels: NDArray[np.uint8], box: "Box") -> Tensor:
 
 
 def cut(model: Model, pixels: NDArray[np.uint8], box: "Box", stride: int) -> Tensor:
-    """Cut out the pixels under a box of positions of a grid: float (1, 3, h, w), 0..255.
+    """Cut out of pixels (B, H, W, 3) what is under a box of positions of a grid: float (B, 3, h, w), 0..255.
 
     Beyond the picture its last row and column are repeated.
     """
     ys, xs = (slice(s.start * stride, s.stop * stride) for s in box)
-    bottom, right = (length - 1 for length in pixels.shape[:2])
-    known = np.array(pixels[min(ys.start, bottom) : ys.stop, min(xs.start, right) : xs.stop])
-    part = torch.from_numpy(known).to(model.device).permute(2, 0, 1)[None].float()
+    bottom, right = (length - 1 for length in pixels.shape[1:3])
+    known = np.array(pixels[:, min(ys.start, bottom) : ys.stop, min(xs.start, right) : xs.stop])
+    part = torch.from_numpy(known).to(model.device).permute(0, 3, 1, 2).float()
     pad = (0, xs.stop - xs.start - part.shape[3], 0, ys.stop - ys.start - part.shape[2])
     return functional.pad(part, pad, mode="replicate").contiguous(memory_format=torch.channels_last)
 
 
 def _empty(z: Tensor, ratio: int, coarse: tuple[int, int]) -> Tensor:
-    shape = (1, z.shape[1], coarse[0] * ratio, coarse[1] * ratio)
+    shape = (*z.shape[:2], coarse[0] * ratio, coarse[1] * ratio)
     return torch.empty(shape, dtype=z.dtype, device=z.device).contiguous(memory_format=torch.channels_last)
 
 

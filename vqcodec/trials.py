@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vqcodec import coding, encoder, search, synthesis, tuning
-from vqcodec.entropy import Encoder
 from vqcodec.frame import Frame
 from vqcodec.models.model import Model
 from vqcodec.target import Setting
@@ -59,10 +58,10 @@ class Trials:
             if self._closest is not None and self._closest[0] == setting:
                 codes = self._closest[1]
             else:
-                coders = None if self.rounds else coding.new_coders(self.model, frame)
+                coders = None if self.rounds else coding.new_coders(self.model, frame, 1)
                 codes = self._choose(setting, coders)
             with coding.exact(self.model):
-                segments = coding.in_file_order(coders) if coders else coding.encode(self.model, frame, codes)
+                (segments,) = coding.in_file_order(coders) if coders else coding.encode(self.model, frame, codes)
             self._files[setting] = self.write(frame, segments), digest(codes)
         return self._files[setting]
 
@@ -79,15 +78,15 @@ class Trials:
         if setting not in self._likenesses:
             codes = self._choose(setting)
             with coding.exact(self.model):
-                restored = synthesis.reconstruct(self.model, self.frame_of(setting.quality), codes)
+                (restored,) = synthesis.reconstruct(self.model, self.frame_of(setting.quality), codes)
             value = metric(self.pixels, restored)
             if all(abs(value - goal) < abs(other - goal) for other in self._likenesses.values()):
                 self._closest = setting, codes
             self._likenesses[setting] = value
         return self._likenesses[setting]
 
-    def _choose(self, setting: Setting, coders: list[list[Encoder]] | None = None) -> list[Tensor]:
-        """The codes. Without a search they can go to coders `coders[tile][layer]` at once."""
+    def _choose(self, setting: Setting, coders: coding.Coders | None = None) -> list[Tensor]:
+        """The codes. Without a search they can go to coders at once."""
         frame, importance = self.frame_of(setting.quality), self._importance(setting)
         with coding.exact(self.model):
             codes = encoder.choose(self.model, frame, self._latents_at(setting.quality), importance, coders)
@@ -101,18 +100,20 @@ class Trials:
         if latents is None:
             if len(self._latents) == KEPT:
                 del self._latents[next(iter(self._latents))]
-            latents = synthesis.analyse(self.model, self.pixels, torch.tensor([quality], device=self.model.device))
+            latents = synthesis.analyse(
+                self.model, self.pixels[None], torch.tensor([quality], device=self.model.device)
+            )
         self._latents[quality] = latents
         return latents
 
     def _importance(self, setting: Setting) -> Importance:
         if self.tuned is None:
             return tuning.flat(self.model.config, *setting)
-        return self.tuned.importance(self.model.config, self.pixels, *setting)
+        return self.tuned.importance(self.model.config, self.pixels[None], *setting)
 
 
 def digest(codes: Sequence[Tensor]) -> bytes:
-    """SHA-256 of codes in the form that `coding.decode` returns."""
+    """SHA-256 of codes as of coding.py."""
     found = hashlib.sha256()
     for level in codes:
         found.update(repr(tuple(level.shape)).encode())

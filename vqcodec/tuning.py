@@ -37,12 +37,12 @@ STRIP = 512  # pixel rows whose activity is measured at a time, which bounds mem
 
 @dataclass(frozen=True)
 class Importance:
-    """Distortion weights for the choice of the codes of one picture.
+    """Distortion weights for the choice of the codes of B pictures of one size.
 
     Attributes:
         weight: lambda, in bits per pixel per unit of mean squared error on the 0..255 scale.
         planes: for each level float (P,), factors on `weight` for its code planes; empty for 1.
-        places: float (h, w), factors for the positions of the finest level; None for 1.
+        places: float (B, h, w), factors for the positions of the finest level; None for 1.
         visual, squared: the distortion of a whole picture is squared * mse + visual * visual distance. The search uses
             it; `planes` and `places` approximate it symbol by symbol.
     """
@@ -62,9 +62,9 @@ class Importance:
         """The factors of some planes of a level: float (P,), or 1."""
         return self.planes[level][span] if self.planes else 1.0
 
-    def of_places(self, finest: bool, window: tuple[slice, slice]) -> Tensor | None:
-        """The factors in a window of a level's grid: float (h, w), or None for 1."""
-        return self.places[window] if finest and self.places is not None else None
+    def of_places(self, finest: bool, place: tuple[slice, slice, slice]) -> Tensor | None:
+        """The factors of some pictures in some rows and columns of a level's grid: float (b, h, w), or None for 1."""
+        return self.places[place] if finest and self.places is not None else None
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,10 @@ class Tuning:
     planes: tuple[Tensor, ...]
 
     def importance(self, config: Config, pixels: NDArray[np.uint8], quality: int, emphasis: float = 1.0) -> Importance:
-        """The distortion weights for a picture.
+        """The distortion weights for pictures.
 
         Args:
-            config: of the weights. pixels: uint8 (H, W, 3). quality: 1..100.
+            config: of the weights. pixels: uint8 (B, H, W, 3). quality: 1..100.
             emphasis: factor on the distortion weight, for rates between two qualities.
         """
 
@@ -173,22 +173,22 @@ def activity(pixels: NDArray[np.uint8], config: Config) -> Tensor:
     """Measure texture: the variance of luma within small blocks, averaged over each position of the finest level.
 
     Args:
-        pixels: uint8 (H, W, 3). config: of the weights.
+        pixels: uint8 (B, H, W, 3). config: of the weights.
 
     Returns:
-        float32 (h, w) over the padded picture, in squared 8-bit levels.
+        float32 (B, h, w) over the padded pictures, in squared 8-bit levels.
     """
     stride, unit = config.levels[-1].stride, config.multiple
-    height, width = pixels.shape[:2]
+    height, width = pixels.shape[1:3]
     block = min(BLOCK, stride)
     strips = []
     for top in range(0, height, STRIP):
-        luma = torch.from_numpy(pixels[top : top + STRIP] @ np.array(LUMA, np.float32))[None, None]
+        luma = torch.from_numpy(pixels[:, top : top + STRIP] @ np.array(LUMA, np.float32))[:, None]
         down = -height % unit if top + STRIP >= height else 0
         luma = functional.pad(luma, (0, -width % unit, 0, down), mode="replicate")
         means, squares = functional.avg_pool2d(luma, block), functional.avg_pool2d(luma.square(), block)
-        strips.append(functional.avg_pool2d((squares - means.square()).clamp(min=0), stride // block)[0, 0])
-    return torch.cat(strips)
+        strips.append(functional.avg_pool2d((squares - means.square()).clamp(min=0), stride // block)[:, 0])
+    return torch.cat(strips, 1)
 
 
 def _lagrangian(config: Config, quality: int) -> float:

@@ -31,7 +31,7 @@ from models import TINY
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vqcodec import bitstream, codec, image, packaged, weights
+from vqcodec import bitstream, codec, decoder, image, packaged, weights
 from vqcodec.bitstream import Chunk
 from vqcodec.image import Picture
 from vqcodec.models.config import Config, PriorConfig, SliceConfig, StageConfig
@@ -110,9 +110,9 @@ def renew(folder: Path) -> None:
         model = weights.load(weights_file)
         data = codec.compress(picture, weights=weights_file, device="cpu", verify=True, **options)
         (folder / f"{name}.vqz").write_bytes(data)
-        codes = codec.decode_codes(bitstream.read(data), model)
+        codes = decoder.decode_codes([bitstream.read(data)], model)
         with (folder / f"{name}.npz").open("wb") as file:
-            np.savez_compressed(file, **{f"level{n}": level.numpy() for n, level in enumerate(codes)})
+            np.savez_compressed(file, **{f"level{n}": level[0].numpy() for n, level in enumerate(codes)})
         restored = codec.decode_picture(data, weights=weights_file, device="cpu")
         (folder / f"{name}.png").write_bytes(image.save(restored, ".png"))
     for name, data in bad_files((folder / "tiny.vqz").read_bytes()).items():
@@ -127,7 +127,7 @@ def renew_photos(folder: Path) -> None:
     for name, (picture, options) in PHOTOS.items():
         data = codec.compress(picture, device="cpu", verify=True, **options)
         (folder / f"{name}.vqz").write_bytes(data)
-        expected[name] = hash_of(codec.decode_codes(bitstream.read(data), model))
+        expected[name] = hash_of(decoder.decode_codes([bitstream.read(data)], model))
         for look, suffix in (("faithful", ""), ("natural", ".natural")):
             restored = codec.decode_picture(data, look=look, device="cpu")
             (folder / f"{name}{suffix}.png").write_bytes(image.save(restored, ".png"))
@@ -138,9 +138,9 @@ def renew_photos(folder: Path) -> None:
 
 
 def hash_of(codes: list[Tensor]) -> str:
-    """SHA-256 of the shapes and values of all levels' codes."""
+    """SHA-256 of the shapes and values of all levels' codes, of one picture."""
     digest = hashlib.sha256()
-    for level in codes:
+    for (level,) in codes:
         digest.update(repr(tuple(level.shape)).encode())
         digest.update(level.numpy().astype("<i8").tobytes())
     return digest.hexdigest()

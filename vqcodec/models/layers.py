@@ -81,8 +81,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, cond: Condition) -> Tensor:
         """x: float (B, C, h, w); the result has the same shape."""
-        if len(x) == 1 and not self.training:
-            return self._of_one(x, cond)
+        if len(cond.unit) == 1 and not self.training:
+            return self._at_one_quality(x, cond)
         gain, shift = self.quality(cond.basis)[:, :, None, None].chunk(2, 1)
         size = torch.maximum(self.deviation, cond.unit[:, None])
         y = functional.leaky_relu(self.reduce(x * (1 / size)[:, :, None, None].to(x.dtype)), 0.1)
@@ -94,8 +94,8 @@ class ResidualBlock(nn.Module):
             self.energy = cond.unit.square() * energy + (COMMON - 1) * common
         return x + (cond.unit[:, None, None, None] * y).to(x.dtype)
 
-    def _of_one(self, x: Tensor, cond: Condition) -> Tensor:
-        """`forward` for one picture, with the modulation folded into the kernels.
+    def _at_one_quality(self, x: Tensor, cond: Condition) -> Tensor:
+        """`forward` for pictures of one quality, with the modulation folded into the kernels.
 
         Without gradients a CPU processes strips of rows that fit the cache, which is twice as fast at stride 4.
         """
@@ -118,7 +118,7 @@ class ResidualBlock(nn.Module):
         if torch.is_grad_enabled() or x.is_cuda:
             return x + added(0, x.shape[2])
         out = torch.empty_like(x)
-        rows = max(1, STRIP // x.shape[3])
+        rows = max(1, STRIP // (len(x) * x.shape[3]))
         for start in range(0, x.shape[2], rows):
             strip = slice(start, min(start + rows, x.shape[2]))
             torch.add(x[:, :, strip], added(strip.start, strip.stop), out=out[:, :, strip])

@@ -6,6 +6,8 @@ the features of its patch modulate (Jia et al. 2026, "PULSE", section 2, "Synthe
 & Xie 2023, "Scalable diffusion models with transformers", adaptive layer norm).
 """
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -86,8 +88,8 @@ class Renderer(nn.Module):
         Returns:
             float (B, 3, H, W).
         """
-        if len(pixels) == 1 and not (torch.is_grad_enabled() or pixels.is_cuda):
-            return self._of_one(pixels, x, unit)
+        if len(unit) == 1 and not (torch.is_grad_enabled() or pixels.is_cuda):
+            return self._at_one_quality(pixels, x, unit)
         x = x * (1 / torch.maximum(self.deviation, unit[:, None]))[:, :, None, None].to(x.dtype)
         cells = _pointwise(functional.pixel_unshuffle(pixels, CELL), self.basis)
         normalised = cells * (1 / torch.maximum(self.detail, unit[:, None]))[:, :, None, None]
@@ -101,8 +103,8 @@ class Renderer(nn.Module):
         y = _pointwise(self.expand(y), self.basis.T) * unit[:, None, None, None]
         return pixels + functional.pixel_shuffle(y, CELL)
 
-    def _of_one(self, pixels: Tensor, x: Tensor, unit: Tensor) -> Tensor:
-        """`forward` for one picture without gradients, with bases and sizes folded into the matrices.
+    def _at_one_quality(self, pixels: Tensor, x: Tensor, unit: Tensor) -> Tensor:
+        """`forward` for pictures of one quality without gradients, with bases and sizes folded into the matrices.
 
         A CPU processes strips of patches whose cells fit the cache.
         """
@@ -119,11 +121,11 @@ class Renderer(nn.Module):
             expand, expand_bias = unit * (self.basis.T @ expand), unit * (self.basis.T @ self.expand.bias)
 
             height, width = x.shape[2:]
-            patches = x[0].permute(1, 2, 0).float()
+            patches = x.permute(0, 2, 3, 1).float()
             out = torch.empty_like(pixels)
             rows = max(1, STRIP // (width * self.ratio**2))
-            for start in range(0, height, rows):
-                some = patches[start : start + rows] * size
+            for picture, start in itertools.product(range(len(x)), range(0, height, rows)):
+                some = patches[picture, start : start + rows] * size
                 count = len(some)
                 own = functional.linear(some, features[order], self.features.bias[order])
                 own = own.view(count, width, self.ratio, -1).transpose(1, 2).reshape(-1, FEATURES)
@@ -133,7 +135,7 @@ class Renderer(nn.Module):
                 gain, shift = modulation[:, None, :, None].chunk(2, -1)
                 side = CELL * self.ratio
                 strip = slice(start * side, (start + count) * side)
-                before, after = (_cells(p[0, :, strip]) for p in (pixels, out))
+                before, after = (_cells(p[picture, :, strip]) for p in (pixels, out))
                 y = functional.linear(before.reshape(-1, len(self.basis)), from_cells, self.reduce.bias)
                 y = functional.leaky_relu_(y.addmm_(own, from_features.T), 0.1)
                 y = functional.linear(y, mix, self.mix.bias).reshape(count, self.ratio, width, self.ratio, -1)

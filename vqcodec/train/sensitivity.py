@@ -79,7 +79,7 @@ def _contributions(model: Model, pictures: Sequence[Pixels], quality: int) -> _C
         pixels = pixels[:height, :width]
         frame = Frame(width, height, quality)
         with coding.exact(model):
-            codes = encode(model, frame, pixels)[1]
+            codes = encode(model, frame, pixels[None])[1]
         original = torch.from_numpy(pixels.copy()).to(model.device).permute(2, 0, 1)[None].float()
         errors, leaves, restored = _restore_with_errors(model, codes, quality, chance)
         square = (restored - original).square().mean()
@@ -109,7 +109,7 @@ def _restore_with_errors(
     """Decode codes with an error on every code vector.
 
     Args:
-        model: the weights. codes: for each level int16 (h, w, P). quality: 1..100. chance: the random generator.
+        model: the weights. codes: of one picture, as of coding.py. quality: 1..100. chance: the random generator.
 
     Returns:
         For each slice its errors, float (1, P D, h, w) in steps; for each slice its vectors with errors, of the same
@@ -117,10 +117,10 @@ def _restore_with_errors(
     """
     at = torch.tensor([quality], device=model.device)
     errors, leaves = [], []
-    height, width = (side * model.config.multiple for side in codes[0].shape[:2])
+    height, width = (side * model.config.multiple for side in codes[0].shape[1:3])
     estimate = Estimate(model.vqvae, at, height, width)
     for piece in walk(model.levels, estimate):
-        indices = codes[piece.level][None, :, :, piece.planes].to(model.device, torch.int64)
+        indices = codes[piece.level][..., piece.planes].to(model.device, torch.int64)
         vectors = piece.vectors(indices)
         sign = 2 * torch.randint(2, vectors.shape, generator=chance) - 1
         errors.append((AMPLITUDE * sign).to(model.device))
@@ -139,7 +139,7 @@ def _masking(model: Model, found: _Contributions, pictures: Sequence[Pixels]) ->
     variances, sensitivities = [], []
     for pixels, places in zip(pictures, found.places, strict=True):
         height, width = places.shape
-        variances.append(tuning.activity(pixels, model.config)[:height, :width].flatten())
+        variances.append(tuning.activity(pixels[None], model.config)[0, :height, :width].flatten())
         sensitivities.append(places.flatten())
     x = (torch.cat(variances) + LEAST_VARIANCE).log()
     y = torch.cat(sensitivities)
@@ -157,9 +157,9 @@ def _balanced(model: Model, tuned: Tuning, pictures: Sequence[Pixels]) -> Tuning
         for pixels in pictures:
             height, width = pixels.shape[:2]
             frame = Frame(width, height, quality)
-            importance = None if how is None else how.importance(model.config, pixels, quality)
+            importance = None if how is None else how.importance(model.config, pixels[None], quality)
             with coding.exact(model):
-                total += sum(map(len, encode(model, frame, pixels, importance)[0]))
+                total += sum(map(len, encode(model, frame, pixels[None], importance)[0][0]))
         return total
 
     wanted = [size(quality, None) for quality in QUALITIES]
