@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -47,7 +48,7 @@ from vqcodec import weights as weights_files
 from vqcodec.metrics import psnr as measured_psnr
 from vqcodec.models.prior import Prior
 from vqcodec.models.vqvae import VQVAE
-from vqcodec.ssimulacra2 import ssimulacra2
+from vqcodec.ssimulacra2 import BYTES_A_PIXEL, ssimulacra2
 from vqcodec.weights import save_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -199,6 +200,16 @@ def test_cvvdp_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measures, "import_torchvision", lambda: None)
     with pytest.raises(measures.MeasureUnavailableError, match="pip install cvvdp"):
         measures.function("cvvdp", None)
+
+
+def test_ssimulacra2_takes_no_more_memory_than_it_says() -> None:
+    picture, other = reference_noise(600, 800, 1), reference_noise(600, 800, 2)
+    tracemalloc.start()
+    try:
+        ssimulacra2(picture, other)
+        assert tracemalloc.get_traced_memory()[1] <= BYTES_A_PIXEL * 600 * 800
+    finally:
+        tracemalloc.stop()
 
 
 def test_ssimulacra2_edges() -> None:

@@ -20,9 +20,10 @@ from commandline import ROOT, fails, process, redirected, run, tree
 from PIL import Image, ImageCms
 
 import vqcodec
-from vqcodec import bitstream, cli, files, image, packaged, pool, terminal
+from vqcodec import bitstream, cli, files, image, options, packaged, pool, terminal
 from vqcodec.errors import FormatError, TrainingError, WeightsError
 from vqcodec.pictures import plugins
+from vqcodec.ssimulacra2 import ssimulacra2
 from vqcodec.train.process import Interrupted
 
 
@@ -135,7 +136,6 @@ def test_help_has_ranges_and_defaults():
         (["compress", "--target-size", "5XB", "x"], "Invalid value for '--target-size': '5XB' is not a size like"),
         (["compress", "--tune", "pretty", "x"], "Invalid value for '--tune': 'pretty' is not one of 'visual', 'psnr'."),
         (["compress", "--device", "tpu", "x"], "Invalid value for '--device'"),
-        (["compress", "--weights", "no", "x"], "Invalid value for '--weights': File 'no' does not exist."),
         (["compress", "a.png", "a.png"], "a.png and a.png would both become a.vqz"),
         (["compress", "a.png", "b.png", "-o", os.devnull], f"{os.devnull} is not a folder"),
         (["compress", "a.png", "-o", ""], "the name of the output is empty"),
@@ -186,10 +186,6 @@ def test_help_has_ranges_and_defaults():
         (["train", "x"], "Missing option '-o' / '--output'."),
         (["train", "x", "-o", "y", "--minutes", "0"], "Invalid value for '--minutes'"),
         (["train", "x", "-o", "y", "--distortion", "psnr"], "Invalid value for '--distortion'"),
-        (
-            ["train", "x", "-o", "y", "--lpips", "no.safetensors"],
-            "Invalid value for '--lpips': File 'no.safetensors' does",
-        ),
     ],
 )
 def test_wrong_usage(arguments, message):
@@ -197,6 +193,69 @@ def test_wrong_usage(arguments, message):
     assert (ran.exit_code, ran.stdout) == (2, "")
     (line,) = ran.stderr.splitlines()
     assert line.startswith(f"vqcodec: {message}") and line.endswith("--help)")
+
+
+READERS = [
+    ["compress", "FILE", "-o", "out.vqz"],
+    ["compress", "photo.png", "--weights", "FILE", "-o", "out.vqz"],
+    ["decompress", "FILE", "-o", "out.png"],
+    ["decompress", "a.vqz", "--weights", "FILE", "-o", "out.png"],
+    ["info", "FILE"],
+    ["compare", "FILE", "photo.png"],
+    ["compare", "photo.png", "FILE"],
+    ["compare", "photo.png", "photo.png", "FILE", "--html", "out.html"],
+    ["compare", "photo.png", "photo.png", "--weights", "FILE"],
+    ["train", "FILE", "-o", "out.safetensors"],
+    ["train", "photo.png", "-o", "out.safetensors", "--from", "FILE"],
+    ["train", "photo.png", "-o", "FILE.natural.safetensors", "--from", "photo.png", "--natural", "FILE"],
+    ["train", "photo.png", "-o", "out.safetensors", "--lpips", "FILE"],
+    ["sample", "FILE", "-o", "out.png"],
+    ["sample", "--complete", "FILE", "-o", "out.png"],
+    ["reconstruct", "FILE", "-o", "out.png"],
+    ["reconstruct", "photo.png", "--weights", "FILE", "-o", "out.png"],
+]
+
+
+@pytest.mark.parametrize("command", READERS, ids=" ".join)
+def test_what_cannot_be_read_is_no_wrong_usage(codec, photo, monkeypatch, command):
+    """Whichever command and option names it, and whether it is missing or closed: one line, and exit code 1."""
+    write_vqz("a.vqz")
+    arguments = [argument.replace("FILE", "x.bmp") for argument in command]
+    before = tree()
+    fails(run(*arguments), 1, "vqcodec: x.bmp: No such file or directory")
+    assert tree() == before
+
+    Path("x.bmp").touch()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: os.fspath(path) != "x.bmp" and access(path, mode))
+    for owner, name, function in ((options, "open", open), (Path, "read_bytes", Path.read_bytes)):
+
+        def refuse(path, *how, function=function):
+            if os.fspath(path) == "x.bmp":
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "x.bmp")
+            return function(path, *how)
+
+        monkeypatch.setattr(owner, name, refuse, raising=False)  # the tests may run as root, who reads everything
+    fails(run(*arguments), 1, "vqcodec: x.bmp: Permission denied")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["compress", "photo.png", "-o", "out.png", "-f"],
+        ["reconstruct", "photo.png", "-o", "out.png"],
+        ["train", "photo.png", "-o", "out.safetensors"],
+        ["compare", "photo.png", "photo.png", "--html", "out.html"],
+    ],
+    ids=" ".join,
+)
+def test_outputs_need_not_be_readable(photo, monkeypatch, command):
+    """Nor is it wrong usage when one cannot be written."""
+    name = next(argument for argument in command if argument.startswith("out."))
+    Path(name).touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != name)
+    said = "Permission denied" if "-f" in command else "File exists, -f would overwrite it"
+    fails(run(*command), 1, f"vqcodec: {name}: {said}")
 
 
 # compress and decompress
@@ -818,18 +877,40 @@ def test_compare(codec, photo):
     assert (ran.exit_code, ran.stderr) == (0, "")
     first, second = ran.stdout.splitlines()
     assert first == f"photo.vqz: {size:,} bytes, {8 * size / 1200:.4f} bpp"
-    assert re.fullmatch(r"PSNR 34\.\d\d dB, MS-SSIM 0\.9\d\d\d", second)
+    score = ssimulacra2(noisy, photo)
+    assert re.fullmatch(rf"PSNR 34\.\d\d dB, MS-SSIM 0\.9\d\d\d, SSIMULACRA2 {score:.1f}", second)
+    assert f"{score:.1f}" != f"{ssimulacra2(photo, noisy):.1f}", "the first is the original"
     told = json.loads(run("compare", "noisy.png", "photo.vqz", "--json").stdout)
     assert told["files"] == [{"file": "photo.vqz", "bytes": size, "bpp": 8 * size / 1200}]
     assert told["psnr"] == pytest.approx(34.15, abs=0.1)
+    assert told["ssimulacra2"] == score
     assert (told["width"], told["height"]) == (40, 30)
 
 
 def test_compare_equal_pictures(photo):
-    assert run("compare", "photo.png", "photo.png").stdout == "PSNR inf dB, MS-SSIM 1.0000\n"
+    assert run("compare", "photo.png", "photo.png").stdout == "PSNR inf dB, MS-SSIM 1.0000, SSIMULACRA2 100.0\n"
     told = json.loads(run("compare", "photo.png", "photo.png", "--json").stdout)
     assert (told["psnr"], told["files"]) == (None, [])
     assert told["ms_ssim"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("side", "memory", "said", "note"),
+    [
+        (7, math.inf, "PSNR inf dB, MS-SSIM nan, SSIMULACRA2 nan", ""),
+        (40, 99_200, "PSNR inf dB, MS-SSIM 1.0000, SSIMULACRA2 100.0", ""),
+        (40, 99_199, "PSNR inf dB, MS-SSIM 1.0000, SSIMULACRA2 -", "no SSIMULACRA2, it would need 0.0 GB of memory"),
+    ],
+)
+def test_compare_without_ssimulacra2(monkeypatch, side, memory, said, note):
+    """Of pictures that are too small for it, or too large for the memory."""
+    monkeypatch.setattr(cli, "SSIMULACRA2_MEMORY", memory)
+    Image.new("RGB", (side, side)).save("a.png")
+    ran = run("compare", "a.png", "a.png")
+    assert (ran.exit_code, ran.stdout) == (0, f"{said}\n")
+    assert ran.stderr == (f"vqcodec: a.png: note: {note}\n" if note else "")
+    told = json.loads(run("compare", "a.png", "a.png", "--json").stdout)
+    assert told["ssimulacra2"] == (100 if said.endswith(" 100.0") else None)
 
 
 def test_compare_failures(photo):
@@ -958,9 +1039,18 @@ def test_train_interrupted(training, photo, monkeypatch, number, status, asked):
 
 def test_train_in_sittings(training, photo, monkeypatch):
     monkeypatch.setattr(training, "over", False)
-    ran = run("train", ".", "-o", "w.safetensors", "--crops", "9", "--minutes", "2")
-    assert ran.exit_code == 0
-    assert ran.stderr.splitlines()[-1] == "w.safetensors: not trained to the end yet; go on with --resume"
+    for arguments, again in (
+        ("train . -o w.safetensors --crops 9", "train . -o w.safetensors --crops 9 --resume"),
+        ("train . -o w.safetensors --resume --crops 9", "train . -o w.safetensors --resume --crops 9"),
+        ("train -o v.safetensors --crops 9 -- .", "train -o v.safetensors --crops 9 --resume -- ."),
+    ):
+        for command in (arguments, again):
+            monkeypatch.setattr(sys, "argv", ["/usr/bin/vqcodec", *command.split()])
+            ran = run(*command.split())
+            assert ran.exit_code == 0
+            said = ran.stderr.splitlines()[-1]
+            assert said.endswith(f".safetensors: not trained to the end yet; go on with: vqcodec {again}")
+        assert training.calls.pop()[2]["resume"]
 
 
 @pytest.mark.parametrize("distortion", ["mse", "visual"])
@@ -987,6 +1077,8 @@ def test_train_a_look(training, photo):
     assert run(*asked, "-o", "w.natural.safetensors").exit_code == 0
     assert training.calls[0][2]["features"] == Path("f.safetensors")
     assert training.calls[0][2]["start_from"] == Path("w.safetensors")
+    assert run(*asked[:4], "-o", "w.natural.safetensors", "--resume").exit_code == 0
+    assert training.calls[1][2]["start_from"] is None, "its checkpoint knows the weights"
 
 
 def test_the_search_bar_starts_again_for_every_quality(monkeypatch):

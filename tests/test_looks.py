@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import models
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import torch
 from models import TINY
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
@@ -122,24 +124,25 @@ def test_training(own: Path, pictures: Path, small: None, monkeypatch: pytest.Mo
     monkeypatch.setattr(perceptual, "distance", lambda network, features, device: coarse)
     output = own.with_suffix(".natural.safetensors")
 
-    def run(seconds: float, resume: bool = False) -> None:
-        training.train(
-            [pictures],
-            output,
-            start_from=own,
-            features=Path("features"),
-            minutes=seconds / 60,
-            device="cpu",
-            schedule=PLAN,
-            resume=resume,
-        )
+    def run(seconds: float, **options: Any) -> None:
+        asked = {"start_from": own, "features": Path("features"), "schedule": PLAN} | options
+        training.train([pictures], output, minutes=seconds / 60, device="cpu", **asked)
 
     run(1)
-    run(1.3, resume=True)
+    run(1.2, resume=True)
+    run(1.3, resume=True, start_from=None)  # which its checkpoint knows
+    with pytest.raises(TrainingError, match="is of a look of weights .*: give its features with --natural"):
+        run(1.4, resume=True, features=None)
     assert not list(own.parent.glob("*.visual.json")), "a look is no matter of the encoder"
     other = models.save(models.tiny(seed=9), own.with_name("other.safetensors"))
-    with pytest.raises(TrainingError, match="is of a look of weights"):
-        training.train([pictures], output, start_from=other, features=Path("features"), resume=True, device="cpu")
+    with pytest.raises(TrainingError, match="is of a look of weights .*, not of .*: leave out --from"):
+        run(1.4, resume=True, start_from=other)
+    output.with_suffix(".ckpt").rename(kept := own.with_name("kept.ckpt"))
+    with safe_open(kept, framework="pt") as file:
+        save_file(load_file(kept), output.with_suffix(".ckpt"), {**file.metadata(), "look_of": ""})
+    with pytest.raises(TrainingError, match="is of a model of its own, not of a look: leave out --natural"):
+        run(1.4, resume=True, start_from=None)
+    kept.rename(output.with_suffix(".ckpt"))
     data = vqcodec.compress(models.picture(96, 96, 50), weights=own)
     faithful, natural = (
         np.asarray(vqcodec.decompress(data, weights=own, look=name)).astype(float) for name in packaged.LOOKS

@@ -698,7 +698,7 @@ def test_distortions(pictures: Path, tmp_path: Path, unmeasured: None, monkeypat
 
 
 def test_a_resumed_run_keeps_its_distortion(pictures: Path, tmp_path: Path, unmeasured: None) -> None:
-    """Unless another is asked for; a checkpoint that does not know goes on by the schedule."""
+    """Another is refused; a checkpoint that does not know goes on by the schedule."""
     output = tmp_path / "mine.safetensors"
 
     def share(seconds: float, **options: Any) -> float:
@@ -708,16 +708,19 @@ def test_a_resumed_run_keeps_its_distortion(pictures: Path, tmp_path: Path, unme
 
     assert SMALL.visual_share == 0.5
     assert share(0.2, distortion="mse") == 0.0
-    assert share(0.3) == 0.0
-    assert share(0.4, distortion="visual") == 0.5
-    assert share(0.5, schedule=dataclasses.replace(SMALL, visual_share=0.0)) == 0.5, "of the checkpoint"
+    assert share(0.3) == 0.0, "of the checkpoint"
+    assert share(0.4, distortion="mse") == 0.0
+    with pytest.raises(TrainingError, match=r"mine\.ckpt is of a run on distortion mse, not visual: leave out --dist"):
+        share(0.5, distortion="visual")
     path = output.with_suffix(".ckpt")
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     facts = json.loads(metadata["facts"])
-    assert facts.pop("visual_share") == 0.5
+    assert facts.pop("visual_share") == 0.0
     save_file(load_file(path), path, {**metadata, "facts": json.dumps(facts)})
     assert share(0.6, schedule=dataclasses.replace(SMALL, visual_share=0.25)) == 0.25
+    with pytest.raises(TrainingError, match="run on distortion with a visual share of 0.25, not mse"):
+        share(0.7, distortion="mse")
 
 
 def test_an_unknown_distortion(pictures: Path, tmp_path: Path, small: None) -> None:
@@ -899,6 +902,47 @@ def test_nothing_to_resume(pictures: Path, tmp_path: Path, small: None) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_a_checkpoint_of_another_configuration(trained: Run, pictures: Path, small: None) -> None:
-    with pytest.raises(TrainingError, match=r"mine\.ckpt is of another configuration"):
-        run(pictures, trained.output, 4, resume=True, config="vqvae2")
+@pytest.mark.parametrize(
+    ("asked", "other", "options"),
+    [
+        ({"config": "vqvae2"}, "'vqvae2', differing in .*stages, .*", "--config"),
+        ({"config": None, "start_from": models.tiny_weights()}, "'tiny', differing in name, stages.*", "--from"),
+        ({"config": TINY, "start_from": models.tiny_weights()}, "'tiny', .*", "--config and --from"),
+    ],
+    ids=["config", "from", "both"],
+)
+def test_a_checkpoint_of_another_configuration(
+    trained: Run, pictures: Path, small: None, asked: dict[str, Any], other: str, options: str
+) -> None:
+    own = f"leave out {options} to go on with its own, 'least'"
+    with pytest.raises(TrainingError, match=rf"mine\.ckpt is of another configuration than {other}: {own}$"):
+        run(pictures, trained.output, 4, resume=True, **asked)
+
+
+def test_a_checkpoint_knows_what_its_run_began_with(pictures: Path, tmp_path: Path, unmeasured: None) -> None:
+    """Resumed with nothing but --resume, a warm start goes on with its configuration, commitment and schedule."""
+    output, first = tmp_path / "mine.safetensors", tmp_path / "first.safetensors"
+    run(pictures, first, 0.1, schedule=None)
+    commitment = dataclasses.replace(LEAST, commitment=0.1)
+    run(pictures, output, 0.1, start_from=first, config=commitment, schedule=None)
+
+    def known() -> tuple[str, bool]:
+        with safe_open(output.with_suffix(".ckpt"), framework="pt") as file:
+            metadata = file.metadata()
+        return metadata["config"], json.loads(metadata["facts"])["onward"]
+
+    began = known()
+    assert began == (commitment.to_json(), True)
+    for seconds, asked in ((0.2, {}), (0.3, {"start_from": first})):
+        first_step = log_of(output)[-1]["step"]
+        seen = run(pictures, output, seconds, resume=True, config=None, schedule=None, **asked)
+        assert seen[-1].step > first_step and known() == began
+
+
+def test_a_checkpoint_that_has_no_configuration(trained: Run, pictures: Path, tmp_path: Path, small: None) -> None:
+    path = trained.copy(tmp_path).with_suffix(".ckpt")
+    with safe_open(path, framework="pt") as file:
+        facts = file.metadata()["facts"]
+    save_file(load_file(path), path, {"facts": facts})
+    with pytest.raises(TrainingError, match="not a checkpoint of a training run of this version"):
+        run(pictures, tmp_path / trained.output.name, 4, resume=True)

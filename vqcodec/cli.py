@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from vqcodec.image import Picture
 
 DEFAULT_MINUTES = 180.0  # of a training run
+SSIMULACRA2_MEMORY = 4e9  # bytes that `compare` spends on it
 
 
 class _Program(click.Group):
@@ -54,7 +55,8 @@ class _Program(click.Group):
             terminal.say("vqcodec: interrupted")
             status = 130
         except OSError as error:  # one that names no file is of what is printed
-            terminal.say(f"vqcodec: {error.filename or 'standard output'}: {terminal.message(error)}")
+            name = "standard output" if error.filename is None else error.filename or "''"
+            terminal.say(f"vqcodec: {name}: {terminal.message(error)}")
             streams.discard(sys.stdout)
             status = 1
         sys.exit(status or int(bool(terminal.unsaid)))
@@ -408,7 +410,7 @@ def _decompress(job: files.Job, *, test: bool, max_pixels: int, **settings: Any)
 
 
 @main.command()
-@click.argument("paths", metavar="FILE...", nargs=-1, type=options.INPUT)
+@click.argument("paths", metavar="FILE...", nargs=-1, type=options.PATH)
 @click.option(
     "--weights",
     is_flag=False,
@@ -449,10 +451,10 @@ def info(paths: tuple[str, ...], weights: str | None, as_json: bool) -> int:
 
 
 @main.command()
-@click.argument("first", metavar="A", type=click.Path())
-@click.argument("second", metavar="B", type=click.Path())
-@click.argument("others", metavar="[C...]", nargs=-1, type=click.Path())
-@click.option("--html", metavar="OUT", type=click.Path(), help="Write a page to see the pictures before and after.")
+@click.argument("first", metavar="A", type=options.PATH)
+@click.argument("second", metavar="B", type=options.PATH)
+@click.argument("others", metavar="[C...]", nargs=-1, type=options.PATH)
+@click.option("--html", metavar="OUT", type=options.PATH, help="Write a page to see the pictures before and after.")
 @options.weights_of_files
 @options.device
 @options.force
@@ -467,10 +469,12 @@ def compare(
     force: bool,
     as_json: bool,
 ) -> int:
-    """Compare two pictures by PSNR and MS-SSIM, and show the sizes of .vqz files.
+    """Compare two pictures by PSNR, MS-SSIM and SSIMULACRA2, and show the sizes of .vqz files.
 
-    Both metrics compare 8-bit RGB values. They ignore transparency and colour profiles. In JSON, the PSNR of equal
-    pictures is null, and so is the MS-SSIM of pictures with a side below 11 pixels.
+    The metrics compare 8-bit RGB values. They ignore transparency and colour profiles. SSIMULACRA2 takes A for the
+    original; pictures above 64 megapixels, which would need more than 4 GB of memory, have none. In JSON, the PSNR of
+    equal pictures is null, and so is the MS-SSIM of pictures with a side below 11 pixels, and a SSIMULACRA2 that is not
+    computed or of a side below 8 pixels.
 
     With --html, the answer is a page that holds two or more pictures: any two of them under a slider, and a table of
     sizes, PSNR and SSIMULACRA2 against A.
@@ -497,6 +501,7 @@ def compare(
     if report.failed:
         return report.status
     from vqcodec import metrics
+    from vqcodec.ssimulacra2 import BYTES_A_PIXEL, ssimulacra2
 
     a, b = pictures
     height, width, _ = a.shape
@@ -505,8 +510,18 @@ def compare(
             f"vqcodec: {second}: the picture has {b.shape[1]} x {b.shape[0]} pixels, {first} has {width} x {height}"
         )
         return 1
-    psnr, ms_ssim = metrics.psnr(a, b), metrics.ms_ssim(a, b)
-    terminal.print_comparison(width, height, sizes, psnr=psnr, ms_ssim=ms_ssim, as_json=as_json)
+    memory = width * height * BYTES_A_PIXEL
+    if memory > SSIMULACRA2_MEMORY:
+        terminal.say(f"vqcodec: {second}: note: no SSIMULACRA2, it would need {memory / 1e9:.1f} GB of memory")
+    terminal.print_comparison(
+        width,
+        height,
+        sizes,
+        psnr=metrics.psnr(a, b),
+        ms_ssim=metrics.ms_ssim(a, b),
+        ssimulacra2=None if memory > SSIMULACRA2_MEMORY else ssimulacra2(a, b),
+        as_json=as_json,
+    )
     return 0
 
 
@@ -554,7 +569,7 @@ def _decode(data: bytes, weights: str | None, device: str) -> "Picture":
 
 
 @main.command()
-@click.argument("picture", metavar="[PICTURE]", required=False, type=click.Path())
+@click.argument("picture", metavar="[PICTURE]", required=False, type=options.PATH)
 @click.option("--port", type=click.IntRange(1, 65535), help="Port to listen to.  [default: a free one]")
 @click.option("--no-browser", is_flag=True, help="Do not open the page in the browser.")
 @options.weights
@@ -593,9 +608,13 @@ def studio(picture: str | None, port: int | None, no_browser: bool, weights: str
 
 
 @main.command()
-@click.argument("pictures", metavar="PICTURES...", nargs=-1, required=True, type=click.Path())
-@click.option("-o", "--output", metavar="OUT", type=click.Path(dir_okay=False), required=True, help="Weights file.")
-@click.option("--config", metavar="NAME|FILE", help="Configuration of the model.  [default: photo, or that of --from]")
+@click.argument("pictures", metavar="PICTURES...", nargs=-1, required=True, type=options.PATH)
+@click.option("-o", "--output", metavar="OUT", type=options.PATH, required=True, help="Weights file.")
+@click.option(
+    "--config",
+    metavar="NAME|FILE",
+    help="Configuration of the model.  [default: that of the checkpoint, or of --from, or photo]",
+)
 @click.option(
     "--minutes",
     type=options.ABOVE_ZERO,
@@ -607,7 +626,12 @@ def studio(picture: str | None, port: int | None, no_browser: bool, weights: str
     type=click.IntRange(min=1),
     help="Train for so many crops, over any number of sittings: each ends after its own --minutes, --resume continues.",
 )
-@click.option("--resume", is_flag=True, help="Continue from the checkpoint of an earlier run with the same OUT.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Continue from the checkpoint of an earlier run with the same OUT, which knows --config, --from and "
+    "--distortion.",
+)
 @click.option(
     "--from",
     "start_from",
@@ -619,8 +643,9 @@ def studio(picture: str | None, port: int | None, no_browser: bool, weights: str
     "--natural",
     "features",
     metavar="FEATURES",
-    type=click.Path(exists=True, dir_okay=False, readable=True, path_type=Path),
-    help="Train the natural look of the weights that --from names, with LPIPS on these features of SqueezeNet 1.1.",
+    type=options.FilePath(path_type=Path),
+    help="Train the natural look of the weights that --from names, with LPIPS on these features of SqueezeNet 1.1. "
+    "A look is resumed with them too.",
 )
 @click.option(
     "--distortion",
@@ -632,7 +657,7 @@ def studio(picture: str | None, port: int | None, no_browser: bool, weights: str
     "--lpips",
     "judge",
     metavar="FEATURES",
-    type=click.Path(exists=True, dir_okay=False, readable=True, path_type=Path),
+    type=options.FilePath(path_type=Path),
     help="Also log LPIPS, on these features of AlexNet.",
 )
 @options.device
@@ -669,7 +694,7 @@ def train(
         found = files.find(pictures, files.PICTURE_SUFFIXES)
     if minutes is not None and not math.isfinite(minutes):
         raise click.UsageError("--minutes must be finite.")
-    _check_training(found, output, config=config, start_from=start_from, natural=features is not None)
+    _check_training(found, output, config=config, start_from=start_from, resume=resume, natural=features is not None)
     report = ErrorReport()
     for path, _ in found:
         with report.errors_of(path):
@@ -700,13 +725,20 @@ def train(
                 on_warning=terminal.warn,
             )
         except process.Interrupted as stop:
-            command = shlex.join(["vqcodec", *sys.argv[1:], *([] if resume else ["--resume"])])
             if process.is_first():
-                terminal.say(f"{output}: interrupted, but nothing is lost; go on with: {command}")
+                terminal.say(f"{output}: interrupted, but nothing is lost; go on with: {_resuming(resume)}")
             return 128 + stop.number
         if not over and process.is_first():
-            terminal.say(f"{output}: not trained to the end yet; go on with --resume")
+            terminal.say(f"{output}: not trained to the end yet; go on with: {_resuming(resume)}")
     return report.status
+
+
+def _resuming(resumed: bool) -> str:
+    """This command as it is typed to go on with its run; `resumed` says whether it went on with one itself."""
+    arguments = sys.argv[1:]
+    if not resumed:  # what follows -- is no option
+        arguments.insert(arguments.index("--") if "--" in arguments else len(arguments), "--resume")
+    return shlex.join(["vqcodec", *arguments])
 
 
 def _check_training(
@@ -715,6 +747,7 @@ def _check_training(
     *,
     config: str | None,
     start_from: str | None,
+    resume: bool,
     natural: bool,
 ) -> None:
     """Refuse combinations of arguments that `train` cannot use.
@@ -725,9 +758,9 @@ def _check_training(
     if Path(output).suffix != ".safetensors":
         raise click.UsageError(f"OUT must end in .safetensors, got {output}")
     if natural:
-        if start_from is None:
+        if start_from is None and not resume:
             raise click.UsageError("--natural needs --from: the weights that the look is for.")
-        name = Path(start_from).with_suffix(".natural.safetensors").name
+        name = Path(start_from).with_suffix(".natural.safetensors").name if start_from else Path(output).name
         if Path(output).name != name:
             raise click.UsageError(f"OUT of a natural look must be called {name} to be found, got {output}")
         if config is not None:
@@ -753,7 +786,7 @@ def _check_training(
 @click.option(
     "--complete",
     metavar="PICTURE",
-    type=click.Path(allow_dash=True),
+    type=options.PATH,
     help="Keep the top of this picture and draw the rest.",
 )
 @click.option(
@@ -824,7 +857,7 @@ def sample(
 
 
 @main.command()
-@click.argument("source", metavar="PICTURE", type=click.Path(allow_dash=True))
+@click.argument("source", metavar="PICTURE", type=options.PATH)
 @options.output_picture
 @options.quality
 @click.option(

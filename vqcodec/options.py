@@ -14,14 +14,19 @@ from vqcodec.errors import VqcodecError
 from vqcodec.target import HIGHEST, LOWEST
 
 
-class WeightsPath(click.Path):
-    """The path of a weights file; the name of a packaged one is replaced by its path."""
-
-    def __init__(self) -> None:
-        super().__init__(exists=True, dir_okay=False, readable=True)
+class FilePath(click.Path):
+    """The path of a file. OSError if it cannot be read: that is no wrong usage."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        with contextlib.suppress(VqcodecError):  # click.Path refuses what is neither
+        open(value, "rb").close()
+        return super().convert(value, param, ctx)
+
+
+class WeightsPath(FilePath):
+    """The path of a weights file; the name of a packaged one is replaced by its path."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        with contextlib.suppress(VqcodecError):  # FilePath refuses what is neither
             value = str(packaged.find(value))
         return super().convert(value, param, ctx)
 
@@ -58,19 +63,17 @@ def _bytes_of(_: click.Context, __: click.Parameter, value: str | None) -> int |
     return size
 
 
-INPUT = click.Path(allow_dash=True, readable=False)  # what cannot be read must not stop the others
+PATH = click.Path(allow_dash=True, readable=False)  # the command says what cannot be read, and goes on with the others
 
-inputs = click.argument("inputs", metavar="IN...", nargs=-1, required=True, type=INPUT)
+inputs = click.argument("inputs", metavar="IN...", nargs=-1, required=True, type=PATH)
 output = click.option(
     "-o",
     "--output",
     metavar="OUT",
-    type=click.Path(allow_dash=True),
+    type=PATH,
     help="File, folder, or - for standard output.  [default: a name like that of IN]",
 )
-output_picture = click.option(
-    "-o", "--output", metavar="OUT", type=click.Path(allow_dash=True), required=True, help="Picture to write."
-)
+output_picture = click.option("-o", "--output", metavar="OUT", type=PATH, required=True, help="Picture to write.")
 quality = click.option(
     "-q", "--quality", type=click.IntRange(LOWEST, HIGHEST), default=50, show_default=True, help="Quality of the codes."
 )

@@ -15,9 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 Pixels = NDArray[np.uint8]
+Plane = NDArray[np.float32]  # (H, W)
 Planes = NDArray[np.float32]  # (3, H, W)
 
 SCALES = 6
+BYTES_A_PIXEL = 62  # of memory, at most
 SMALLEST = 8  # pixels; no scale has a shorter side
 SCALE = 0.9562382616834844  # factor on the weighted sum
 SSIM_C2 = 0.0009  # stabilises the structure term in flat areas
@@ -86,10 +88,14 @@ def ssimulacra2(original: Pixels, distorted: Pixels) -> float:
         raise ValueError(f"two pictures of one shape (H, W, 3) expected, found {original.shape} and {distorted.shape}")
     first, second = _linear(original), _linear(distorted)
     errors: list[NDArray[np.float64]] = []  # (3, 6) for each scale
-    while len(errors) < SCALES and min(first.shape[1:]) >= SMALLEST:
-        if errors:
-            first, second = _halve(first), _halve(second)
-        errors.append(_scale_errors(_positive_xyb(first), _positive_xyb(second)))
+    side = min(original.shape[:2])  # of the scale before
+    while len(errors) < SCALES and side >= SMALLEST:
+        side = min(first.shape[1:])
+        halves = _halve(first), _halve(second)
+        first = _positive_xyb(first)  # each in the place of what it is made of: a large picture fills the memory
+        second = _positive_xyb(second)
+        errors.append(np.stack([_scale_errors(a, b) for a, b in zip(first, second, strict=True)]))
+        first, second = halves
     if not errors:
         return float("nan")
     # The reference takes weights in sequence, so that a picture too small for all scales uses the first ones.
@@ -106,43 +112,64 @@ def score(x: float) -> float:
 def _linear(pixels: Pixels) -> Planes:
     levels = np.arange(256) / 255
     table = np.where(levels <= 0.04045, levels / 12.92, ((levels + 0.055) / 1.055) ** 2.4).astype(np.float32)
-    return np.ascontiguousarray(table[pixels].transpose(2, 0, 1))
+    planes = np.empty((3, *pixels.shape[:2]), np.float32)
+    for component, plane in enumerate(planes):
+        plane[:] = table[pixels[..., component]]
+    return planes
 
 
 def _halve(planes: Planes) -> Planes:
     """Average 2 x 2 blocks; an odd last row or column counts twice."""
-    _, height, width = planes.shape
-    padded = np.pad(planes, ((0, 0), (0, height % 2), (0, width % 2)), mode="edge")
-    return (padded[:, ::2, ::2] + padded[:, ::2, 1::2] + padded[:, 1::2, ::2] + padded[:, 1::2, 1::2]) / np.float32(4)
+    return np.stack([_halved(plane) for plane in planes])
+
+
+def _halved(plane: Plane) -> Plane:
+    height, width = plane.shape
+    padded = np.pad(plane, ((0, height % 2), (0, width % 2)), mode="edge") if height % 2 or width % 2 else plane
+    return (padded[::2, ::2] + padded[::2, 1::2] + padded[1::2, ::2] + padded[1::2, 1::2]) / np.float32(4)
 
 
 def _positive_xyb(linear: Planes) -> Planes:
     """Linear sRGB -> XYB, shifted and scaled to about 0..1, with B as blue minus brightness."""
-    mixed = np.cbrt(np.tensordot(OPSIN, linear, 1) + OPSIN_BIAS) - np.cbrt(OPSIN_BIAS)
+    mixed = np.tensordot(OPSIN, linear, 1)
+    mixed += OPSIN_BIAS
+    np.cbrt(mixed, out=mixed)
+    mixed -= np.cbrt(OPSIN_BIAS)
     x, y = (mixed[0] - mixed[1]) / 2, (mixed[0] + mixed[1]) / 2
-    return np.stack([x * np.float32(14) + np.float32(0.42), y + np.float32(0.01), mixed[2] - y + np.float32(0.55)])
+    mixed[0] = x * np.float32(14) + np.float32(0.42)
+    mixed[1] = y + np.float32(0.01)
+    mixed[2] = mixed[2] - y + np.float32(0.55)
+    return mixed
 
 
-def _blur(planes: Planes) -> Planes:
-    for axis in (1, 2):
-        out = planes * np.float32(BLUR[0])
-        moved, target = np.moveaxis(planes, axis, 0), np.moveaxis(out, axis, 0)
+def _blur(plane: Plane) -> Plane:
+    for axis in (0, 1):
+        out = plane * np.float32(BLUR[0])
+        moved, target = np.moveaxis(plane, axis, 0), np.moveaxis(out, axis, 0)
         for offset, tap in enumerate(BLUR[1:], 1):
             target[offset:] += moved[:-offset] * np.float32(tap)
             target[:-offset] += moved[offset:] * np.float32(tap)
-        planes = out
-    return planes
+        plane = out
+    return plane
 
 
-def _scale_errors(a: Planes, b: Planes) -> NDArray[np.float64]:
-    """The error terms of the six columns of WEIGHTS, for each component: (3, 6)."""
+def _scale_errors(a: Plane, b: Plane) -> NDArray[np.float64]:
+    """The error terms of one component, for the six columns of WEIGHTS: (6,)."""
     mean_a, mean_b = _blur(a), _blur(b)
+    ssim = _pooled(_ssim_errors(a, b, mean_a, mean_b))
+    edges = (1 + np.abs(b - mean_b)) / (1 + np.abs(a - mean_a)) - 1
+    return np.array([ssim, _pooled(np.maximum(edges, 0)), _pooled(np.maximum(-edges, 0))]).T.ravel()
+
+
+def _ssim_errors(a: Plane, b: Plane, mean_a: Plane, mean_b: Plane) -> Plane:
     covariance = _blur(a * b) - mean_a * mean_b
     variances = (_blur(a * a) - mean_a**2) + (_blur(b * b) - mean_b**2)
     luminance = 1 - (mean_a - mean_b) ** 2  # no denominator as in SSIM: XYB is already perceptually uniform
-    ssim = np.maximum(1 - luminance * (2 * covariance + SSIM_C2) / (variances + SSIM_C2), 0)
-    edges = (1 + np.abs(b - mean_b)) / (1 + np.abs(a - mean_a)) - 1
-    maps = (ssim, np.maximum(edges, 0), np.maximum(-edges, 0))
-    means = [m.mean(axis=(1, 2), dtype=np.float64) for m in maps]
-    norms = [np.sqrt(np.sqrt(np.square(m * m).mean(axis=(1, 2), dtype=np.float64))) for m in maps]
-    return np.stack(means + norms, axis=1)
+    return np.maximum(1 - luminance * (2 * covariance + SSIM_C2) / (variances + SSIM_C2), 0)
+
+
+def _pooled(errors: Plane) -> tuple[float, float]:
+    """The mean and the 4-norm."""
+    return float(errors.mean(dtype=np.float64)), float(
+        np.sqrt(np.sqrt(np.square(errors * errors).mean(dtype=np.float64)))
+    )

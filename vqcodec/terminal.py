@@ -224,7 +224,14 @@ def _info_text(path: str, info: Info) -> str:
 
 
 def print_comparison(
-    width: int, height: int, compressed: dict[str, int], *, psnr: float, ms_ssim: float, as_json: bool
+    width: int,
+    height: int,
+    compressed: dict[str, int],
+    *,
+    psnr: float,
+    ms_ssim: float,
+    ssimulacra2: float | None,
+    as_json: bool,
 ) -> None:
     """Print on stdout how much two pictures differ.
 
@@ -233,17 +240,19 @@ def print_comparison(
         compressed: bytes of each .vqz file among the two, by name.
         psnr: dB; infinity for equal pictures.
         ms_ssim: at most 1; nan for pictures that are too small.
-        as_json: print a JSON object, in which null stands for infinity and nan.
+        ssimulacra2: at most 100; nan for pictures that are too small, None if it is not computed.
+        as_json: print a JSON object, in which null stands for infinity, nan and None.
     """
     files = [{"file": path, "bytes": size, "bpp": 8 * size / (width * height)} for path, size in compressed.items()]
     if as_json:
-        numbers = {"psnr": psnr, "ms_ssim": ms_ssim}
-        finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        numbers = {"psnr": psnr, "ms_ssim": ms_ssim, "ssimulacra2": ssimulacra2}
+        finite = {name: None if x is None or not math.isfinite(x) else x for name, x in numbers.items()}
         click.echo(json.dumps({"width": width, "height": height, "files": files, **finite}, indent=2))
         return
     for path, size in compressed.items():
         click.echo(f"{click.format_filename(path)}: {size:,} bytes, {8 * size / (width * height):.4f} bpp")
-    click.echo(f"PSNR {psnr:.2f} dB, MS-SSIM {ms_ssim:.4f}")
+    score = "-" if ssimulacra2 is None else f"{ssimulacra2:.1f}"
+    click.echo(f"PSNR {psnr:.2f} dB, MS-SSIM {ms_ssim:.4f}, SSIMULACRA2 {score}")
 
 
 # Progress

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from vqcodec import files
 from vqcodec.errors import TrainingError
 from vqcodec.models.config import Config
-from vqcodec.train.schedule import Phase
+from vqcodec.train.job import differences
+from vqcodec.train.schedule import DISTORTIONS, Phase, Schedule
 from vqcodec.train.state import Run
 from vqcodec.train.validation import shorten_log
 
@@ -50,10 +51,65 @@ class Facts:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that has been read."""
+    """A checkpoint that has been read. `config` and `look_of` are as of `Job`."""
 
+    path: Path
     facts: Facts
     tensors: dict[str, Tensor]
+    config: Config
+    look_of: str
+
+    def check_config(self, asked: Config, options: str) -> None:
+        """Refuse to go on with another configuration; the commitment may differ.
+
+        Args:
+            asked: the configuration. options: those of the command line that ask for it.
+
+        Raises:
+            TrainingError: it is another one.
+        """
+        if fields := differences(asked, self.config):
+            raise TrainingError(
+                f"{self.path} is of another configuration than {asked.name!r}, differing in {fields}:"
+                f" leave out {options} to go on with its own, {self.config.name!r}"
+            )
+
+    def check_look(self, look: bool, look_of: str) -> None:
+        """Refuse to go on with a look as with a model, with a model as with a look, and with a look of other weights.
+
+        Args:
+            look: whether a look is asked for. look_of: as of `Job`; "" for whatever the checkpoint is of.
+
+        Raises:
+            TrainingError: the checkpoint is of something else.
+        """
+        if look and not self.look_of:
+            raise TrainingError(f"{self.path} is of a model of its own, not of a look: leave out --natural")
+        if self.look_of and not look:
+            raise TrainingError(f"{self.path} is of a look of weights {self.look_of}: give its features with --natural")
+        if look_of not in ("", self.look_of):
+            raise TrainingError(
+                f"{self.path} is of a look of weights {self.look_of}, not of {look_of}: leave out --from"
+            )
+
+    def distorted(self, plan: Schedule, asked: str | None) -> Schedule:
+        """The schedule with the distortion that the run began with, where the checkpoint knows it.
+
+        Args:
+            plan: the schedule. asked: as of `Schedule.with_distortion`, or None.
+
+        Raises:
+            TrainingError: another distortion is asked for.
+        """
+        share = self.facts.visual_share
+        if share is None:
+            return plan
+        if asked is not None and DISTORTIONS[asked] != share:
+            known = next(
+                (name for name in DISTORTIONS if DISTORTIONS[name] == share), f"with a visual share of {share}"
+            )
+            raise TrainingError(f"{self.path} is of a run on distortion {known}, not {asked}: leave out --distortion")
+        return dataclasses.replace(plan, visual_share=share)
 
 
 def path_of(output: Path) -> Path:
@@ -95,14 +151,11 @@ def save(run: Run) -> None:
     files.write_atomically(path, serialised(tensors, metadata))
 
 
-def read(output: Path, config: Config, look_of: str) -> Saved:
-    """Read the checkpoint of a run.
-
-    Args:
-        output: of the run. config, look_of: as of `Job`.
+def read(output: Path) -> Saved:
+    """Read the checkpoint of the run with this output.
 
     Raises:
-        TrainingError: there is none, or it is of another configuration or another look. The commitment may differ.
+        TrainingError: there is none, or it cannot be read.
     """
     path = path_of(output)
     try:
@@ -113,15 +166,11 @@ def read(output: Path, config: Config, look_of: str) -> Saved:
         raise TrainingError(f"cannot resume from {path}: {error}") from None
     try:
         facts = Facts(**json.loads(metadata.get("facts", "{}")))
-    except (TypeError, ValueError):
+        config = Config.from_json(metadata["config"])
+    except (KeyError, TypeError, ValueError):
         message = f"cannot resume from {path}: not a checkpoint of a training run of this version"
         raise TrainingError(message) from None
-    if dataclasses.replace(Config.from_json(metadata["config"]), commitment=config.commitment) != config:
-        raise TrainingError(f"{path} is of another configuration")
-    of = metadata.get("look_of", "")
-    if of != look_of:
-        raise TrainingError(f"{path} is of {f'a look of weights {of}' if of else 'a model of its own'}")
-    return Saved(facts, tensors)
+    return Saved(path, facts, tensors, config, metadata.get("look_of", ""))
 
 
 def restore(run: Run, saved: Saved) -> None:

@@ -69,12 +69,12 @@ def configuration(asked: str | Path | Config | None, given: Model | None, source
         return config
     if asked is None:
         return given.config
-    if fields := _differences(config, given.config):
+    if fields := differences(config, given.config):
         raise TrainingError(f"{source} has another configuration than {config.name!r}, differing in {fields}")
     return config
 
 
-def _differences(asked: Config, given: Config) -> str:
+def differences(asked: Config, given: Config) -> str:
     """The fields in which two configurations differ, apart from the commitment."""
     names = (field.name for field in dataclasses.fields(Config) if field.name != "commitment")
     return ", ".join(name for name in names if getattr(asked, name) != getattr(given, name))

@@ -14,7 +14,6 @@ trains data-parallel, one process a device.
 """
 
 import contextlib
-import dataclasses
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from vqcodec.errors import TrainingError
 from vqcodec.models.config import Config
+from vqcodec.models.model import Model
 from vqcodec.train import begin, checkpoint, crops, data, phases, process, step, validation
 from vqcodec.train.export import export
 from vqcodec.train.job import Job, choose_schedule, configuration
@@ -66,12 +66,14 @@ def train(
 
     Args:
         pictures: files and folders. output: the weights file, .safetensors.
-        config: a configuration, the name of one, or a JSON file; None for "photo", or that of `start_from`, from which
-            only the commitment may differ.
+        config: a configuration, the name of one, or a JSON file; None for that of the checkpoint where a run is
+            resumed, else that of `start_from`, else "photo". From a checkpoint and from `start_from` only the
+            commitment may differ.
         minutes: budget of the whole run, earlier parts included.
         crops: length of the run in crops instead, over any number of sittings on any machines. Then `minutes` is that
             of this sitting, after which the run waits in its checkpoint to be resumed; inf lets it go on to the end.
-        resume: go on from the checkpoint. device: "auto", "cpu" or "cuda". seed: of crops and initial weights.
+        resume: go on from the checkpoint, which knows what the run began with: `config`, `start_from` and `distortion`
+            need not be given again. device: "auto", "cpu" or "cuda". seed: of crops and initial weights.
         start_from: a weights file to train on from, instead of from scratch. Where training begins with rounding,
             codebooks begin again as integers; what stood in for the prior when these weights were trained goes on if
             their checkpoint still lies beside them.
@@ -79,7 +81,8 @@ def train(
             natural look of the weights `start_from`, in a file of its own. Where `output` is a look of these weights
             already, it goes on from that. Needs the packages lpips and torchvision.
         distortion: "mse", or "visual" for half squared error and half SSIMULACRA2 (distortion.py); None for that of the
-            checkpoint where a run is resumed, and else for what the schedule says, "visual" for the photo model.
+            checkpoint where a run is resumed, which must not change, and else for what the schedule says, "visual" for
+            the photo model.
         judge: features of AlexNet as safetensors: the log has LPIPS as well. Needs the same packages.
         schedule: learning rates, batches and crops; None for the usual one of the configuration.
         on_progress, on_warning: called now and then with a `Progress`, and with one line for each picture skipped.
@@ -88,9 +91,9 @@ def train(
         Whether the run is over and the weights are written; else it has to be resumed.
 
     Raises:
-        TrainingError: no pictures, no such device, no checkpoint to resume from, or one of another configuration;
-            weights of another configuration; features without weights to start from, or without the packages; a loss
-            that is not finite any more; a file that cannot be written.
+        TrainingError: no pictures, no such device, no checkpoint to resume from, or one of another configuration, look
+            or distortion; weights of another configuration; features without weights to start from, or without the
+            packages; a loss that is not finite any more; a file that cannot be written.
         Interrupted: SIGINT or SIGTERM came, for which the program has no handler of its own. The checkpoint is saved.
         SystemExit: another process has failed, and says why.
         ValueError: no such distortion.
@@ -98,16 +101,15 @@ def train(
     """
     with contextlib.ExitStack() as around:
         rank, world = around.enter_context(process.joined())
+        saved = checkpoint.read(output) if resume else None
         given = begin.open_weights(start_from, output, look=features is not None)
-        settings = configuration(config, given, start_from, look=features is not None)
+        settings, look_of = _what(saved, config, given, start_from, look=features is not None)
         here = process.device(device, rank)
         around.enter_context(process.tuned(here, world, seed))
         plan = choose_schedule(schedule, settings, here, world, features is not None, distortion)
+        if saved:
+            plan = saved.distorted(plan, distortion)
         paths = data.find_pictures(pictures)
-        look_of = given.id.hex() if given and features else ""
-        saved = checkpoint.read(output, settings, look_of) if resume else None
-        if saved and distortion is None and saved.facts.visual_share is not None:
-            plan = dataclasses.replace(plan, visual_share=saved.facts.visual_share)
         onward = saved.facts.onward if saved else given is not None and plan.prior_at > 0 and not schedule
         job = Job(
             config=settings,
@@ -138,6 +140,30 @@ def train(
                 if not run.interrupted:
                     export(run)
     return not run.interrupted
+
+
+def _what(
+    saved: checkpoint.Saved | None,
+    config: str | Path | Config | None,
+    given: Model | None,
+    source: Path | None,
+    look: bool,
+) -> tuple[Config, str]:
+    """The configuration and `look_of` of the job: what a checkpoint knows need not be asked for, but must agree.
+
+    Args:
+        saved: the checkpoint of a run that is resumed. config, given, source, look: as of `configuration`.
+    """
+    look_of = given.id.hex() if given and look else ""
+    if saved is None:
+        return configuration(config, given, source, look), look_of
+    saved.check_look(look, look_of)
+    if config is None and given is None:
+        return saved.config, saved.look_of
+    asked = configuration(config, given, source, look)
+    options = [option for option, value in (("--config", config), ("--from", given)) if value is not None]
+    saved.check_config(asked, " and ".join(options))
+    return saved.config if config is None else asked, saved.look_of
 
 
 def _learn(run: Run) -> None:
