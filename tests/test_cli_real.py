@@ -299,7 +299,8 @@ def test_a_process_that_fails() -> None:
 
 def test_ray_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, photo: NDArray[np.uint8]) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    monkeypatch.delitem(sys.modules, "vqcodec.distributed", raising=False)
+    for name in [name for name in sys.modules if name.startswith("vqcodec.distributed")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr(vqcodec, "distributed", raising=False)
     for command in ("compress", "decompress"):
         message = f"--ray needs the package pyarrow: pip install 'vqcodec[ray]'. (see vqcodec {command} --help)"

@@ -3,9 +3,10 @@
 import io
 import json
 import os
+import shutil
 import signal
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -24,8 +25,10 @@ import ray.data
 from pyarrow import fs
 
 from vqcodec import distributed
-from vqcodec.distributed import Compress, Decompress, Job, Outcome
-from vqcodec.errors import ImageError, WeightsError
+from vqcodec.distributed import Compress, Decompress, Job, Outcome, dispatch, groups, places
+from vqcodec.distributed.actors import Files
+from vqcodec.distributed.groups import Converted, Converter
+from vqcodec.errors import ImageError, VqcodecError, WeightsError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's, of itself
 WEIGHTS = str(Path(__file__).parent / "golden" / "tiny.safetensors")
@@ -70,8 +73,70 @@ def members(name: str) -> dict[str, bytes]:
 
 def make_here(jobs: list[Job], transcoder: partial, output: str, *, overwrite: bool = False) -> list[Outcome]:
     """What an actor does, in this process."""
-    worker = distributed._Files(partial(transcoder, device="cpu"), output, overwrite)
+    worker = Files(partial(transcoder, device="cpu"), output, overwrite)
     return [Outcome(**row) for row in worker(pa.Table.from_pylist([vars(job) for job in jobs])).to_pylist()]
+
+
+class Recording(Compress):
+    """`Compress` that tells how many files it is given at a time."""
+
+    def __init__(self, *, calls: list[int], **settings: object) -> None:
+        super().__init__(weights=WEIGHTS, **settings)
+        self._calls = calls
+
+    def convert_many(self, files: Sequence[bytes]) -> list[Converted | Exception]:
+        self._calls.append(len(files))
+        return super().convert_many(files)
+
+
+# Groups
+
+
+class Lengths(Converter):
+    """Takes each file for its own number of pixels, and makes nothing but the length of its group."""
+
+    def pixels(self, file: bytes) -> int:
+        return int(file)
+
+    def convert_many(self, files: Sequence[bytes]) -> list[Converted | Exception]:
+        return [(b"%d" % len(files), ()) for _ in files]
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (["1"] * 7, "3 3 3 3 3 3 1"),  # so many files
+        (["40", "60", "1"], "2 2 1"),  # so many pixels
+        (["1", "101", "1"], "1 1 1"),  # one with too many
+        (["0000000001", "0000000001", "1"], "2 2 1"),  # so many bytes
+        (["none", "none", "100"], "3 3 3"),  # no pictures
+        (["-60", "60", "40"], "- 2 2"),  # one that is not to be converted has no pixels
+        (["-000000000000000000000", "1", "1"], "- 2 2"),  # but it has bytes
+        (["1", "1", "-", "1", "-"], "2 2 - 1 -"),
+        ([], ""),
+    ],
+)
+def test_groups_within_limits(files: list[str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups, "MOST_PIXELS", 100)
+    monkeypatch.setattr(groups, "MOST_BYTES", 20)
+    items = [(number, file.encode(), not file.startswith("-")) for number, file in enumerate(files)]
+    made = list(Lengths().convert_each(iter(items), most_files=3))
+    assert [(key, file) for key, file, _ in made] == [(key, file) for key, file, _ in items]
+    assert " ".join("-" if result is None else result[0].decode() for _, _, result in made) == expected
+
+
+@pytest.mark.parametrize("transcoder", [COMPRESS, DECOMPRESS])
+def test_bad_files_of_a_group_stop_no_others(transcoder: partial) -> None:
+    pictures = [png(1), png(2)]
+    good = pictures if transcoder is COMPRESS else [vqz(picture) for picture in pictures]
+    bad = [b"nothing", good[0][: len(good[0]) // 2], b""]
+    made = transcoder().convert_many([bad[0], good[0], bad[1], bad[2], good[1]])
+    assert [type(one) for one in made] == [type(made[0]), tuple, type(made[2]), type(made[3]), tuple]
+    for error in (made[0], made[2], made[3]):
+        assert isinstance(error, VqcodecError)
+        assert error.__traceback__ is error.__context__ is None, "its frames would keep pictures in memory"
+    expected = transcoder().convert_many([good[0]]) + transcoder().convert_many([good[1]])
+    assert [made[1], made[4]] == expected
 
 
 # Columns
@@ -150,14 +215,14 @@ def test_plan_mirrors_names_and_leaves_out_what_is_there() -> None:
 @pytest.mark.parametrize("root", ["memory://plan/in", "local://{here}/in", "file://{here}/in"])
 def test_plan_on_other_filesystems(root: str) -> None:
     root = root.format(here=os.getcwd())
-    filesystem, base = distributed._open(root)
+    filesystem, base = places.open_filesystem(root)
     for name in ("b.png", "sub/a.jpg", ".hidden/d.png", "e.txt"):
-        distributed._write(filesystem, f"{base}/{name}", io.BytesIO(b"x"))
+        places.write(filesystem, f"{base}/{name}", io.BytesIO(b"x"))
     output = root.replace("/in", "/out")
     jobs = [Job(root, "b.png", "b.vqz"), Job(root, "sub/a.jpg", "sub/a.vqz")]
     assert plan(root, output=output) == (jobs, 0)
-    filesystem, base = distributed._open(output)
-    distributed._write(filesystem, f"{base}/sub/a.vqz", io.BytesIO(b"x"))
+    filesystem, base = places.open_filesystem(output)
+    places.write(filesystem, f"{base}/sub/a.vqz", io.BytesIO(b"x"))
     assert plan(root, output=output) == (jobs[:1], 1)
 
 
@@ -193,7 +258,7 @@ def test_uri_with_options() -> None:
     for given in (f"{here}/in{options}", f"{here}/in/{options}", f"{here}/in/a.png{options}"):
         ((job,), _) = plan(given, output=f"{here}/out{options}")
         assert (job.name, job.target, job.source) == ("a.png", "a.vqz", f"{here}/in/a.png")
-        assert distributed._open(job.root)[1] == os.path.abspath("in")
+        assert places.open_filesystem(job.root)[1] == os.path.abspath("in")
 
 
 def test_input_that_is_missing() -> None:
@@ -205,9 +270,9 @@ def test_input_that_is_missing() -> None:
 @pytest.mark.parametrize("place", ["{here}", "file://{here}", "local://{here}", "memory://there"])
 def test_there_and_back_on_filesystems(place: str) -> None:
     place = place.format(here=os.getcwd())
-    filesystem, base = distributed._open(place)
+    filesystem, base = places.open_filesystem(place)
     data = png(1)
-    distributed._write(filesystem, f"{base}/in/sub/a.png", io.BytesIO(data))
+    places.write(filesystem, f"{base}/in/sub/a.png", io.BytesIO(data))
     jobs, _ = plan(f"{place}/in", output=f"{place}/vqz")
     (outcome,) = make_here(jobs, COMPRESS, f"{place}/vqz")
     expected = vqz(data)
@@ -218,7 +283,7 @@ def test_there_and_back_on_filesystems(place: str) -> None:
     restored = image.save(codec.decode_picture(expected, weights=WEIGHTS), ".png")
     assert filesystem.open_input_stream(f"{base}/back/sub/a.png").read() == restored
     found = filesystem.get_file_info(fs.FileSelector(base, recursive=True))
-    names = sorted(distributed._relative(info.path, base) for info in found if info.is_file)
+    names = sorted(places.relative(info.path, base) for info in found if info.is_file)
     assert names == ["back/sub/a.png", "in/sub/a.png", "vqz/sub/a.vqz"], "no temporary file stays"
 
 
@@ -250,7 +315,7 @@ def test_failure_while_writing_leaves_the_old_file(monkeypatch: pytest.MonkeyPat
         target.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(distributed.shutil, "copyfileobj", fail)
+    monkeypatch.setattr(places.shutil, "copyfileobj", fail)
     (outcome,) = make_here(plan("in", overwrite=True)[0], COMPRESS, os.path.abspath("out"), overwrite=True)
     assert outcome.errors == [[os.path.abspath("in/a.png"), "No space left on device"]] and outcome.written == 0
     assert tree("out") == ["a.vqz"] and Path("out/a.vqz").read_bytes() == b"old"
@@ -277,6 +342,62 @@ def test_shard_there_and_back() -> None:
     assert [path for path, _ in outcome.errors] == [os.path.abspath("out/s-000.tar/0.vqz")]
     restored = image.save(codec.decode_picture(made[f"{long}.vqz"], weights=WEIGHTS), ".png")
     assert members("back/s-000.tar") == {**others, "0.png": pictures["0.png"], f"{long}.png": restored}
+
+
+def test_order_in_a_shard_of_several_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups, "MOST_PIXELS", 3 * 24 * 40)
+    kinds = [".png", ".txt", ".png", ".jpg", ".png", ".png", ".json", ".png", ".png", ".png"]
+    content = {f"{9 - n}{kind}": png(n) if kind == ".png" else b"no picture" for n, kind in enumerate(kinds)}
+    shard("in/s.tar", content)
+    calls: list[int] = []
+    (outcome,) = make_here(plan("in")[0], partial(Recording, calls=calls), os.path.abspath("out"))
+    assert calls == [4, 3, 1], "with the one that is no picture"
+    assert [path for path, _ in outcome.errors] == [os.path.abspath("in/s.tar/6.jpg")]
+    expected = {
+        name.replace(".png", ".vqz"): vqz(data) if name.endswith(".png") else data for name, data in content.items()
+    }
+    assert list(members("out/s.tar").items()) == list(expected.items())
+
+
+def test_actor_that_dies_does_its_group_again_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups, "MOST_PIXELS", 2 * 24 * 40)
+    data = [png(seed) for seed in range(6)]
+    for number, one in enumerate(data):
+        write(f"in/{number}.png", one)
+    shard("in/s.tar", {"0.png": data[0], "1.png": data[1]})
+    table = pa.Table.from_pylist([vars(job) for job in plan("in")[0]])
+
+    class Death(BaseException):
+        pass
+
+    class Deadly(Compress):
+        def convert_many(self, files: Sequence[bytes]) -> list[Converted | Exception]:
+            if data[3] in files:
+                raise Death
+            return super().convert_many(files)
+
+    with pytest.raises(Death):
+        Files(partial(Deadly, weights=WEIGHTS), os.path.abspath("out"), False)(table)
+    assert tree("out") == ["0.vqz", "1.vqz"]
+    with pytest.raises(Death):
+        Files(partial(Deadly, weights=WEIGHTS), os.path.abspath("out"), False, restarted=lambda: True)(table)
+    assert tree("out") == ["0.vqz", "1.vqz", "2.vqz"], "also what lies beside the deadly one in its group"
+
+    before = {name: os.stat(f"out/{name}").st_mtime_ns for name in tree("out")}
+    calls: list[int] = []
+    actor = Files(partial(Recording, calls=calls), os.path.abspath("out"), False, restarted=lambda: True)
+    outcomes = actor(table).to_pylist()
+    assert calls == [1] * 5
+    assert [len(outcome["notes"]) for outcome in outcomes] == [1, 1, 1, 0, 0, 0, 0]
+    assert not any(outcome["errors"] for outcome in outcomes)
+    assert {name: os.stat(f"out/{name}").st_mtime_ns for name in before} == before
+    assert [Path(f"out/{number}.vqz").read_bytes() for number in range(6)] == [vqz(one) for one in data]
+    assert list(members("out/s.tar")) == ["0.vqz", "1.vqz"]
+
+    shutil.rmtree("out")
+    calls.clear()
+    actor(table)
+    assert calls == [2, 2, 2, 2], "in groups again"
 
 
 _MEMBER = 3 * 512  # bytes of a member in the next test: a header, and two blocks for its content
@@ -378,11 +499,11 @@ def deadly(once: bytes, always: bytes, mark: Path) -> partial:
     """`COMPRESS` that kills its process the first time that it is given one picture, and every time for another."""
 
     class Deadly(Compress):  # in a function, so that workers get its code: they cannot import this module
-        def convert(self, data: bytes) -> tuple[bytes, tuple[str, ...]]:
-            if data == always or (data == once and not mark.exists()):
+        def convert_many(self, files: Sequence[bytes]) -> list[Converted | Exception]:
+            if always in files or (once in files and not mark.exists()):
                 mark.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
-            return super().convert(data)
+            return super().convert_many(files)
 
     return partial(Deadly, weights=WEIGHTS)
 
@@ -441,6 +562,20 @@ def test_killed_actor_costs_nothing_and_a_deadly_picture_only_itself(cluster: No
     for number in {*range(10)} - {5}:
         assert Path(f"out/{number}.vqz").read_bytes() == vqz(data[number])
     assert not os.path.exists("out/5.vqz")
+
+
+@pytest.mark.slow
+def test_files_of_a_task_before_a_deadly_one_are_made(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "files_of_task", lambda count, actors: count)
+    data = [png(seed) for seed in range(6)]
+    for number, one in enumerate(data):
+        write(f"in/{number}.png", one)
+    transcoder = deadly(once=data[1], always=data[4], mark=tmp_path / "mark")
+    outcomes = list(distributed.make(plan("in")[0], transcoder, output="out", overwrite=False))
+    assert len(outcomes) == 6 and all("4 workers died of it" in outcome.errors[0][1] for outcome in outcomes)
+    assert tree("out") == ["0.vqz", "1.vqz", "2.vqz", "3.vqz"]
 
 
 @pytest.mark.slow

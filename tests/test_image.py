@@ -110,6 +110,24 @@ def test_lossy_formats_stay_close(make_photo, suffix):
     assert np.abs(restored.astype(int) - pixels).mean() < 3
 
 
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM"])
+def test_size_without_decoding(make_photo, format):
+    data = encoded(Image.fromarray(make_photo(200, 300)), format)
+    assert image.size(data) == (300, 200)
+    with pytest.raises(ImageError, match="not a PNG"):
+        image.size(b"not a picture")
+
+
+def test_size_of_a_picture_that_load_refuses():
+    header = struct.pack(">LLBBBBB", 2**24, 2**24, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    data = b"\x89PNG\r\n\x1a\n" + struct.pack(">L", len(header)) + chunk + struct.pack(">L", zlib.crc32(chunk))
+    data += struct.pack(">L", 4) + b"IDATcut." + struct.pack(">L", zlib.crc32(b"IDATcut."))
+    assert image.size(data) == (2**24, 2**24)
+    with pytest.raises(ImageError, match="the limit is 9"):
+        load(data, max_pixels=9)
+
+
 @pytest.mark.parametrize("mode", ["L", "1"])
 def test_grey(make_photo, mode):
     original = Image.fromarray(make_photo(20, 30)).convert(mode)

@@ -103,6 +103,19 @@ def load(data: bytes, *, max_pixels: int | None) -> Picture:
         return _convert(image, signalling.read(data), caught)
 
 
+def size(data: bytes) -> tuple[int, int]:
+    """(width, height) in pixels that a picture file states. Nothing is decoded, and the orientation is not applied.
+
+    Args:
+        data: the whole file.
+
+    Raises:
+        ImageError: the file has a format that `load` does not read, or its header is damaged.
+    """
+    with pillow.errors("the picture cannot be read", any_size=True):
+        return Image.open(io.BytesIO(data), formats=_READ_FORMATS).size
+
+
 def from_pil(image: Image.Image) -> Picture:
     """Convert a Pillow image.
 
