@@ -18,3 +18,10 @@ def undisturbed() -> Iterator[None]:
         if torch.get_default_device().type != "cpu":
             settings.enter_context(torch.device("cpu"))
         yield
+
+
+@contextlib.contextmanager
+def exact(device: torch.device) -> Iterator[None]:
+    """`undisturbed`, without gradients, and without autocast: bfloat16 cannot hold the prior's integers."""
+    with undisturbed(), torch.inference_mode(), torch.autocast(device.type, enabled=False):
+        yield

@@ -3,16 +3,16 @@
 Codes are those of B pictures of one frame: for each level, coarse first, int16 (B, h, w, P) over the padded picture.
 """
 
-import contextlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vqcodec import caller
+from vqcodec import caller, parallel
 from vqcodec.entropy import Decoder, Encoder, Source
 from vqcodec.frame import Box, Frame
 from vqcodec.models.config import Config
@@ -27,11 +27,9 @@ BATCH_PIXELS = {"cpu": 1 << 20, "cuda": 1 << 24}
 Place = tuple[slice, slice, slice]
 
 
-@contextlib.contextmanager
-def exact(model: Model) -> Iterator[None]:
-    """Disable gradients, and what the caller has set: under autocast, bfloat16 cannot hold the prior's integers."""
-    with caller.undisturbed(), torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
-        yield
+def exact(model: Model) -> AbstractContextManager[None]:
+    """See `caller.exact`."""
+    return caller.exact(model.device)
 
 
 class Tiles(Context):
@@ -229,12 +227,17 @@ Coders = list[list[list[Encoder]]]  # by picture, tile and layer
 def encode(model: Model, frame: Frame, codes: list[Tensor]) -> list[list[bytes]]:
     """Range-code codes; returns the segments of each picture in file order. The inverse of `decode`."""
     coders = new_coders(model, frame, len(codes[0]))
-    for batch in batches_of(model, frame, every_tile(frame, len(codes[0]))):
+
+    def encode_batch(batch: Tiles) -> None:
         for piece in walk(model.levels, batch):
             given = torch.cat([codes[piece.level][(*place, piece.planes)] for place in batch.places])
             for one in batch.passes(given.to(model.device, torch.int64)):
                 put([coders[picture][number][piece.config.layer] for picture, number in batch.members], piece, one)
         batch.release()
+
+    batches = batches_of(model, frame, every_tile(frame, len(codes[0])))
+    with parallel.threads(model.device, len(batches)) as each:
+        each(encode_batch, batches)
     return in_file_order(coders)
 
 
@@ -263,12 +266,8 @@ def decode(model: Model, frame: Frame, segments: Sequence[Sequence[bytes | None]
     """
     codes = no_codes(model.config, frame, len(segments))
     count = len(frame.tiles())
-    present = [
-        (picture, number)
-        for picture, number in every_tile(frame, len(segments))
-        if segments[picture][number] is not None
-    ]
-    for batch in batches_of(model, frame, present):
+
+    def decode_batch(batch: Tiles) -> None:
         left = {(picture, number): segments[picture][number::count] for picture, number in batch.members}
         coders: dict[tuple[tuple[int, int], int], Decoder] = {}
         for piece in walk(model.levels, batch):
@@ -288,4 +287,9 @@ def decode(model: Model, frame: Frame, segments: Sequence[Sequence[bytes | None]
             for place, some in zip(batch.places, chosen.chunk(len(batch.places)), strict=True):
                 codes[piece.level][(*place, piece.planes)] = some
         batch.release()
+
+    every = every_tile(frame, len(segments))
+    batches = batches_of(model, frame, [(picture, n) for picture, n in every if segments[picture][n] is not None])
+    with parallel.threads(model.device, len(batches)) as each:
+        each(decode_batch, batches)
     return codes

@@ -1,11 +1,13 @@
 """The encoder: pixels -> codes and segments. It chooses each code greedily, by its own bits and error."""
 
+import functools
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vqcodec import coding, synthesis, tuning
+from vqcodec import coding, parallel, synthesis, tuning
 from vqcodec.frame import Frame
 from vqcodec.models.model import Model, Pass, Slice, walk
 from vqcodec.models.quantizer import rows
@@ -54,25 +56,30 @@ def choose(
     codes = coding.no_codes(model.config, frame, pictures)
     estimate = synthesis.GridEstimate(model, frame, pictures)
     batches = coding.batches_of(model, frame, coding.every_tile(frame, pictures))
-    for piece in walk(model.levels, estimate, *batches):
+
+    def choose_in(piece: Slice, batch: coding.Tiles) -> None:
+        """Choose the codes of a slice in a batch of tiles."""
         step_cost = piece.error_weight(importance.weight, quality) * importance.of_planes(piece.level, piece.planes)
         whole = latents[piece.level][:, piece.channels]
-        for batch in batches:
-            v = (batch.cut(whole) - batch.cut(estimate.here)) / estimate.step
-            finest = piece.level == len(latents) - 1
-            factors = [importance.of_places(finest, place) for place in batch.places]
-            for one in batch.passes(_nearest(piece, v)):
-                if one.codes is None:
-                    one.codes = _choose(piece, one, v, step_cost, factors, model.config.rate_factor)
-                if coders is not None:
-                    own = [coders[picture][number][piece.config.layer] for picture, number in batch.members]
-                    coding.put(own, piece, one)
-            chosen = batch.take_codes()
-            vectors, narrow = piece.vectors(chosen), chosen.to("cpu", torch.int16)
-            count = len(batch.places)
-            for place, added, some in zip(batch.places, vectors.chunk(count), narrow.chunk(count), strict=True):
-                estimate.add_at(place, added)
-                codes[piece.level][(*place, piece.planes)] = some
+        v = (batch.cut(whole) - batch.cut(estimate.here)) / estimate.step
+        finest = piece.level == len(latents) - 1
+        factors = [importance.of_places(finest, place) for place in batch.places]
+        for one in batch.passes(_nearest(piece, v)):
+            if one.codes is None:
+                one.codes = _choose(piece, one, v, step_cost, factors, model.config.rate_factor)
+            if coders is not None:
+                own = [coders[picture][number][piece.config.layer] for picture, number in batch.members]
+                coding.put(own, piece, one)
+        chosen = batch.take_codes()
+        vectors, narrow = piece.vectors(chosen), chosen.to("cpu", torch.int16)
+        count = len(batch.places)
+        for place, added, some in zip(batch.places, vectors.chunk(count), narrow.chunk(count), strict=True):
+            estimate.add_at(place, added)
+            codes[piece.level][(*place, piece.planes)] = some
+
+    with parallel.threads(model.device, len(batches)) as each:
+        for piece in walk(model.levels, estimate, *batches):
+            each(functools.partial(choose_in, piece), batches)
     return codes
 
 

@@ -9,6 +9,7 @@
 
 import contextlib
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -29,6 +30,11 @@ class _Collector:
         self.clock = clock
         self.seconds: dict[str, float] = {}
         self.inner = 0.0
+        self.lock = threading.Lock()
+
+    def add(self, name: str, seconds: float) -> None:
+        with self.lock:
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
 
 class _Span:
@@ -45,7 +51,7 @@ class _Span:
         collector = self.collector
         elapsed = collector.clock() - self.start
         own = elapsed - collector.inner
-        collector.seconds[self.name] = collector.seconds.get(self.name, 0.0) + own
+        collector.add(self.name, own)
         collector.inner = self.inner_before + elapsed
 
 
@@ -73,6 +79,24 @@ def timed(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         return call
 
     return decorate
+
+
+def carried(function: Callable[P, None]) -> Callable[P, None]:
+    """A function for other threads, whose spans there count for the `collect` that is open here.
+
+    The seconds of threads that run at one time add up.
+    """
+    collector = _collector.get()
+    if collector is None:
+        return function
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> None:
+        with collect(collector.clock) as own:
+            function(*args, **kwargs)
+        for name, seconds in own.items():
+            collector.add(name, seconds)
+
+    return call
 
 
 @contextlib.contextmanager

@@ -8,8 +8,9 @@ from typing import Any
 import pyarrow as pa
 
 from vqcodec import bitstream, codec, files, image, packaged, weights
-from vqcodec.distributed.groups import Converted, Converter, each
+from vqcodec.distributed.groups import Converted, Converter, each, together
 from vqcodec.errors import one_line
+from vqcodec.image import Picture
 
 STRINGS = pa.list_(pa.string())
 
@@ -76,8 +77,8 @@ class Compress(Transcoder):
 
     Args:
         column: the column with the files.
-        weights, device, options: as `codec.compress`. The weights are loaded at once. A path must be there on every
-            machine.
+        weights, device, options: as `codec.compress_many`. The weights are loaded at once. A path must be there on
+            every machine.
         max_pixels: as `image.load`.
 
     Raises:
@@ -105,11 +106,12 @@ class Compress(Transcoder):
         return math.prod(image.size(file))
 
     def convert_many(self, files: Sequence[bytes]) -> list[Converted | Exception]:
-        return each(self._convert, files)
+        pictures = each(lambda file: image.load(file, max_pixels=self._max_pixels), files)
+        return together(self._compress, pictures)
 
-    def _convert(self, file: bytes) -> Converted:
-        picture = image.load(file, max_pixels=self._max_pixels)
-        return codec.compress(replace(picture, notes=()), **self._options), picture.notes
+    def _compress(self, pictures: list[Picture]) -> list[Converted]:
+        made = codec.compress_many([replace(picture, notes=()) for picture in pictures], **self._options)
+        return [(data, picture.notes) for data, picture in zip(made, pictures, strict=True)]
 
 
 class Decompress(Transcoder):
@@ -118,7 +120,7 @@ class Decompress(Transcoder):
     Args:
         column: the column with the files.
         new_suffix: file name suffix of the format to make, ".png" for example.
-        weights, look, device, options: as `codec.decode_picture`. The weights are loaded at once. A path must be there
+        weights, look, device, options: as `codec.decode_pictures`. The weights are loaded at once. A path must be there
             on every machine.
 
     Raises:
@@ -149,10 +151,14 @@ class Decompress(Transcoder):
         return bitstream.read_header(file).pixels
 
     def convert_many(self, files: Sequence[bytes]) -> list[Converted | Exception]:
-        return each(self._convert, files)
+        pictures = together(self._decode, files)
+        return each(self._save, pictures)
 
-    def _convert(self, file: bytes) -> Converted:
-        fitting = image.adapt(codec.decode_picture(file, **self._options), self.new_suffix)
+    def _decode(self, files: list[bytes]) -> list[Picture]:
+        return codec.decode_pictures(files, **self._options)
+
+    def _save(self, picture: Picture) -> Converted:
+        fitting = image.adapt(picture, self.new_suffix)
         return image.save(fitting, self.new_suffix), fitting.notes
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
+R = TypeVar("R")
 Converted = tuple[bytes, tuple[str, ...]]  # a new file, and notes of one line each
 Item = tuple[T, bytes, bool]  # a key, a file, and whether it is to be converted
 
@@ -72,14 +73,33 @@ class Converter:
             return 0
 
 
-def each(convert: Callable[[bytes], Converted], files: Sequence[bytes]) -> list[Converted | Exception]:
-    """What a function makes of each file, or its exception: one bad file must not stop the others."""
-    made: list[Converted | Exception] = []
-    for file in files:
+def each(convert: Callable[[T], R], items: Iterable[T | Exception]) -> list[R | Exception]:
+    """What a function makes of each item, or its exception: one bad file must not stop the others.
+
+    Items that are exceptions stay.
+    """
+    made: list[R | Exception] = []
+    for item in items:
+        if isinstance(item, Exception):
+            made.append(item)
+            continue
         try:
-            made.append(convert(file))
+            made.append(convert(item))
         except Exception as error:  # noqa: BLE001 - see above
             # Its frames, and those of the errors before it, keep pixels in memory.
             error.__traceback__ = error.__cause__ = error.__context__ = None
             made.append(error)
     return made
+
+
+def together(convert: Callable[[list[T]], Sequence[R]], items: Sequence[T | Exception]) -> list[R | Exception]:
+    """As `each`, for a function that converts several items at once, and raises an exception if it cannot convert one.
+
+    Then it gets them one by one.
+    """
+    usable = [item for item in items if not isinstance(item, Exception)]
+    try:
+        made = iter(convert(usable))
+    except Exception:  # noqa: BLE001 - it will come again, for the item that it is about
+        return each(lambda item: convert([item])[0], items)
+    return [item if isinstance(item, Exception) else next(made) for item in items]
