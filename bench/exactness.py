@@ -117,7 +117,7 @@ def hash_of(arrays: Sequence[NDArray[np.generic]]) -> str:
 def hash_of_codes(data: bytes, weights_file: Path, device: str) -> str:
     """SHA-256 of the codes of a file."""
     codes = decoder.decode_codes([bitstream.read(data)], weights.load(weights_file, device))
-    return hash_of([level.numpy() for level in codes])
+    return hash_of([level.numpy() for (level,) in codes])
 
 
 def _run(variant: Variant, jobs: Sequence[Job]) -> tuple[str, dict[str, str]]:

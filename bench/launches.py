@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.speed import sample, sizes
 from vqcodec import codec, coding, synthesis
 from vqcodec.errors import VqcodecError
-from vqcodec.models import counts
+from vqcodec.models import counts, layers
 
 QUALITY = 50
 # Operators that only allocate memory; those that only look at it differently are views.
@@ -83,9 +83,12 @@ def count(work: Callable[[], object]) -> tuple[Counter[str], Counter[str]]:
     """Launches and synchronisations of some work, by their names."""
     launches, synchronisations = _Launches(), _Synchronisations()
     with ExitStack() as stack:
-        for amounts in (coding.BATCH_PIXELS, synthesis.BAND_PIXELS, counts.BLOCK):  # at a time, by the type of device
+        # What is done at a time, by the type of device.
+        for amounts in (coding.BATCH_PIXELS, synthesis.BAND_PIXELS, counts.BLOCK, layers.STRIP):
             stack.callback(amounts.update, dict(amounts))
             amounts["cpu"] = amounts["cuda"]
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)  # the modes count in this thread alone
         stack.enter_context(synchronisations)
         stack.enter_context(launches)
         work()

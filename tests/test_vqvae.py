@@ -118,8 +118,8 @@ def test_what_a_block_adds_has_the_gradient_of_its_definition() -> None:
 
 @pytest.mark.parametrize("strip", [1, 20, 1 << 20])
 def test_a_block_does_one_picture_as_it_does_many(strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In strips that end anywhere, and at once where gradients are asked for."""
-    monkeypatch.setattr(layers, "STRIP", strip)
+    """In strips that end anywhere, in place or not, and at once where gradients are asked for."""
+    monkeypatch.setitem(layers.STRIP, "cpu", strip)
     model = copy.deepcopy(shaken()).eval()
     block = model.stage(1).decoder[0]
     generator = torch.Generator().manual_seed(4)
@@ -133,6 +133,18 @@ def test_a_block_does_one_picture_as_it_does_many(strip: int, monkeypatch: pytes
             kept = one.clone()
             torch.testing.assert_close(block(one, cond)[0], both[index], rtol=1e-5, atol=1e-6)
             assert torch.equal(one, kept)
+            inplace = block(kept, cond, overwrite=True)
+            assert inplace is kept and torch.equal(inplace, block(one, cond))
+
+
+@pytest.mark.parametrize("strip", [1, 100])
+def test_analysis_in_strips(strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, pixels, quality = copy.deepcopy(shaken()).eval(), models.batch(models.picture(96, 64)), torch.tensor([50])
+    expected = model.analyse(pixels, quality)
+    monkeypatch.setitem(layers.STRIP, "cpu", strip)
+    with torch.no_grad():
+        for found, other in zip(model.analyse(pixels, quality), expected, strict=True):
+            torch.testing.assert_close(found, other, rtol=1e-5, atol=1e-5)
 
 
 def test_leading_channels_are_the_strongest() -> None:

@@ -287,9 +287,10 @@ def decode_pictures(
     for (frame, weights_id, _), members in _groups(keys, frames):
         part = None if region is None else _region(region, frame)
         some = [containers[member] for member in members]
+        alphas = [_alpha(container, part, scale) for container in some]
         decoded = decode(some, models[weights_id], part, scale)
-        for member, container, pixels in zip(members, some, decoded, strict=True):
-            picture = _picture(container, pixels, part, scale)
+        for member, container, pixels, alpha in zip(members, some, decoded, alphas, strict=True):
+            picture = _picture(container, pixels, alpha)
             pictures[member] = image.to_grey(picture) if grey else picture
     return [pictures[number] for number in range(len(files))]
 
@@ -388,6 +389,8 @@ def _as_picture(picture: Image.Image | NDArray[np.uint8] | Picture) -> Picture:
         channels = picture.shape[2] if picture.ndim == 3 else 1
         if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or channels not in (1, 3, 4) or not picture.size:
             raise ImageError(f"expected uint8 (H, W), (H, W, 3) or (H, W, 4), got {picture.dtype} {picture.shape}")
+        if channels == 3:
+            return Picture(picture)  # which may be large, and is left as it is
         picture = Image.fromarray(picture[:, :, 0] if picture.ndim == 3 and channels == 1 else picture)
     if not isinstance(picture, Image.Image):
         raise ImageError(f"expected a Pillow image, an array or a Picture, got {type(picture).__name__}")
@@ -458,23 +461,28 @@ def _chunks(picture: Picture) -> list[Chunk]:
     return chunks
 
 
-def _picture(container: Container, pixels: NDArray[np.uint8], region: Region | None, scale: int) -> Picture:
-    """A decoded picture with its alpha and metadata.
+def _alpha(container: Container, region: Region | None, scale: int) -> NDArray[np.uint8] | None:
+    """The alpha of a picture, for a region and at a scale.
 
     Raises:
-        ChecksumError: the alpha is damaged.
+        ChecksumError: it is damaged.
     """
-    header, chunks = container.header, {chunk.kind: chunk.data for chunk in container.chunks}
-    alpha = None
-    if "ALPH" in chunks:
-        try:
-            alpha = image.decode_alpha(chunks["ALPH"], header.width, header.height)
-        except ImageError as error:
-            raise ChecksumError(str(error)) from None
-        alpha = image.reduced(alpha, region, scale)
+    header = container.header
+    data = next((chunk.data for chunk in container.chunks if chunk.kind == "ALPH"), None)
+    if data is None:
+        return None
+    try:
+        return image.reduced(image.decode_alpha(data, header.width, header.height), region, scale)
+    except ImageError as error:
+        raise ChecksumError(str(error)) from None
+
+
+def _picture(container: Container, pixels: NDArray[np.uint8], alpha: NDArray[np.uint8] | None) -> Picture:
+    """A decoded picture with its metadata."""
+    chunks = {chunk.kind: chunk.data for chunk in container.chunks}
     return Picture(
         pixels,
-        grey=header.grey,
+        grey=container.header.grey,
         alpha=alpha,
         icc=chunks.get("ICCP"),
         exif=chunks.get("EXIF"),

@@ -172,26 +172,13 @@ class GridEstimate(Estimate):
 
     def _zeros(self, level: Level, box: "Box") -> Tensor:
         shape = (self.pictures, level.stage.channels, *(s.stop - s.start for s in box))
-        values = torch.zeros(shape, dtype=torch.float32, device=self.model.device)
-        return values.contiguous(memory_format=torch.channels_last)
+        return _empty(shape, self.model.device).zero_()
 
     @timed("refinement")
     def enter(self, piece: Slice) -> None:
-        """See `Estimate.enter`; a large grid is refined in place, strip by strip."""
-        height, width = self.values.shape[2:]
-        strips = _strips(height, width, max(1, WINDOW // piece.stage.stride))
-        if len(strips) == 1:
-            super().enter(piece)
-            return
+        """See `Estimate.enter`; refines in place."""
         self.piece, self.step = piece, piece.step(self.quality)
-        reach = max(1, len(piece.quantizer.blocks()))  # every block has one 3x3 convolution
-        above = self.values[:, :, :0]  # the rows above the strip, not refined yet
-        for strip in strips:
-            cut = torch.cat([above, self.values[:, :, strip.start : strip.stop + reach]], 2)
-            first = above.shape[2]
-            above = cut[:, :, : first + strip.stop - strip.start][:, :, -reach:]
-            refined = self.vqvae.refine(piece.level, piece.index, cut, self.quality)
-            self.values[:, :, strip] = refined[:, :, first : first + strip.stop - strip.start]
+        self.values = self.vqvae.refine(piece.level, piece.index, self.values, self.quality, overwrite=True)
 
     @timed("refinement")
     def add_at(self, place: tuple[slice, slice, slice], vectors: Tensor) -> None:
@@ -304,9 +291,8 @@ def analyse(model: Model, pixels: NDArray[np.uint8], quality: Tensor) -> list[Te
         if not latents:
             if outer == (slice(0, coarse[0]), slice(0, coarse[1])):
                 return local
-            latents = [
-                _empty(z, unit // stage.stride, coarse) for z, stage in zip(local, model.config.levels, strict=True)
-            ]
+            grids = [[side * unit // stage.stride for side in coarse] for stage in model.config.levels]
+            latents = [_empty((*z.shape[:2], *grid), z.device) for z, grid in zip(local, grids, strict=True)]
         for whole, z, stage in zip(latents, local, model.config.levels, strict=True):
             ratio = unit // stage.stride
             whole[finer(inner, ratio)] = z[finer(part, ratio)]
@@ -318,7 +304,7 @@ def _transform(model: Model, pixels: NDArray[np.uint8], box: "Box") -> Tensor:
     finest = model.config.stages[0]
     rows, columns = finer(box, model.config.multiple // finest.stride)[2:]
     shape = (len(pixels), finest.channels, rows.stop - rows.start, columns.stop - columns.start)
-    x = torch.empty(shape, dtype=torch.float32, device=model.device).contiguous(memory_format=torch.channels_last)
+    x = _empty(shape, model.device)
     reach = model.vqvae.local_reach()
     for band, around, own in _bands(shape, slice(0, shape[2]), finest.stride, reach, model.device):
         under = slice(rows.start + around.start, rows.start + around.stop)
@@ -339,9 +325,9 @@ def cut(model: Model, pixels: NDArray[np.uint8], box: "Box", stride: int) -> Ten
     return functional.pad(part, pad, mode="replicate").contiguous(memory_format=torch.channels_last)
 
 
-def _empty(z: Tensor, ratio: int, coarse: tuple[int, int]) -> Tensor:
-    shape = (*z.shape[:2], coarse[0] * ratio, coarse[1] * ratio)
-    return torch.empty(shape, dtype=z.dtype, device=z.device).contiguous(memory_format=torch.channels_last)
+def _empty(shape: Sequence[int], device: torch.device) -> Tensor:
+    """A map to be filled, in channels-last memory from the start: to rearrange a large one takes twice its memory."""
+    return torch.empty(*shape, dtype=torch.float32, device=device, memory_format=torch.channels_last)
 
 
 Box = tuple[slice, slice]

@@ -12,8 +12,8 @@ from vqcodec.models.config import StageConfig
 # Factor on the energy of the mean over all positions of what a block adds (`ResidualBlock.energy`). The mean carries no
 # information on the picture, but gradient noise lets it drift.
 COMMON = 20.0
-# Positions that a residual block processes at a time on a CPU, so that its intermediate maps fit the cache.
-STRIP = 8192
+# Positions that a residual block processes at a time, by the type of device: what fits the cache of a CPU, or memory.
+STRIP = {"cpu": 1 << 13, "cuda": 1 << 17}
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,15 @@ class ResidualBlock(nn.Module):
             assert weight is not None
             nn.init.zeros_(weight)
 
-    def forward(self, x: Tensor, cond: Condition) -> Tensor:
-        """x: float (B, C, h, w); the result has the same shape."""
+    def forward(self, x: Tensor, cond: Condition, overwrite: bool = False) -> Tensor:
+        """Refine a map.
+
+        Args:
+            x: float (B, C, h, w); the result has the same shape.
+            overwrite: x is not needed any more: the result may take its place in memory.
+        """
         if len(cond.unit) == 1 and not self.training:
-            return self._at_one_quality(x, cond)
+            return self._at_one_quality(x, cond, overwrite)
         gain, shift = self.quality(cond.basis)[:, :, None, None].chunk(2, 1)
         size = torch.maximum(self.deviation, cond.unit[:, None])
         y = functional.leaky_relu(self.reduce(x * (1 / size)[:, :, None, None].to(x.dtype)), 0.1)
@@ -94,10 +99,10 @@ class ResidualBlock(nn.Module):
             self.energy = cond.unit.square() * energy + (COMMON - 1) * common
         return x + (cond.unit[:, None, None, None] * y).to(x.dtype)
 
-    def _at_one_quality(self, x: Tensor, cond: Condition) -> Tensor:
+    def _at_one_quality(self, x: Tensor, cond: Condition, overwrite: bool) -> Tensor:
         """`forward` for pictures of one quality, with the modulation folded into the kernels.
 
-        Without gradients a CPU processes strips of rows that fit the cache, which is twice as fast at stride 4.
+        Without gradients it processes strips of rows. If they fit the cache, that is twice as fast at stride 4.
         """
         gain, shift = self.quality(cond.basis)[0].chunk(2)
         reduce = self.reduce.weight / torch.maximum(self.deviation, cond.unit)[:, None, None]
@@ -115,13 +120,18 @@ class ResidualBlock(nn.Module):
             y = functional.leaky_relu_(y[:, :, above : above + stop - start], 0.1)
             return functional.conv2d(y, expand, expand_bias)
 
-        if torch.is_grad_enabled() or x.is_cuda:
-            return x + added(0, x.shape[2])
-        out = torch.empty_like(x)
-        rows = max(1, STRIP // (len(x) * x.shape[3]))
-        for start in range(0, x.shape[2], rows):
-            strip = slice(start, min(start + rows, x.shape[2]))
-            torch.add(x[:, :, strip], added(strip.start, strip.stop), out=out[:, :, strip])
+        height = x.shape[2]
+        if torch.is_grad_enabled():
+            return x + added(0, height)
+        out = x if overwrite else torch.empty_like(x)
+        rows = max(1, STRIP[x.device.type] // (len(x) * x.shape[3]))
+        waiting: list[tuple[slice, Tensor]] = []  # a strip that the next one must see as it was
+        for start in range(0, height, rows):
+            stop = min(start + rows, height)
+            waiting.append((slice(start, stop), added(start, stop)))
+            while len(waiting) > (overwrite and stop < height):
+                strip, y = waiting.pop(0)
+                torch.add(x[:, :, strip], y, out=out[:, :, strip])
         return out
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vqcodec.models.config import Config, StageConfig
-from vqcodec.models.layers import Condition, Lap, Linear1x1, ResidualBlock
+from vqcodec.models.layers import STRIP, Condition, Lap, Linear1x1, ResidualBlock
 from vqcodec.models.pixels import Renderer, SeparableLap
 from vqcodec.models.quantizer import Codebook
 
@@ -74,19 +74,23 @@ class Stage(nn.Module):
     def analyse(self, x: Tensor) -> Tensor:
         """The next finer stage's features (B, C', h * ratio, w * ratio), or pixels, -> (B, C, h, w); linear."""
         x = x if self.lap is None else self.lap(x)
-        y: Tensor = self.analysis(functional.pixel_unshuffle(x, self.ratio))
-        return y
+        if torch.is_grad_enabled():
+            y: Tensor = self.analysis(functional.pixel_unshuffle(x, self.ratio))
+            return y
+        rows = self.ratio * max(1, STRIP[x.device.type] // (len(x) * x.shape[3]))  # without a copy of all of x
+        parts = [self.analysis(functional.pixel_unshuffle(part, self.ratio)) for part in x.split(rows, 2)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
     def encode(self, x: Tensor, cond: Condition) -> Tensor:
-        """What `analyse` gave -> the stage's features, (B, C, h, w) each."""
+        """What `analyse` gave, which may be overwritten -> the stage's features, (B, C, h, w) each."""
         for block in self.encoder:
-            x = block(x, cond)
+            x = block(x, cond, overwrite=True)
         return x
 
     def decode(self, x: Tensor, cond: Condition) -> Tensor:
         """The stage's features, (B, C, h, w) -> what `synthesise` takes, of the same shape."""
-        for block in self.decoder:
-            x = block(x, cond)
+        for number, block in enumerate(self.decoder):
+            x = block(x, cond, overwrite=number > 0)
         return x
 
     def synthesise(self, x: Tensor, cond: Condition) -> Tensor:
@@ -184,7 +188,7 @@ class VQVAE(nn.Module):
         return self.stage(0).analyse((pixels - PIXEL_CENTRE) / PIXEL_SCALE)
 
     def encode(self, x: Tensor, quality: Tensor) -> list[Tensor]:
-        """The other steps of `analyse`: what `transform` gives -> the latents of every level."""
+        """The other steps of `analyse`: what `transform` gives, which is overwritten -> the latents of every level."""
         cond = self.condition(quality)
         latents = []
         for index, config in enumerate(self.config.stages):
@@ -194,11 +198,14 @@ class VQVAE(nn.Module):
                 latents.append(x)
         return latents[::-1]
 
-    def refine(self, level: int, index: int, estimate: Tensor, quality: Tensor) -> Tensor:
-        """Refine the estimate of a level's latents, float (B, C, h, w), before slice `index` is coded."""
+    def refine(self, level: int, index: int, estimate: Tensor, quality: Tensor, overwrite: bool = False) -> Tensor:
+        """Refine the estimate of a level's latents, float (B, C, h, w), before slice `index` is coded.
+
+        overwrite: whether the result may take its place in memory.
+        """
         cond = self.condition(quality)
         for block in self.slice(level, index).blocks():
-            estimate = block(estimate, cond)
+            estimate = block(estimate, cond, overwrite)
         return estimate
 
     def descend(self, level: int, estimate: Tensor, quality: Tensor) -> Tensor:
