@@ -1,10 +1,13 @@
 """Pictures a second of `vqcodec compress --ray` for some numbers of actors, beside one process without Ray.
 
+That does pictures one by one, as `--jobs 1` does, and then in groups, as actors do.
+
     python -m bench.scale [--actors 1,2] [--pictures 48] [--size 768x512] [--weights WEIGHTS] [-o out/scale.json]
 
 Everything works from files to files, on the CPU, with one thread of torch a process. Speeds are measured from the first
 results to the last. "start" is what comes before: interpreters and models, but not the cluster, which is there before
-the clock starts. The last column is what a picture takes longer than without Ray: with one actor, the overhead of Ray.
+the clock starts. The last column is what a picture takes longer than in groups without Ray: with one actor, the
+overhead of Ray.
 """
 
 import argparse
@@ -22,8 +25,9 @@ import torch
 from PIL import Image
 
 from bench.speed import sample, sizes
-from vqcodec import bitstream, codec, distributed, files, image
+from vqcodec import distributed, files
 from vqcodec.distributed import Compress, Job
+from vqcodec.distributed.groups import MOST_FILES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,31 +39,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", help="a file or a packaged name (default: photo)")
     parser.add_argument("-o", "--output", type=Path, default=Path("out/scale.json"), help="default: %(default)s")
     given = parser.parse_args(arguments)
-    if given.pictures < 8 * max(given.actors):
-        parser.error("--pictures must be at least eight times the number of actors")
+    if given.pictures < max(2 * MOST_FILES, 8 * max(given.actors)):
+        parser.error(f"--pictures must be at least {2 * MOST_FILES} and eight times the number of actors")
     ((width, height),) = given.size
-    measured = []
+    measured: list[tuple[str, float, float]] = []  # runs, their starts in seconds, and their seconds a picture
     with tempfile.TemporaryDirectory() as folder:
         jobs = _pictures(Path(folder), given.pictures, width, height)
-        for actors in (0, *given.actors):
-            if actors:
-                times = _on_ray(jobs, given.weights, actors)
-                first = actors * distributed.files_of_task(len(jobs), actors)  # when each actor has finished a task
-            else:
-                times, first = _plain(jobs, given.weights), 1
+        runs: dict[str, tuple[list[float], int]] = {}  # when pictures were done, and how many of the first do not count
+        for name, most in (("one by one", 1), ("in groups", MOST_FILES)):
+            runs[name] = _plain(jobs, given.weights, most), most
+        for actors in given.actors:
+            # Until each actor has finished a task.
+            first = actors * distributed.files_of_task(len(jobs), actors)
+            runs[f"{actors} actor{'s' * (actors > 1)}"] = _on_ray(jobs, given.weights, actors), first
+        for name, (times, first) in runs.items():
             seconds = (times[-1] - times[first - 1]) / (len(jobs) - first)  # of a picture
-            start = times[first - 1] - first * seconds
-            measured.append({"actors": actors, "start": start, "seconds": seconds})
-            plain = measured[0]["seconds"]
-            name = f"{actors} actors" if actors else "no Ray"
-            print(
-                f"{name:10} start {start:6.2f} s, then {1 / seconds:7.2f} pictures/s,"
-                f" {width * height / 1e6 / seconds:7.2f} megapixels/s, {plain / seconds:5.2f} x,"
-                f" {1000 * (seconds - plain):+8.1f} ms a picture",
-                flush=True,
-            )
+            measured.append((name, times[first - 1] - first * seconds, seconds))
+    single, grouped = measured[0][2], measured[1][2]
+    for name, start, seconds in measured:
+        print(
+            f"{name:10} start {start:6.2f} s, then {1 / seconds:7.2f} pictures/s,"
+            f" {width * height / 1e6 / seconds:7.2f} megapixels/s, {single / seconds:5.2f} x,"
+            f" {1000 * (seconds - grouped):+8.1f} ms a picture"
+        )
     given.output.parent.mkdir(parents=True, exist_ok=True)
-    content = {"width": width, "height": height, "pictures": given.pictures, "measurements": measured}
+    rows = [{"run": name, "start": start, "seconds": seconds} for name, start, seconds in measured]
+    content = {"width": width, "height": height, "pictures": given.pictures, "measurements": rows}
     given.output.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
     return 0
 
@@ -78,39 +83,41 @@ def _pictures(folder: Path, count: int, width: int, height: int) -> list[Job]:
     return distributed.plan([str(folder / "in")], str(folder / "out"), Compress, overwrite=True)[0]
 
 
-def _output(job: Job) -> str:
-    return str(Path(job.root).parent / "out")
+def _output(job: Job) -> Path:
+    return Path(job.root).parent / "out"
 
 
-def _plain(jobs: Sequence[Job], weights: str | None) -> list[float]:
-    """When each picture was done in a new process, in seconds."""
+def _plain(jobs: Sequence[Job], weights: str | None, most: int) -> list[float]:
+    """When each picture was done in a new process, in seconds, in groups of so many."""
     start = time.time()
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return [done - start for done in pool.submit(_make, jobs, weights).result()]
+        pool.submit(_make, jobs, weights, most).result()
+    return _written(jobs, start)
 
 
-def _make(jobs: Sequence[Job], weights: str | None) -> list[float]:
+def _make(jobs: Sequence[Job], weights: str | None, most: int) -> None:
     torch.set_num_threads(1)
-    done = []
-    for job in jobs:
-        picture = image.load(files.read(job.source), max_pixels=bitstream.DEFAULT_MAX_PIXELS)
-        encoded = codec.compress(picture, weights=weights, device="cpu")
-        files.write(str(Path(_output(job)) / job.target), encoded, overwrite=True)
-        done.append(time.time())
-    return done
+    items = ((job, files.read(job.source), True) for job in jobs)
+    for job, _, result in Compress(weights=weights, device="cpu").convert_each(items, most):
+        if not isinstance(result, tuple):
+            raise SystemExit(f"scale: {result}")
+        files.write(str(_output(job) / job.target), result[0], overwrite=True)
 
 
 def _on_ray(jobs: Sequence[Job], weights: str | None, actors: int) -> list[float]:
     """When each picture was done on a cluster of so many processors, in seconds."""
     transcoder = functools.partial(Compress, weights=weights)
-    times = []
     with distributed.cluster("local", num_cpus=actors):
         start = time.time()
-        for outcome in distributed.make(jobs, transcoder, output=_output(jobs[0]), overwrite=True, device="cpu"):
+        for outcome in distributed.make(jobs, transcoder, output=str(_output(jobs[0])), overwrite=True, device="cpu"):
             if outcome.errors:
-                sys.exit(f"scale: {': '.join(outcome.errors[0])}")
-            times.append(time.time() - start)
-    return times
+                sys.exit(f"scale: {', '.join(outcome.errors[0])}")
+    return _written(jobs, start)
+
+
+def _written(jobs: Sequence[Job], start: float) -> list[float]:
+    """When the files of jobs were written, in seconds after a time; Ray tells of them later, several at a time."""
+    return sorted((_output(job) / job.target).stat().st_mtime - start for job in jobs)
 
 
 if __name__ == "__main__":

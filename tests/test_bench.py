@@ -520,6 +520,21 @@ def test_batches_of_tiles_are_launched_once(fast_weights: Path) -> None:
     assert counted[0] < counted[1] < 2 * counted[0]
 
 
+def test_batches_of_pictures_are_launched_once(fast_weights: Path) -> None:
+    """Nor do four pictures of one size, in either direction; the host hardly waits more often."""
+    pictures = [speed.sample(64 + 8 * number, 64)[:, 8 * number :] for number in range(4)]
+    files = vqcodec.compress_many(pictures, weights=fast_weights)
+    for work in (
+        lambda count: vqcodec.compress_many(pictures[:count], weights=fast_weights),
+        lambda count: vqcodec.decompress_many(files[:count], weights=fast_weights),
+    ):
+        (launched, waited), (more, longer) = (
+            [seen.total() for seen in launches.count(lambda count=count, work=work: work(count))] for count in (1, 4)
+        )
+        assert launched <= more < 1.2 * launched
+        assert waited <= longer < 1.2 * waited
+
+
 def test_speed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     output = tmp_path / "speed.json"

@@ -457,19 +457,20 @@ def test_scale_tells_speed_from_start(tmp_path: Path, monkeypatch: pytest.Monkey
         pytest.importorskip(package, reason="needs the extra 'bench': pip install -e '.[bench]'")
     from bench import scale
 
-    monkeypatch.setattr(scale, "_plain", lambda jobs, weights: [5 + 0.5 * n for n in range(1, 1 + len(jobs))])
+    monkeypatch.setattr(scale, "_plain", lambda jobs, _, most: [5 + 0.5 * (n // most + 1) for n in range(len(jobs))])
 
     def on_ray(jobs: list[Job], weights: str | None, actors: int) -> list[float]:
-        """Two actors, each with two pictures at a time, of which each takes it 0.6 s."""
-        assert (actors, len(jobs)) == (2, 16)
-        return [7 + 1.2 * (n // 4 + 1) for n in range(16)]
+        """Two actors, each with four pictures at a time, of which each takes it 0.6 s."""
+        assert (actors, len(jobs)) == (2, 32)
+        return [7 + 2.4 * (n // 8 + 1) for n in range(32)]
 
     monkeypatch.setattr(scale, "_on_ray", on_ray)
     output = tmp_path / "scale.json"
-    assert scale.main(["--actors", "2", "--pictures", "16", "--size", "24x16", "-o", str(output)]) == 0
-    plain, two = json.loads(output.read_text())["measurements"]
-    assert (plain["start"], plain["seconds"]) == (pytest.approx(5), pytest.approx(0.5))
-    assert (two["start"], two["seconds"]) == (pytest.approx(7), pytest.approx(0.3))
+    assert scale.main(["--actors", "2", "--pictures", "32", "--size", "24x16", "-o", str(output)]) == 0
+    rows = json.loads(output.read_text())["measurements"]
+    assert [row["run"] for row in rows] == ["one by one", "in groups", "2 actors"]
+    assert [row["start"] for row in rows] == [pytest.approx(5), pytest.approx(5), pytest.approx(7)]
+    assert [row["seconds"] for row in rows] == [pytest.approx(0.5), pytest.approx(0.5 / 16), pytest.approx(0.3)]
 
 
 # On a cluster
