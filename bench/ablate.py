@@ -1,6 +1,6 @@
 """Short training runs that differ in one thing: what does it bring?
 
-    python -m bench.ablate PICTURES... [--variants photo,scalar] [--minutes 5] [-o out/ablate] [--jobs 1]
+    python -m bench.ablate PICTURES... [--variants photo,d1] [--minutes 5] [-o out/ablate] [--jobs 1]
 
 Every variant trains for the same minutes, from the same seed, on the same pictures, in a process of one thread, and is
 validated on the same crops (`vqcodec train` sets them aside). Printed: steps and minutes, bits per pixel, PSNR and
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from vqcodec.models.config import Config, PriorConfig, SliceConfig
-from vqcodec.models.recipes import PHOTO, PHOTO_FAST
+from vqcodec.models.recipes import PHOTO
 from vqcodec.train import process
 from vqcodec.train import run as training
 from vqcodec.train.schedule import Schedule
@@ -43,10 +43,9 @@ class Variant:
     schedule: Schedule = field(default_factory=Schedule)
 
 
-def _with_slices(*slices: SliceConfig) -> Config:
-    """The photo model with other slices on its bottom level."""
-    stages = tuple(replace(s, slices=slices) if s.slices and s.stride == 16 else s for s in PHOTO.stages)
-    return replace(PHOTO, stages=stages)
+def _body(**changes: Any) -> Config:
+    """The photo model with another body at stride 16."""
+    return replace(PHOTO, stages=(replace(PHOTO.stages[0], **changes), *PHOTO.stages[1:]))
 
 
 def _bottom() -> tuple[SliceConfig, ...]:
@@ -55,32 +54,12 @@ def _bottom() -> tuple[SliceConfig, ...]:
 
 def _scalars() -> Config:
     """Every plane of one dimension."""
-    stages = tuple(
-        replace(s, slices=tuple(replace(p, planes=p.channels, dim=1, scales=1) for p in s.slices)) for s in PHOTO.stages
-    )
-    return replace(PHOTO, stages=stages)
+    return _body(slices=tuple(replace(p, planes=p.channels, dim=1) for p in _bottom()))
 
 
 def _without_top() -> Config:
-    stages = tuple(
-        replace(s, slices=tuple(replace(p, layer=max(0, p.layer - 1)) for p in s.slices)) for s in PHOTO.stages[:-1]
-    )
-    return replace(PHOTO, stages=stages)
-
-
-def _shallow() -> Config:
-    stages = tuple(
-        replace(
-            s, encoder_blocks=(s.encoder_blocks + 1) // 2, decoder_blocks=(s.decoder_blocks + 1) // 2, refine_blocks=1
-        )
-        for s in PHOTO.stages
-    )
-    return replace(PHOTO, stages=stages)
-
-
-def _fast(**changes: Any) -> Config:
-    """The fast photo model with another body at stride 16."""
-    return replace(PHOTO_FAST, stages=(replace(PHOTO_FAST.stages[0], **changes), *PHOTO_FAST.stages[1:]))
+    slices = tuple(replace(p, layer=p.layer - 1) for p in _bottom())
+    return replace(PHOTO, stages=(replace(PHOTO.stages[0], slices=slices),))
 
 
 # Rounding to the end: transforms, steps and estimates learn, and bits are those of what stands in for the prior.
@@ -89,10 +68,6 @@ ROUNDING = Schedule(prior_at=1.0, joint_at=1.0, polish_from=1.0, rate_rise=0.6)
 VARIANTS = {
     "photo": Variant("as shipped"),
     # The quantiser
-    "scalar": Variant(
-        "rounding to the end, bits of what stands in for the prior",
-        schedule=ROUNDING,
-    ),
     "no-rounding": Variant(
         "codebooks and prior from the start",
         schedule=Schedule(prior_at=0.0, joint_at=0.0, joint_rate=1.0, rate_rise=0.6),
@@ -100,44 +75,31 @@ VARIANTS = {
     "d1": Variant("every plane of one dimension", _scalars()),
     "d4": Variant(
         "planes of four dimensions in the last slice",
-        _with_slices(*_bottom()[:-1], replace(_bottom()[-1], planes=44, dim=4, codes=128, scales=4)),
+        _body(slices=(*_bottom()[:-1], replace(_bottom()[-1], planes=44, dim=4, codes=128))),
     ),
     "half-codes": Variant(
-        "codebooks of half the size", _with_slices(*(replace(p, codes=p.codes // 2) for p in _bottom()))
-    ),
-    "one-scale": Variant(
-        "one scale of the rate model for both dimensions of a code",
-        _with_slices(*(replace(p, scales=1) for p in _bottom())),
+        "codebooks of half the size", _body(slices=tuple(replace(p, codes=p.codes // 2) for p in _bottom()))
     ),
     "ema": Variant("codebooks learn by moving averages", replace(PHOTO, codebook="ema")),
     "commitment": Variant("a commitment loss", replace(PHOTO, commitment=0.25)),
-    "small-unit": Variant("residual blocks in a fifth of the unit", replace(PHOTO, residual_unit=0.3)),
     # Levels and prior
     "no-top": Variant("no top level", _without_top()),
-    "prior-64": Variant("context of 64 channels", replace(PHOTO, prior=PriorConfig(64, 64, 2))),
-    "prior-1-block": Variant("one gated block before each slice", replace(PHOTO, prior=PriorConfig(96, 64, 1))),
-    # Depth
-    "shallow": Variant("half of the residual blocks", _shallow()),
-    # The fast model, rounding to the end, at about equal work
-    "fast": Variant("the fast model: 3x3 of 256 in 8 groups", PHOTO_FAST, ROUNDING),
-    "fast-mse": Variant("on squared error alone", PHOTO_FAST, replace(ROUNDING, visual_share=0.0)),
-    "fast-muon": Variant("kernels by Muon", PHOTO_FAST, replace(ROUNDING, kernel_rate=5e-3)),
-    "fast-dense": Variant("dense 3x3 of 128", _fast(hidden=128, groups=1), ROUNDING),
-    "fast-deep": Variant(
-        "twice the blocks of half the work",
-        _fast(hidden=128, groups=4, encoder_blocks=16, decoder_blocks=6, refine_blocks=2),
-        ROUNDING,
-    ),
-    "fast-depthwise": Variant("depthwise 3x3 of 384", _fast(hidden=384, groups=384), ROUNDING),
-    "fast-no-renderer": Variant("five decoder blocks and no renderer", _fast(decoder_blocks=5, renderer=0), ROUNDING),
-    "fast-encoder": Variant("sixteen encoder blocks", _fast(encoder_blocks=16), ROUNDING),
+    "prior-96": Variant("context of 96 channels", replace(PHOTO, prior=PriorConfig(96, 64, 1))),
+    "prior-2-blocks": Variant("two gated blocks before each slice", replace(PHOTO, prior=PriorConfig(56, 32, 2))),
+    # The body, rounding to the end, at about equal work
+    "rounding": Variant("rounding to the end", schedule=ROUNDING),
+    "mse": Variant("on squared error alone", schedule=replace(ROUNDING, visual_share=0.0)),
+    "muon": Variant("kernels by Muon", schedule=replace(ROUNDING, kernel_rate=5e-3)),
+    "dense": Variant("dense 3x3 of 128", _body(hidden=128, groups=1), ROUNDING),
+    "depthwise": Variant("depthwise 3x3 of 384", _body(hidden=384, groups=384), ROUNDING),
+    "no-renderer": Variant("five decoder blocks and no renderer", _body(decoder_blocks=5, renderer=0), ROUNDING),
+    "encoder": Variant("sixteen encoder blocks", _body(encoder_blocks=16), ROUNDING),
     # The schedule
     "half-rate": Variant("half the learning rates", schedule=Schedule(rate=5e-4, prior_rate=1.5e-3)),
     "double-rate": Variant("twice the learning rates", schedule=Schedule(rate=2e-3, prior_rate=6e-3)),
     "fast-rate": Variant(
         "the rate's weight 0.5, 1 after a twentieth of the time", schedule=Schedule(rate_start=0.5, rate_rise=0.05)
     ),
-    "muon": Variant("kernels by Muon", schedule=Schedule(kernel_rate=5e-3)),
     "full-rate": Variant("the rate's weight 1 throughout", schedule=Schedule(rate_start=1.0)),
     "batch-4": Variant("batches of 4", schedule=Schedule(batch=4)),
     "batch-16": Variant("batches of 16", schedule=Schedule(batch=16)),

@@ -213,9 +213,8 @@ def _vqcodec(
     look: str = "faithful",
     effort: int = 1,
     tune: str | None = None,
-    model: str | None = None,
 ) -> Codec:
-    """vqcodec in one of its ways; `model` is the name of packaged weights to use whatever `weights` says."""
+    """vqcodec in one of its ways."""
     try:
         import vqcodec.codec
         import vqcodec.packaged
@@ -224,7 +223,7 @@ def _vqcodec(
     except ImportError as error:
         raise CodecUnavailableError(f"vqcodec cannot be imported: {error}") from error
     try:
-        path = vqcodec.packaged.find(model or weights)
+        path = vqcodec.packaged.find(weights)
         vqcodec.packaged.find_look(path, look)
         weights_id = vqcodec.weights_file.describe(path)["id"]
     except VqcodecError as error:
@@ -254,10 +253,6 @@ def _vqcodec(
 _MAKERS: dict[str, Callable[[Path | None, str, int], Codec]] = {
     "vqcodec": _vqcodec,
     "vqcodec-psnr": functools.partial(_vqcodec, key="vqcodec-psnr", title="vqcodec, tune psnr", tune="psnr"),
-    "vqcodec-fast": functools.partial(_vqcodec, key="vqcodec-fast", title="photo-fast", model="photo-fast"),
-    "vqcodec-fast-psnr": functools.partial(
-        _vqcodec, key="vqcodec-fast-psnr", title="photo-fast, tune psnr", tune="psnr", model="photo-fast"
-    ),
     "vqcodec-natural": functools.partial(_vqcodec, key="vqcodec-natural", title="vqcodec, natural", look="natural"),
     "vqcodec-effort-3": functools.partial(_vqcodec, key="vqcodec-effort-3", title="vqcodec, effort 3", effort=3),
     "vqcodec-effort-9": functools.partial(_vqcodec, key="vqcodec-effort-9", title="vqcodec, effort 9", effort=9),

@@ -1,6 +1,6 @@
 """How often a GPU would be given work and waited for, counted on a CPU.
 
-    python -m bench.launches [--weights photo-fast] [--size 2048x2048]
+    python -m bench.launches [--size 2048x2048]
 
 The codec takes the path that it takes on a GPU. Every operator of torch that computes or copies counts as a kernel
 launch (some launch more than one, such as sorting). Every copy between host and device, and every operator whose result
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.speed import sample, sizes
 from vqcodec import codec, coding, synthesis
 from vqcodec.errors import VqcodecError
-from vqcodec.models import counts, layers
+from vqcodec.models import layers
 
 QUALITY = 50
 # Operators that only allocate memory; those that only look at it differently are views.
@@ -84,7 +84,7 @@ def count(work: Callable[[], object]) -> tuple[Counter[str], Counter[str]]:
     launches, synchronisations = _Launches(), _Synchronisations()
     with ExitStack() as stack:
         # What is done at a time, by the type of device.
-        for amounts in (coding.BATCH_PIXELS, synthesis.BAND_PIXELS, counts.BLOCK, layers.STRIP):
+        for amounts in (coding.BATCH_PIXELS, synthesis.BAND_PIXELS, layers.STRIP):
             stack.callback(amounts.update, dict(amounts))
             amounts["cpu"] = amounts["cuda"]
         stack.callback(torch.set_num_threads, torch.get_num_threads())

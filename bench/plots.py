@@ -18,8 +18,6 @@ from bench.measures import Measure
 COLOURS = {
     "vqcodec": "#c2410c",
     "vqcodec-psnr": "#e11d48",
-    "vqcodec-fast": "#be185d",
-    "vqcodec-fast-psnr": "#831843",
     "vqcodec-natural": "#f59e0b",
     "vqcodec-effort-3": "#9a3412",
     "vqcodec-effort-9": "#7c2d12",

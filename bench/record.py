@@ -15,6 +15,7 @@ import json
 import math
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -136,15 +137,20 @@ def _rates_table(record: Record, measure: str, levels: Sequence[float], unit: st
 
 def saving(record: Record) -> str:
     """The README's first figures."""
+
+    def against(key: str, anchor: str, measure: str) -> str:
+        percent = _percent(record, key, anchor, measure)
+        return f"{percent[1:]} {'smaller' if percent.startswith('-') else 'larger'} than {record[anchor].title}"
+
     looks, squares = (
-        [_percent(record, key, anchor, measure).lstrip("-") for anchor in ("jpeg", "jxl", "avif")]
+        [against(key, anchor, measure) for anchor in ("jpeg", "jxl", "avif")]
         for key, measure in (("vqcodec", "ssimulacra2"), ("vqcodec-psnr", "psnr"))
     )
-    return (
-        f"At equal looks (SSIMULACRA2, BD-rates on Kodak) files are {looks[0]} smaller than JPEG, {looks[1]} smaller"
-        f" than\nJPEG XL and {looks[2]} smaller than AVIF. At equal PSNR, with `--tune psnr`, they are {squares[0]},"
-        f" {squares[1]} and {squares[2]}\nsmaller."
+    text = (
+        f"At equal looks (SSIMULACRA2, BD-rates on Kodak) files are {looks[0]}, {looks[1]} and {looks[2]}."
+        f" At equal PSNR, with `--tune psnr`, they are {squares[0]}, {squares[1]} and {squares[2]}."
     )
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def source(record: Record) -> str:
@@ -172,19 +178,8 @@ def all_bd_rates_table(record: Record) -> str:
     return _bd_rates(record, OPPONENTS)
 
 
-def fast_table(record: Record) -> str:
-    """The fast model against the photo model, tune by tune, and against the best opponents."""
-    pairs = [("vqcodec-fast", key) for key in ("vqcodec", "jxl", "avif")]
-    return _pairs_table(record, [*pairs, ("vqcodec-fast-psnr", "vqcodec-psnr"), ("vqcodec-fast-psnr", "avif-psnr")])
-
-
 def _bd_rates(record: Record, opponents: Sequence[str]) -> str:
     pairs = [("vqcodec", key) for key in (*opponents, "vqcodec-psnr")] + [("vqcodec-psnr", key) for key in opponents]
-    return _pairs_table(record, pairs)
-
-
-def _pairs_table(record: Record, pairs: Sequence[tuple[str, str]]) -> str:
-    """BD-rates of pairs of codecs."""
     measures = [key for key in MEASURES if _curve(record, pairs[0][0], key)]
     rows = [
         [record[test].title, record[anchor].title, *(_percent(record, test, anchor, key) for key in measures)]
@@ -245,7 +240,6 @@ BLOCKS: dict[str, Callable[[Record], str]] = {
     "bd-rates": bd_rates_table,
     "all-bd-rates": all_bd_rates_table,
     "against-jpeg": jpeg_table,
-    "fast": fast_table,
     "effort": effort_table,
     "natural": natural_table,
 }

@@ -27,6 +27,6 @@ def make_photo() -> MakePhoto:
 
 
 @pytest.fixture(scope="session")
-def fast_weights() -> Path:
-    """A weights file of `models.FAST`."""
-    return models.fast_weights()
+def tiny_weights() -> Path:
+    """A weights file of `models.TINY`."""
+    return models.tiny_weights()

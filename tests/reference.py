@@ -40,13 +40,11 @@ def value_counts(parameters: Sequence[int], dim: int, values: Ints, bias: Ints) 
     """Counts of k = 1..K-1.
 
     Args:
-        parameters: the D + 2 S + 1 integers of the symbol. dim: D. values: (D + 2 S, K - 1). bias: (K - 1,).
+        parameters: the D + 3 integers of the symbol. dim: D. values: (D + 2, K - 1). bias: (K - 1,).
     """
-    scales = (len(parameters) - 1 - dim) // 2
-    numbers = [int(x) for x in parameters]
-    means, s, l = numbers[:dim], numbers[dim : dim + scales], numbers[dim + scales : -1]
-    factors = [m * p(12 * 32 + s[i % scales], 32) for i, m in enumerate(means)]
-    factors += [p(12 * 16 + x, 16) for x in s] + [p(13 * 16 + x, 16) for x in l]
+    *means, s, l, _ = (int(x) for x in parameters)
+    assert len(means) == dim
+    factors = [m * p(12 * 32 + s, 32) for m in means] + [p(12 * 16 + s, 16), p(13 * 16 + l, 16)]
     columns = [[int(x) for x in row] for row in values]
     logits = [
         sum(factor * column[k] for factor, column in zip(factors, columns, strict=True)) + 2**19 * int(bias[k])
@@ -98,7 +96,7 @@ class Weights:
         (size,) = struct.unpack_from("<Q", data)
         header: dict[str, Any] = json.loads(data[8 : 8 + size])
         self.config: dict[str, Any] = json.loads(header.pop("__metadata__")["config"])
-        self.levels = [stage for stage in reversed(self.config["stages"]) if stage["slices"]]
+        self.levels = self.config["stages"][::-1]
         kinds = {"I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8", "F16": "<f2", "F32": "<f4"}
         self.tensors: dict[str, Ints] = {}
         self.floats: dict[str, Floats] = {}
@@ -262,7 +260,7 @@ class Renderer:
         self.t = (quality - 1) / 99
         low, high = weights.config["lambda_range"]
         usual = (10 / low) ** 0.5 / 64 * (low / high) ** (self.t / 2)
-        self.bound = usual * weights.config["residual_unit"]
+        self.bound = usual * 1.5
 
     def tensor(self, name: str) -> Floats:
         return self.weights.floats[f"vqvae.{name}"]
@@ -300,12 +298,7 @@ class Renderer:
         y = f(y * (1 + gain[:, None, None]) + shift[:, None, None])
         return x + self.bound * self.conv(f"{name}.expand", y)
 
-    def unlap(self, name: str, x: Floats, r: int) -> Floats:
-        half = r // 2
-        inside = unshuffle(x[:, half:-half, half:-half], r)
-        return x + np.pad(shuffle(self.conv(f"{name}.change", inside), r), ((0, 0), (half, half), (half, half)))
-
-    def unlap_pixels(self, x: Floats, r: int) -> Floats:
+    def unlap(self, x: Floats, r: int) -> Floats:
         weight, half = self.tensor("stages.0.unlap.weight"), r // 2
         for axis in (2, 1):
             length = x.shape[axis]
@@ -344,17 +337,16 @@ class Renderer:
     def hand_down(self, level: int, x: Floats) -> Floats:
         """From a level's estimate to the start of the next finer one's, or to values of pixels."""
         stages = self.weights.config["stages"]
-        numbers = [number for number in reversed(range(len(stages))) if stages[number]["slices"]] + [-1]
-        for number in range(numbers[level], numbers[level + 1], -1):
-            stage, name = stages[number], f"stages.{number}"
-            r = stage["stride"] // (stages[number - 1]["stride"] if number else 1)
-            for block in range(stage["decoder_blocks"]):
-                x = self.block(f"{name}.decoder.{block}", x)
-            features, x = x, shuffle(self.conv(f"{name}.synthesis", x), r)
-            if stage.get("lapped", False):
-                x = self.unlap(f"{name}.unlap", x, r) if number else self.unlap_pixels(x, r)
-            if stage.get("renderer", 0):
-                x = self.render(x, features)
+        number = len(stages) - 1 - level
+        stage, name = stages[number], f"stages.{number}"
+        r = stage["stride"] // (stages[number - 1]["stride"] if number else 1)
+        for block in range(stage["decoder_blocks"]):
+            x = self.block(f"{name}.decoder.{block}", x)
+        features, x = x, shuffle(self.conv(f"{name}.synthesis", x), r)
+        if stage["lapped"]:
+            x = self.unlap(x, r)
+        if stage["renderer"]:
+            x = self.render(x, features)
         return x
 
     def pixels(self, indices: Sequence[Ints], height: int, width: int, grey: bool = False) -> NDArray[np.uint8]:
@@ -372,8 +364,6 @@ class Renderer:
                 name = f"slices.{level}.{index}"
                 if (level, index) != (0, 0):
                     x = self.block(f"{name}.refine", x)
-                    for block in range(stage.get("refine_blocks", 1) - 1):
-                        x = self.block(f"{name}.further.{block}", x)
                 self.add_codes(name, piece, indices[level][:, :, plane : plane + piece["planes"]], x[channel:])
                 plane += piece["planes"]
                 channel += piece["planes"] * piece["dim"]

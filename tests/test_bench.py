@@ -491,7 +491,7 @@ def test_report_escapes_text() -> None:
     assert "<a>" not in page
 
 
-def test_launches_are_counted(fast_weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_launches_are_counted(tiny_weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of operators that compute, and of what a host waits for; the codec is asked as if it were on a GPU."""
     mask = torch.tensor([True, False])
 
@@ -503,30 +503,30 @@ def test_launches_are_counted(fast_weights: Path, capsys: pytest.CaptureFixture[
     computed, waited = launches.count(work)
     assert computed == {"aten.ones.default": 1, "aten.add.Tensor": 1, "aten.relu.default": 1, "aten.index.Tensor": 1}
     assert waited == {"mask": 1, "to": 1, "tolist": 1}
-    arguments = ["--weights", str(fast_weights), "--sizes", "128x64", "--all"]
+    arguments = ["--weights", str(tiny_weights), "--sizes", "128x64", "--all"]
     assert launches.main(arguments) == 0
     output = capsys.readouterr().out
     assert "128x64 encode: " in output and "128x64 decode: " in output and "aten.im2col.default" in output
     assert launches.main(["--weights", "missing"]) == 1
 
 
-def test_batches_of_tiles_are_launched_once(fast_weights: Path) -> None:
+def test_batches_of_tiles_are_launched_once(tiny_weights: Path) -> None:
     """Four equal tiles do not cost a GPU four times the launches of one."""
     counted = []
     for size in (64, 128):
         pixels = speed.sample(size, size)
-        seen, _ = launches.count(lambda pixels=pixels: vqcodec.compress(pixels, weights=fast_weights, tile=64))
+        seen, _ = launches.count(lambda pixels=pixels: vqcodec.compress(pixels, weights=tiny_weights, tile=64))
         counted.append(seen.total())
     assert counted[0] < counted[1] < 2 * counted[0]
 
 
-def test_batches_of_pictures_are_launched_once(fast_weights: Path) -> None:
+def test_batches_of_pictures_are_launched_once(tiny_weights: Path) -> None:
     """Nor do four pictures of one size, in either direction; the host hardly waits more often."""
     pictures = [speed.sample(64 + 8 * number, 64)[:, 8 * number :] for number in range(4)]
-    files = vqcodec.compress_many(pictures, weights=fast_weights)
+    files = vqcodec.compress_many(pictures, weights=tiny_weights)
     for work in (
-        lambda count: vqcodec.compress_many(pictures[:count], weights=fast_weights),
-        lambda count: vqcodec.decompress_many(files[:count], weights=fast_weights),
+        lambda count: vqcodec.compress_many(pictures[:count], weights=tiny_weights),
+        lambda count: vqcodec.decompress_many(files[:count], weights=tiny_weights),
     ):
         (launched, waited), (more, longer) = (
             [seen.total() for seen in launches.count(lambda count=count, work=work: work(count))] for count in (1, 4)

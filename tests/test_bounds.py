@@ -14,9 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vqcodec import codec, coding, encoder, search, synthesis
 from vqcodec import trials as trials_module
 from vqcodec.frame import Frame
-from vqcodec.models import counts
 from vqcodec.target import Setting, Target
-from vqcodec.weights import load
 
 
 class Largest(TorchDispatchMode):
@@ -34,23 +32,20 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("rows", [False, True], ids=["computed", "stored"])
-def test_range_coding_makes_no_table_of_a_whole_pass(rows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_range_coding_makes_no_table_of_a_whole_pass() -> None:
     """With a single tile no tensor is larger than the networks' own, where K numbers for each symbol would be."""
-    model = load(models.fast_weights()) if rows else models.tiny_model()
+    model = models.tiny_model()
     frame = Frame(256, 192, 50)
     codes = [c.short() for c in models.random_codes(model.vqvae, 192, 256)]
     with coding.exact(model):
         expected = coding.encode(model, frame, codes)[0]
-        monkeypatch.setitem(counts.BLOCK, "cpu", 1 << 12)
         with Largest() as encoding:
             segments = coding.encode(model, frame, codes)[0]
         with Largest() as decoding:
             found = coding.decode(model, frame, [segments])
     assert segments == expected
     assert all(torch.equal(a, b) for a, b in zip(found, codes, strict=True))
-    most = 256 * 192 * (4 if rows else 1)
-    assert encoding.numbers <= most and decoding.numbers <= most
+    assert max(encoding.numbers, decoding.numbers) <= 256 * 192
 
 
 class Calls:
@@ -90,7 +85,7 @@ PUTS = 4 + 4 + 4  # passes of the three slices of `models.TINY`, in one batch of
         ({"max_size": 400}, None),
         ({"target": Target("psnr", 32)}, "psnr"),
         ({"target": Target("ssimulacra2", 50)}, "ssimulacra2"),
-        ({"target": Target("psnr", 37), "max_size": 250}, "psnr"),
+        ({"target": Target("psnr", 38), "max_size": 250}, "psnr"),
         ({"target": Target("psnr", 32), "effort": 2}, "psnr"),
         ({"target": Target("size", 400), "effort": 2}, None),
     ],
@@ -126,10 +121,9 @@ def test_latents_are_not_made_anew_for_another_emphasis(calls: Calls) -> None:
     assert calls.seen["analyse"] < calls.seen["choose"]
 
 
-@pytest.mark.parametrize("rows", [False, True], ids=["computed", "stored"])
-def test_empty_segments_are_codes_0_and_cost_nothing(rows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_segments_are_codes_0_and_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A real encoder writes no bytes for codes 0, whatever the size, so such a file is not refused."""
-    model = load(models.fast_weights()) if rows else models.tiny_model()
+    model = models.tiny_model()
     frame = Frame(150, 100, 50, 64)
     nothing = coding.no_codes(model.config, frame)
     with coding.exact(model):
@@ -145,20 +139,6 @@ def test_empty_segments_are_codes_0_and_cost_nothing(rows: bool, monkeypatch: py
         for given in (huge, frame):
             count = len(given.tiles()) * model.config.layers
             assert not any(c.any() for c in coding.decode(model, given, [[b""] * count]))
-
-
-def test_small_tiles_share_their_tables(calls: Calls) -> None:
-    """Sixteen tiles of a batch do not take sixteen times the operators of one; the bytes are those of tiles alone."""
-    calls.watch(counts, "_counts")
-    model = models.tiny_model()
-    codes = [c.short() for c in models.random_codes(model.vqvae, 256, 256)]
-    made = []
-    with coding.exact(model):
-        for tile in (0, 64):
-            calls.seen.clear()
-            coding.encode(model, Frame(256, 256, 50, tile), codes)
-            made.append(calls.seen["_counts"])
-    assert made[1] <= 2 * made[0]
 
 
 def test_nothing_is_kept_of_a_picture(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,7 @@ def weights_of(kind: str) -> Path:
     """Small weights of each kind."""
     if kind == "raster":
         return models.save(models.raster(), models.tiny_weights().with_name("raster.safetensors"))
-    return models.fast_weights() if kind == "fast" else models.tiny_weights()
+    return models.tiny_weights()
 
 
 def results(path: Path) -> tuple[bytes, bytes, bytes, bytes]:
@@ -87,9 +87,7 @@ def usual(kind: str) -> tuple[bytes, bytes, bytes, bytes]:
     return results(weights_of(kind))
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"), [("fast", "float16"), ("fast", "meta"), ("raster", "float64"), *(("tiny", name) for name in SAME)]
-)
+@pytest.mark.parametrize(("kind", "name"), [("raster", "float64"), *(("tiny", name) for name in SAME)])
 def test_settings_that_change_nothing(kind: str, name: str) -> None:
     expected = usual(kind)
     with SAME[name]():

@@ -999,7 +999,7 @@ def test_train(training, photo):
         "prior, step 2: 0.500 bpp, 30.00 dB, 01:00:00 left",
     ]
     options = {"config": "tiny", "minutes": 1.5, "resume": True, "device": "auto", "seed": 3, "start_from": None}
-    options |= {"crops": None, "features": None, "distortion": None, "judge": None}
+    options |= {"crops": None, "features": (), "distortion": None, "judge": None}
     assert training.calls == [([Path("photo.png")], Path("w.safetensors"), options)]
 
 
@@ -1075,7 +1075,7 @@ def test_train_a_look(training, photo):
     assert ran.exit_code == 2 and "--config cannot change it" in ran.stderr
     assert training.calls == []
     assert run(*asked, "-o", "w.natural.safetensors").exit_code == 0
-    assert training.calls[0][2]["features"] == Path("f.safetensors")
+    assert training.calls[0][2]["features"] == (Path("f.safetensors"),)
     assert training.calls[0][2]["start_from"] == Path("w.safetensors")
     assert run(*asked[:4], "-o", "w.natural.safetensors", "--resume").exit_code == 0
     assert training.calls[1][2]["start_from"] is None, "its checkpoint knows the weights"

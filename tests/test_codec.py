@@ -1,4 +1,4 @@
-"""Compress and decompress, whole: every size and kind of picture, damage, tiles and windows."""
+"""Compress and decompress, whole: every size and kind of picture, damage, tiles and bands."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from PIL import Image, ImageCms, features
 
 from vqcodec import bitstream, codec, coding, decoder, image, synthesis
 from vqcodec.bitstream import Chunk, Container, Header, read_info
-from vqcodec.entropy import Counts, Encoder
+from vqcodec.entropy import Encoder, Table
 from vqcodec.errors import ChecksumError, FormatError, HeaderError, ImageError, LimitError, TargetError, WeightsError
 from vqcodec.frame import Frame
 from vqcodec.image import Picture
@@ -305,9 +305,9 @@ def test_tile_out_of_range(tile: Any) -> None:
 THREE_LEVELS = Config(
     "three",
     (
-        StageConfig(4, 24, 8, 1, 1, (SliceConfig(planes=3, dim=8, codes=32, layer=2),)),
-        StageConfig(16, 16, 8, 0, 1, (SliceConfig(4, 1, 64, 1), SliceConfig(6, 2, 32, 1))),
-        StageConfig(128, 8, 8, 1, 0, (SliceConfig(planes=8, dim=1, codes=256, layer=0),)),
+        StageConfig(4, 24, 8, 1, 1, (SliceConfig(planes=3, dim=8, codes=32, layer=2, rows=12),)),
+        StageConfig(16, 16, 8, 0, 1, (SliceConfig(4, 1, 64, 1, rows=40), SliceConfig(6, 2, 32, 1, rows=2))),
+        StageConfig(128, 8, 8, 1, 0, (SliceConfig(planes=8, dim=1, codes=256, layer=0, rows=128),)),
     ),
     prior=dataclasses.replace(TINY.prior, blocks=2),
 )
@@ -370,15 +370,15 @@ def test_verification(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_size_is_the_cross_entropy(quality: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the prior's counts say, within 1 % and a word for each segment; and the container adds what it must."""
     bits = 0.0
-    put = Encoder.put
+    put = Encoder.put_rows
 
-    def counted(self: Encoder, symbols: Any, counts: Counts) -> None:
+    def counted(self: Encoder, symbols: Any, rows: Any, table: Table) -> None:
         nonlocal bits
-        chosen = counts[np.arange(len(symbols)), symbols.astype(int)].astype(float) + 1
+        chosen = table.counts[rows, symbols.astype(int)].astype(float) + 1
         bits -= float(np.log2(chosen / 2**24).sum())
-        put(self, symbols, counts)
+        put(self, symbols, rows, table)
 
-    monkeypatch.setattr(Encoder, "put", counted)
+    monkeypatch.setattr(Encoder, "put_rows", counted)
     data = compress(picture(192, 160, seed=44), quality=quality)
     segments = bitstream.read(data).segments
     content = sum(len(segment) for segment in segments if segment is not None)
@@ -601,7 +601,7 @@ def test_max_pixels() -> None:
         decompress(data, max_pixels=599)
 
 
-# Tiles and windows
+# Tiles and bands
 
 
 def test_tiled_and_whole_files_of_the_same_codes_give_the_same_pixels() -> None:
@@ -624,12 +624,12 @@ def strongly_shaken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return models.save(models.tiny(shake=200), tmp_path_factory.mktemp("weights") / "shaken.safetensors")
 
 
-@pytest.mark.parametrize("window", [32, 64, 100])
+@pytest.mark.parametrize("rows", [1, 2, 5])
 @pytest.mark.parametrize("size", [(128, 180), (40, 300), (300, 33)], ids=str)
-def test_windows_leave_no_seams(
-    size: tuple[int, int], window: int, strongly_shaken: Path, monkeypatch: pytest.MonkeyPatch
+def test_bands_leave_no_seams(
+    size: tuple[int, int], rows: int, strongly_shaken: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Latents and pixels are the same whether the networks see the picture at once or in windows."""
+    """Latents and pixels are the same whether what is local works on the picture at once or in bands."""
     weights = strongly_shaken
     model, quality = load(weights), torch.tensor([60])
     source = picture(*size, seed=45)
@@ -637,14 +637,15 @@ def test_windows_leave_no_seams(
     with torch.inference_mode():
         latents = synthesis.analyse(model, source[None], quality)
         restored = codec.decode_picture(data, weights=weights).pixels
-        monkeypatch.setattr(synthesis, "WINDOW", window)
+        width = -(-size[1] // model.config.multiple) * model.config.multiple
+        monkeypatch.setitem(synthesis.BAND_PIXELS, "cpu", rows * width * model.config.stages[0].stride)
         calls = []
-        descend = model.vqvae.descend
-        monkeypatch.setattr(model.vqvae, "descend", lambda *a: calls.append(a) or descend(*a))
+        render = model.vqvae.render
+        monkeypatch.setattr(model.vqvae, "render", lambda *a: calls.append(a) or render(*a))
         for found, expected in zip(synthesis.analyse(model, source[None], quality), latents, strict=True):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
         found = codec.decode_picture(data, weights=weights).pixels
-    assert len(calls) > 3, "the picture must not fit one window"
+    assert len(calls) == -(-size[0] // (8 * rows)), "the picture must not fit one band"
     assert int(np.abs(found.astype(int) - restored).max()) <= 1
     assert (found != restored).mean() < 0.01
     # The choice of codes may fall the other way in a rare tie, no more.

@@ -33,14 +33,26 @@ def test_the_layout_of_the_paper() -> None:
     assert VQVAE2.codebook == "ema"
 
 
-def test_scales_are_one_or_one_for_each_dimension() -> None:
-    assert SliceConfig(1, 4, 8, 0, scales=4).parameters == 13
+def test_parameters_of_a_symbol() -> None:
+    """A row of a stored table; or a mean of each dimension, a square, a linear and the odds of code 0."""
+    assert SliceConfig(1, 4, 8, 0, rows=16).parameters == 1
     assert SliceConfig(1, 4, 8, 0).parameters == 7
-    for scales in (0, 2, 5):
-        with pytest.raises(ValueError, match="scales must be 1 or dim, 4"):
-            SliceConfig(1, 4, 8, 0, scales=scales)
-    with pytest.raises(ValueError, match="outposts must be far or near, got 'none'"):
-        SliceConfig(1, 4, 8, 0, outposts="none")
+    assert SliceConfig(3, 1, 8, 0).parameters == 4
+
+
+def test_a_prior_in_raster_order_has_no_stored_tables_and_any_other_has() -> None:
+    """That is what tells whether it learns jointly with the rest."""
+    assert PHOTO.joint and TINY.joint and not VQVAE2.joint
+    assert 0 < TINY.rate_factor < 1 and VQVAE2.rate_factor == 0
+    message = "every slice needs rows with interleaved passes, and none in raster order"
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, prior=dataclasses.replace(TINY.prior, layers=2))
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(VQVAE2, prior=dataclasses.replace(VQVAE2.prior, layers=0))
+    for prior in (TINY.prior, VQVAE2.prior):
+        mixed = (SliceConfig(4, 1, 16, 0, rows=8), SliceConfig(4, 1, 16, 1))
+        with pytest.raises(ValueError, match=message):
+            Config("bad", (stage(8, slices=mixed),), prior)
 
 
 def test_lambdas_are_evenly_spaced_in_the_logarithm() -> None:
@@ -49,23 +61,27 @@ def test_lambdas_are_evenly_spaced_in_the_logarithm() -> None:
     assert [PHOTO.lambda_of(k / 10) for k in range(11)] == pytest.approx(expected)
 
 
-def stage(stride: int, channels: int = 8, slices: tuple[SliceConfig, ...] | None = None) -> StageConfig:
-    pieces = (SliceConfig(planes=channels, dim=1, codes=16, layer=0),) if slices is None else slices
-    return StageConfig(stride, channels, hidden=4, encoder_blocks=0, decoder_blocks=0, slices=pieces)
+def stage(
+    stride: int, channels: int = 8, slices: tuple[SliceConfig, ...] | None = None, lapped: bool = False
+) -> StageConfig:
+    pieces = (SliceConfig(planes=channels, dim=1, codes=16, layer=0, rows=8),) if slices is None else slices
+    return StageConfig(stride, channels, hidden=4, encoder_blocks=0, decoder_blocks=0, slices=pieces, lapped=lapped)
 
 
 def with_layers(*layers: int) -> tuple[SliceConfig, ...]:
-    return tuple(SliceConfig(planes=4, dim=1, codes=16, layer=layer) for layer in layers)
+    return tuple(SliceConfig(planes=4, dim=1, codes=16, layer=layer, rows=8) for layer in layers)
 
 
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        ((), "coarsest stage"),
+        ((), "there must be a stage"),
         ((stage(6), stage(16)), "whole factors"),
         ((stage(8), stage(8)), "whole factors"),
         ((stage(8), stage(4)), "whole factors"),
-        ((stage(4), stage(8, slices=())), "coarsest stage"),
+        ((stage(4), stage(8, slices=())), "0 of 8 channels"),
+        ((stage(4, slices=()), stage(8)), "0 of 8 channels"),
+        ((stage(4, slices=with_layers(1, 1)), stage(8, lapped=True)), "only the finest stage can be lapped"),
         ((stage(4, channels=9, slices=with_layers(0, 0)),), "8 of 9 channels"),
         ((stage(4, channels=521),), "more than 520 channels"),
         ((stage(4), stage(96)), "must divide 128"),
@@ -89,7 +105,7 @@ def test_codebook_must_be_known() -> None:
     [
         *[("planes", 0), ("dim", 0), ("dim", 1.0), ("codes", 2), ("codes", 40000), ("layer", -1)],
         *[("planes", 1041), ("dim", True), ("dim", math.nan), ("codes", "64"), ("layer", 255), ("layer", [0])],
-        *[("scales", True), ("scales", 1.0), ("rows", False)],
+        *[("rows", False), ("rows", 1.0), ("rows", -1)],
     ],
 )
 def test_sizes_out_of_range(name: str, value: int) -> None:
@@ -128,16 +144,20 @@ def test_sizes_out_of_range(name: str, value: int) -> None:
         changed(["lambda_range"], ["a", "b"]),
         changed(["commitment"], 10**400),
         changed(["commitment"], True),
-        changed(["residual_unit"], math.inf),
-        changed(["residual_unit"], math.nan),
+        changed(["commitment"], math.inf),
+        changed(["commitment"], math.nan),
         changed(["name"], 7),
         changed(["prior", "blocks"], 10**6),
         changed(["prior", "layers"], True),
         changed(["stages", 0, "channels"], 10**9),
         changed(["stages", 0, "hidden"], 10**9),
         changed(["stages", 0, "encoder_blocks"], 10**6),
-        changed(["stages", 1, "refine_blocks"], 10**6),
-        changed(["stages", 2, "renderer"], 16),
+        changed(["stages", 1, "decoder_blocks"], 10**6),
+        changed(["stages", 1, "renderer"], 16),
+        changed(["stages", 1, "lapped"], True),
+        changed(["stages", 1, "slices"], []),
+        changed(["stages", 0, "slices", 1, "rows"], 0),
+        changed(["stages", 0, "groups"], 3),
         changed(["stages", 0, "renderer"], 10**6),
         changed(["stages", 0, "lapped"], 1),
         "[" * 1000 + "]" * 1000,
@@ -160,7 +180,5 @@ def test_load_config(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(WeightsError, match="cannot read the configuration"):
         load_config(str(path))
-    with pytest.raises(
-        WeightsError, match="known are photo, photo-fast, vqvae2, vqvae2-3level, vqvae-mnist, vqvae-ema-cifar10"
-    ):
+    with pytest.raises(WeightsError, match="known are photo, vqvae2, vqvae2-3level, vqvae-mnist, vqvae-ema-cifar10"):
         load_config(str(tmp_path / "missing.json"))

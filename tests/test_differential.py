@@ -1,7 +1,8 @@
-"""The same thing computed in two ways: tiles together and alone, batches and their members, windows and the whole,
+"""The same thing computed in two ways: tiles together and alone, batches and their members, bands and the whole,
 and what the search says that codes cost beside what they do cost."""
 
 from dataclasses import replace
+from typing import Any
 
 import models
 import numpy as np
@@ -129,27 +130,13 @@ def test_one_by_one_and_all_given(model: Model) -> None:
     assert_equal([p[None] for p in found], expected)
 
 
-# Windows
-
-
-@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 12), st.integers(0, 5))
-@settings(deadline=None, derandomize=True)
-def test_windows_cover_a_grid(height: int, width: int, size: int, reach: int) -> None:
-    """Every position is in one inner window, and the outer one has all of the grid that lies within reach."""
-    times = np.zeros((height, width), int)
-    numbers = np.arange(height * width).reshape(height, width)
-    for inner, outer, part in synthesis.windows(height, width, size, reach):
-        times[inner] += 1
-        assert np.array_equal(numbers[outer][part], numbers[inner])
-        for own, wide, length in zip(inner, outer, (height, width), strict=True):
-            assert (wide.start, wide.stop) == (max(0, own.start - reach), min(length, own.stop + reach))
-    assert (times == 1).all()
+# Bands
 
 
 @pytest.mark.parametrize("grey", [False, True], ids=["colour", "grey"])
-@pytest.mark.parametrize("window", [32, 96])
-def test_windows_and_the_whole(window: int, grey: bool, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Latents and pixels of any kind of model, of sizes that fit no window."""
+@pytest.mark.parametrize("rows", [1, 3])
+def test_bands_and_the_whole(rows: int, grey: bool, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latents and pixels of any kind of model, of a size that no number of bands fits."""
     frame = Frame(170, 101, 40, grey=grey)
     pixels, quality = picture(101, 170, seed=3), torch.tensor([40])
     padded = frame.padded(model.config.multiple)
@@ -157,16 +144,26 @@ def test_windows_and_the_whole(window: int, grey: bool, model: Model, monkeypatc
     with coding.exact(model):
         latents = synthesis.analyse(model, pixels[None], quality)
         restored = synthesis.reconstruct(model, frame, codes)[0]
-        monkeypatch.setattr(synthesis, "WINDOW", window)
+        monkeypatch.setitem(synthesis.BAND_PIXELS, "cpu", rows * padded[1] * model.config.stages[0].stride)
+        monkeypatch.setattr(synthesis, "STRIP", 32)
+        bands, render = 0, model.vqvae.render
+
+        def counted(*arguments: Any) -> Tensor:
+            nonlocal bands
+            bands += 1
+            return render(*arguments)
+
+        monkeypatch.setattr(model.vqvae, "render", counted)
         for found, expected in zip(synthesis.analyse(model, pixels[None], quality), latents, strict=True):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
         again = synthesis.reconstruct(model, frame, codes)[0]
+    assert bands > 3, "the picture must not fit one band"
     gap = np.abs(again.astype(int) - restored)
     assert int(gap.max()) <= 1 and float((gap > 0).mean()) < 0.005
 
 
 def test_the_estimate_of_a_picture_and_of_a_batch(model: Model) -> None:
-    """`GridEstimate`, in place and window by window, decodes to what `Estimate` decodes to."""
+    """`GridEstimate`, in place and band by band, decodes to what `Estimate` decodes to."""
     codes = models.random_codes(model.vqvae, 64, 96)
     _, pixels = walked(model, (50,), codes)
     with coding.exact(model):
@@ -176,6 +173,20 @@ def test_the_estimate_of_a_picture_and_of_a_batch(model: Model) -> None:
 
 
 # The search
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 12), st.integers(0, 5))
+@settings(deadline=None, derandomize=True)
+def test_windows_cover_a_grid(height: int, width: int, size: int, reach: int) -> None:
+    """Every position is in one inner window, and the outer one has all of the grid that lies within reach."""
+    times = np.zeros((height, width), int)
+    numbers = np.arange(height * width).reshape(height, width)
+    for inner, outer, part in search.windows(height, width, size, reach):
+        times[inner] += 1
+        assert np.array_equal(numbers[outer][part], numbers[inner])
+        for own, wide, length in zip(inner, outer, (height, width), strict=True):
+            assert (wide.start, wide.stop) == (max(0, own.start - reach), min(length, own.stop + reach))
+    assert (times == 1).all()
 
 
 @pytest.fixture
@@ -284,10 +295,10 @@ def test_slopes_are_differences(visual: bool, model: Model, single: None) -> Non
             errors = [size * step if index == number else torch.zeros(s) for index, s in enumerate(shapes)]
             return what.weight * distortion_of(model, codes, pixels, quality, what, errors)
 
-        # The visual distance bends more sharply.
-        size, accuracy = (0.004, 0.02) if visual else (0.02, 0.001)
+        # The visual distance bends more sharply: in so short a step its roundings count, up to a tenth of a bit.
+        size, accuracy, noise = (0.004, 0.02, 25) if visual else (0.02, 0.001, 0)
         difference = (at(size) - at(-size)) / (2 * size)
-        assert float((slope * direction).sum()) == pytest.approx(difference, rel=accuracy)
+        assert float((slope * direction).sum()) == pytest.approx(difference, rel=accuracy, abs=noise)
 
 
 def as_map(rows: Tensor, shape: torch.Size, planes: int) -> Tensor:

@@ -31,7 +31,7 @@ GOLDEN = Path(__file__).parent / "golden"
 WEIGHTS = {
     "tiny": GOLDEN / "tiny.safetensors",
     "grey": GOLDEN / "tiny.safetensors",
-    "rows": GOLDEN / "rows.safetensors",
+    "raster": GOLDEN / "raster.safetensors",
 }
 
 BAD: dict[str, tuple[type[VqcodecError], str]] = {

@@ -79,11 +79,11 @@ def test_pixels(name: str, look: str, suffix: str, data: bytes, model: Model) ->
 
 
 @pytest.mark.parametrize(("look", "suffix"), [("faithful", ""), ("natural", ".natural")])
-def test_windows_leave_no_seams(
+def test_bands_leave_no_seams(
     look: str, suffix: str, data: bytes, name: str, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Windows overlap by as much as the real networks see, those of the look as well."""
-    monkeypatch.setattr(synthesis, "WINDOW", 64)
+    """Bands of a row of positions overlap by as much as the real local layers see, those of the look as well."""
+    monkeypatch.setitem(synthesis.BAND_PIXELS, "cpu", 1)
     check_pixels(codec.decode_picture(data, look=look).pixels, f"{name}{suffix}.png")
 
 

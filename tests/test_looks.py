@@ -1,5 +1,6 @@
 """Another look of the same codes: trained for given weights, kept beside them, and nothing but pixels differ."""
 
+import copy
 import csv
 import importlib.util
 import math
@@ -22,14 +23,10 @@ from torch.nn import functional
 from trainer import small_runs
 
 import vqcodec
-from vqcodec import decoder, packaged, weights, weights_file
+from vqcodec import decoder, packaged, synthesis, weights, weights_file
 from vqcodec.errors import TrainingError, WeightsError
-from vqcodec.models.config import Config
-from vqcodec.models.model import Model
-from vqcodec.models.vqvae import VQVAE
 from vqcodec.train import perceptual
 from vqcodec.train import run as training
-from vqcodec.train.begin import load_networks
 from vqcodec.train.schedule import LOOK
 
 PLAN = replace(LOOK, crop=64, batch=4, kernel_rate=1e-2, rate=1e-2, warm_up_steps=5)
@@ -64,21 +61,14 @@ def own(tmp_path: Path) -> Path:
 def look(own: Path) -> Path:
     """A natural look of these weights: paler."""
     model = weights.load(own)
-    config = model.config.look()
-    vqvae = taken_over(model, config)
+    vqvae = copy.deepcopy(model.vqvae)
     for part in vqvae.renderer().values():
         for name, parameter in part.named_parameters():
             if name == "weight":
                 parameter.mul_(0.9)
     path = own.with_suffix(".natural.safetensors")
-    weights.save_look(path, config, vqvae, model.id.hex(), {})
+    weights.save_look(path, model.config, vqvae, model.id.hex(), {})
     return path
-
-
-def taken_over(given: Model, config: Config) -> VQVAE:
-    vqvae = VQVAE(config).requires_grad_(False).eval()
-    load_networks(vqvae, given.vqvae)
-    return vqvae
 
 
 def psnr_of(a: object, b: object) -> float:
@@ -108,31 +98,35 @@ def test_only_pixels_differ(own: Path, look: Path) -> None:
     assert np.array_equal(faithful, vqcodec.decompress(data, weights=own)), "faithful unless told otherwise"
 
 
-def test_new_blocks_change_nothing_at_first(own: Path) -> None:
+def test_a_look_has_all_that_renders_and_nothing_else(own: Path, look: Path) -> None:
+    """Taken from the weights themselves, it changes no pixel."""
     model = weights.load(own)
-    config = model.config.look()
-    vqvae = taken_over(model, config)
-    assert config.stages[0].decoder_blocks > model.config.stages[0].decoder_blocks
-    estimate, quality = torch.randn(1, model.config.stages[1].channels, 8, 8), torch.tensor([30])
-    level = len(config.levels) - 1
-    before, after = (net.descend(level, estimate, quality) for net in (model.vqvae, vqvae))
-    torch.testing.assert_close(after, before, rtol=0, atol=0.01)  # pixel levels
+    names = {name.split(".")[3] for name in load_file(look)}
+    assert names == {"decoder", "synthesis", "unlap", "renderer"}
+    assert all(name.startswith("vqvae.stages.0.") for name in load_file(look))
+    same = own.with_suffix(".same.safetensors")
+    weights.save_look(same, model.config, model.vqvae, model.id.hex(), {})
+    data = vqcodec.compress(models.picture(40, 50), weights=own)
+    codes = decoder.decode_codes([vqcodec.bitstream.read(data)], model)
+    frame = vqcodec.bitstream.read_header(data).frame
+    found, expected = (synthesis.reconstruct(loaded, frame, codes) for loaded in (weights.load(own, look=same), model))
+    assert np.array_equal(found, expected)
 
 
 def test_training(own: Path, pictures: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the renderer learns, towards what the distance wants; a run can be gone on with."""
-    monkeypatch.setattr(perceptual, "distance", lambda network, features, device: coarse)
+    monkeypatch.setattr(perceptual, "distance", lambda features, device: coarse)
     output = own.with_suffix(".natural.safetensors")
 
     def run(seconds: float, **options: Any) -> None:
-        asked = {"start_from": own, "features": Path("features"), "schedule": PLAN} | options
+        asked = {"start_from": own, "features": [Path("features")], "schedule": PLAN} | options
         training.train([pictures], output, minutes=seconds / 60, device="cpu", **asked)
 
     run(1)
     run(1.2, resume=True)
     run(1.3, resume=True, start_from=None)  # which its checkpoint knows
     with pytest.raises(TrainingError, match="is of a look of weights .*: give its features with --natural"):
-        run(1.4, resume=True, features=None)
+        run(1.4, resume=True, features=[])
     assert not list(own.parent.glob("*.visual.json")), "a look is no matter of the encoder"
     other = models.save(models.tiny(seed=9), own.with_name("other.safetensors"))
     with pytest.raises(TrainingError, match="is of a look of weights .*, not of .*: leave out --from"):
@@ -170,7 +164,7 @@ def test_a_look_of_a_classic_model(
     tmp_path: Path, pictures: Path, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the prior is learned after the rest, a look never comes to its turn."""
-    monkeypatch.setattr(perceptual, "distance", lambda network, features, device: coarse)
+    monkeypatch.setattr(perceptual, "distance", lambda features, device: coarse)
     own = models.save(models.raster(layers=2), tmp_path / "own.safetensors")
     output = own.with_suffix(".natural.safetensors")
     seen: list[training.Progress] = []
@@ -178,7 +172,7 @@ def test_a_look_of_a_classic_model(
         [pictures],
         output,
         start_from=own,
-        features=Path("features"),
+        features=[Path("features")],
         minutes=0.3 / 60,
         device="cpu",
         schedule=replace(PLAN, crop=32),
@@ -205,7 +199,7 @@ def test_refused(own: Path, look: Path, tmp_path: Path) -> None:
         weights.load(own, look=own)
     tensors = load_file(look)
     metadata = {"format": weights_file.LOOK_FORMAT, "weights": weights.load(own).id.hex()}
-    metadata["config"] = weights.load(own).config.look().to_json()
+    metadata["config"] = weights.load(own).config.to_json()
     save_file(dict(list(tensors.items())[1:]), look, metadata)
     with pytest.raises(WeightsError, match=r"natural\.safetensors lack"):
         vqcodec.decompress(data, weights=own, look="natural")
@@ -213,7 +207,13 @@ def test_refused(own: Path, look: Path, tmp_path: Path) -> None:
 
 def test_a_look_needs_weights(pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="needs the weights that it is for"):
-        training.train([pictures], tmp_path / "x.natural.safetensors", config=TINY, features=Path("features"))
+        training.train([pictures], tmp_path / "x.natural.safetensors", config=TINY, features=[Path("features")])
+
+
+def made_features(path: Path, side: int, channels: int) -> Path:
+    """A file that begins like the features of a network."""
+    save_file({"features.0.weight": torch.zeros(channels, 3, side, side)}, path)
+    return path
 
 
 def test_features_of_the_wrong_network(tmp_path: Path) -> None:
@@ -223,7 +223,34 @@ def test_features_of_the_wrong_network(tmp_path: Path) -> None:
 
     path = tmp_path / "features.safetensors"
     with pytest.raises(WeightsError, match="cannot read features"):
-        lpips("squeeze", path)
-    save_file({"features.0.weight": torch.zeros(64, 3, 3, 3)}, path)
-    with pytest.raises(WeightsError, match="does not hold the features"):
-        lpips("squeeze", path)
+        lpips(path)
+    for side in (3, 5, 11):  # the beginning of SqueezeNet, of none, and of AlexNet
+        with pytest.raises(WeightsError, match="does not hold the features of a network of LPIPS"):
+            lpips(made_features(path, side, 64))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_distance_is_a_mean_over_networks(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32, but in bfloat16 where gradients are wanted under autocast."""
+    seen: list[torch.dtype] = []
+
+    class Network(torch.nn.Module):
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            self.scale = scale
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            seen.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+            return self.scale * (a - b).square().mean((1, 2, 3), keepdim=True)
+
+    scales = {Path("one"): 1.0, Path("two"): 3.0}
+    monkeypatch.setattr(perceptual, "lpips", lambda path: Network(scales[path]))
+    measure = perceptual.distance(list(scales), torch.device("cpu"))
+    a, b = torch.rand(2, 3, 8, 8) * 255, torch.rand(2, 3, 8, 8) * 255
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = measure(a.requires_grad_(), b)
+        with torch.no_grad():
+            torch.testing.assert_close(measure(a, b), found.detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(found, 2 * ((a - b) / 127.5).square().mean((1, 2, 3)))
+    rough = torch.bfloat16 if autocast else torch.float32
+    assert seen == [rough, rough, torch.float32, torch.float32]

@@ -110,7 +110,7 @@ def test_a_search_takes_pictures_one_by_one() -> None:
 
 def test_files_of_several_weights(tmp_path: Path) -> None:
     """Each file is decoded by its own weights if these are packaged; weights that are named must fit all of them."""
-    names = ("photo", "photo-fast")
+    names = ("photo", "vqvae-ema-cifar10")
     files = [vqcodec.compress(picture(40, 50), weights=name) for name in names]
     for found, data in zip(vqcodec.decompress_many(files), files, strict=True):
         assert near(found, vqcodec.decompress(data))

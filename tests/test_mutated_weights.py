@@ -58,27 +58,27 @@ def load_or_refuse(file: Path, data: bytes) -> bool:
 
 
 def slices(count: int) -> list[dict[str, int]]:
-    return [{"planes": 1, "dim": 1, "codes": 3, "layer": 0} for _ in range(count)]
+    return [{"planes": 1, "dim": 1, "codes": 3, "layer": 0, "rows": 2} for _ in range(count)]
 
 
 @pytest.mark.parametrize(
     ("path", "value", "named"),
     [
-        (("stages", 1, "slices", 0, "codes"), 32768, "slices.1.0.codebook.vectors"),
-        (("stages", 1, "slices", 0, "rows"), 128, "tables.levels.1.0.counts"),
-        (("stages", 0, "channels"), 8192, "stages.0.analysis.weight"),
-        (("stages", 0, "renderer"), 8192, "stages.0.renderer.features.weight"),
-        (("stages", 0, "lapped"), True, "stages.0.lap.weight"),
+        (("stages", 0, "slices", 0, "codes"), 32768, "slices.1.0.codebook.vectors"),
+        (("stages", 0, "slices", 0, "rows"), 100, "tables.levels.1.0.counts"),
+        (("stages", 0, "channels"), 8192, "slices cover 24 of 8192 channels"),
+        (("stages", 0, "stride"), 16, "stages.0.analysis.weight"),
+        (("stages", 0, "renderer"), 8192, "stages.0.renderer.modulation.weight"),
         (("stages", 1, "hidden"), 8192, "stages.1.encoder.0.reduce.weight"),
         (("stages", 1, "encoder_blocks"), 256, "stages.1.encoder.1.reduce.weight"),
         (("stages", 0, "decoder_blocks"), 256, "stages.0.decoder.1.reduce.weight"),
-        (("stages", 1, "refine_blocks"), 256, "slices.1.0.further.1.reduce.weight"),
+        (("stages", 0, "groups"), 1, "stages.0.encoder.0.spatial.weight"),
         (("prior", "blocks"), 256, "prior.levels.0.slices.0.blocks.1.spread.weight"),
         (("prior", "channels"), 115, "prior.levels.0.slices.0.head.weight"),
         (("prior", "channels"), 10**9, "channels must be"),
         (("stages", 1, "encoder_blocks"), 10**6, "encoder_blocks must be"),
-        (("stages", 2, "slices"), slices(10**5), "slices cover 100000 of 12 channels"),
-        (("stages", 2, "slices"), slices(12), "slices.0.0.codebook.vectors"),
+        (("stages", 1, "slices"), slices(10**5), "slices cover 100000 of 12 channels"),
+        (("stages", 1, "slices"), slices(12), "slices.0.0.codebook.vectors"),
     ],
 )
 def test_a_configuration_is_compared_with_the_file_before_networks_are_made(
@@ -86,6 +86,31 @@ def test_a_configuration_is_compared_with_the_file_before_networks_are_made(
 ) -> None:
     monkeypatch.setattr(weights, "_blank", lambda _: pytest.fail("networks were made"))
     file.write_bytes(save(load_file(models.tiny_weights()), {**metadata(), "config": models.changed(path, value)}))
+    for use in (weights.load, weights_file.describe):
+        with pytest.raises(WeightsError, match=named):
+            use(file)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "named"),
+    [
+        (("stages", 0, "renderer"), 8192, "stages.0.renderer.features.weight"),
+        (("stages", 0, "lapped"), True, "stages.0.lap.weight"),
+        (("stages", 1, "slices", 0, "codes"), 32768, "slices.0.0.codebook.vectors"),
+        (("prior", "layers"), 256, "prior.levels.0.slices.0.layers.2.vertical.weight"),
+        (("prior", "layers"), 0, "needs rows"),
+    ],
+)
+def test_a_configuration_that_asks_for_more_than_the_file_has(
+    path: tuple[Any, ...], value: Any, named: str, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model in raster order without a lap and a renderer."""
+    model = models.raster(layers=2)
+    models.save(model, file)
+    with safe_open(file, framework="pt") as opened:
+        own = {**opened.metadata(), "config": models.changed(path, value, model.config)}
+    monkeypatch.setattr(weights, "_blank", lambda _: pytest.fail("networks were made"))
+    file.write_bytes(save(load_file(file), own))
     for use in (weights.load, weights_file.describe):
         with pytest.raises(WeightsError, match=named):
             use(file)

@@ -54,13 +54,13 @@ def digit() -> Image.Image:
 
 def test_a_file_finds_the_packaged_weights_that_its_header_names() -> None:
     pixels = models.picture(40, 48)
-    data = vqcodec.compress(pixels, weights="photo-fast", quality=60)
-    expected = vqcodec.decompress(data, weights="photo-fast")
+    data = vqcodec.compress(pixels, weights="vqvae-ema-cifar10", quality=60)
+    expected = vqcodec.decompress(data, weights="vqvae-ema-cifar10")
     assert np.array_equal(np.asarray(vqcodec.decompress(data)), np.asarray(expected))
 
 
 def test_every_packaged_weights_file_is_known_once() -> None:
     names = [path.name for path in packaged.every()]
     assert names[0] == "photo.safetensors" and sorted(set(names)) == sorted(names)
-    assert {"photo-fast.safetensors", "vqvae-mnist.safetensors"} < set(names)
+    assert {"vqvae-mnist.safetensors", "vqvae-ema-cifar10.safetensors"} < set(names)
     assert not [name for name in names if "natural" in name]

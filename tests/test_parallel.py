@@ -23,10 +23,9 @@ def processors(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("kind", ["tiny", "fast"])
-def test_files_and_codes_do_not_depend_on_it(kind: str, processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_and_codes_do_not_depend_on_it(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 5 x 4 tiles, in batches of one and two."""
-    path = models.tiny_weights() if kind == "tiny" else models.fast_weights()
+    path = models.tiny_weights()
     source = picture(250, 300, seed=1)
     monkeypatch.setitem(coding.BATCH_PIXELS, "cpu", 2 * 64 * 64)
     torch.set_num_threads(1)

@@ -1,5 +1,6 @@
 """The separable lap and the renderer of a model whose finest stage is coarse, and such a model as a codec."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import models
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from models import FAST
+from models import TINY
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -16,10 +17,10 @@ from vqcodec import coding, synthesis, weights
 from vqcodec.encoder import encode
 from vqcodec.frame import Frame
 from vqcodec.models import pixels as pixels_module
-from vqcodec.models.config import CELL
+from vqcodec.models.config import CELL, SliceConfig
 from vqcodec.models.operations import macs_per_pixel
 from vqcodec.models.pixels import Renderer, SeparableLap
-from vqcodec.models.recipes import PHOTO_FAST
+from vqcodec.models.recipes import PHOTO
 from vqcodec.models.vqvae import VQVAE
 from vqcodec.train.start import lapped_filter, start_from_pictures
 
@@ -90,7 +91,7 @@ def test_operations_of_the_renderer_are_counted(monkeypatch: pytest.MonkeyPatch)
     found = renderer()
     found(torch.randn(1, 3, 32, 48), torch.randn(1, 6, 2, 3), torch.ones(1))
     shapes = {f"vqvae.stages.0.renderer.{name}": tensor.shape for name, tensor in found.state_dict().items()}
-    assert done / (32 * 48) == pytest.approx(macs_per_pixel(PHOTO_FAST, shapes)["decoder"])
+    assert done / (32 * 48) == pytest.approx(macs_per_pixel(PHOTO, shapes)["decoder"])
 
 
 @pytest.mark.parametrize("strip", [1, 100, 1000])
@@ -111,8 +112,10 @@ def test_one_picture_is_rendered_as_many_are(strip: int, monkeypatch: pytest.Mon
 
 @torch.no_grad()
 def test_the_start_is_a_transform_that_loses_nothing() -> None:
+    """If all 192 components of patches of 8 x 8 pixels are kept."""
     pixels = models.batch(*(models.picture(64, 96, seed) for seed in range(8)))
-    model = VQVAE(FAST).eval()
+    finest = replace(TINY.stages[0], channels=192, slices=(SliceConfig(192, 1, 64, layer=1, rows=128),))
+    model = VQVAE(replace(TINY, stages=(finest, TINY.stages[1]))).eval()
     start_from_pictures(model, pixels)
     quality = torch.full((8,), 50)
     latents = model.analyse(pixels, quality)
@@ -122,23 +125,23 @@ def test_the_start_is_a_transform_that_loses_nothing() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (33, 70), (128, 180)], ids=str)
-def test_files_decode(size: tuple[int, int], fast_weights: Path) -> None:
+def test_files_decode(size: tuple[int, int], tiny_weights: Path) -> None:
     pixels = models.picture(*size, seed=3)
-    data = vqcodec.compress(pixels, weights=fast_weights, quality=80, tile=64, effort=2, verify=True)
-    restored = np.asarray(vqcodec.decompress(data, weights=fast_weights))
+    data = vqcodec.compress(pixels, weights=tiny_weights, quality=80, tile=64, effort=2, verify=True)
+    restored = np.asarray(vqcodec.decompress(data, weights=tiny_weights))
     assert restored.shape == pixels.shape
     if size != (1, 1):
         assert np.abs(restored.astype(int) - pixels).mean() < 8
 
 
-def test_bands_leave_no_seams(fast_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, pixels, quality = weights.load(fast_weights), models.picture(200, 232, seed=4), torch.tensor([60])
-    data = vqcodec.compress(pixels, weights=fast_weights, quality=60)
-    whole = np.asarray(vqcodec.decompress(data, weights=fast_weights)).astype(int)
+def test_bands_leave_no_seams(tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, pixels, quality = weights.load(tiny_weights), models.picture(200, 232, seed=4), torch.tensor([60])
+    data = vqcodec.compress(pixels, weights=tiny_weights, quality=60)
+    whole = np.asarray(vqcodec.decompress(data, weights=tiny_weights)).astype(int)
     with coding.exact(model):
         latents = synthesis.analyse(model, pixels[None], quality)
     monkeypatch.setitem(synthesis.BAND_PIXELS, "cpu", 232 * 16 * 3)
-    parts = np.asarray(vqcodec.decompress(data, weights=fast_weights)).astype(int)
+    parts = np.asarray(vqcodec.decompress(data, weights=tiny_weights)).astype(int)
     assert np.abs(parts - whole).max() <= 1
     with coding.exact(model):
         for found, expected in zip(synthesis.analyse(model, pixels[None], quality), latents, strict=True):
@@ -146,12 +149,12 @@ def test_bands_leave_no_seams(fast_weights: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("quality", [1, 60])
-def test_pixels_by_the_second_reader(quality: int, fast_weights: Path) -> None:
-    model = weights.load(fast_weights)
+def test_pixels_by_the_second_reader(quality: int, tiny_weights: Path) -> None:
+    model = weights.load(tiny_weights)
     with coding.exact(model):
         _, codes = encode(model, Frame(90, 50, quality), models.picture(50, 90, seed=quality)[None])
         expected = synthesis.reconstruct(model, Frame(90, 50, quality), codes)[0]
-    found = reference.Renderer(reference.Weights(fast_weights), quality).pixels(
+    found = reference.Renderer(reference.Weights(tiny_weights), quality).pixels(
         [c[0].numpy().astype(np.int64) for c in codes], 50, 90
     )
     gap = np.abs(found.astype(int) - expected)

@@ -15,50 +15,82 @@ from torch.nn import functional
 
 from vqcodec.models import rates as rates_module
 from vqcodec.models.config import SliceConfig
-from vqcodec.models.quantizer import OUTPOSTS, Codebook, grid, look_up, rows, structured_start
-from vqcodec.models.rates import Rates, plane_blocks
+from vqcodec.models.quantizer import GROWTH, INNER, SPHERES, Codebook, grid, look_up, rows, structured_start
+from vqcodec.models.rates import Rates, RowRates, plane_blocks
 from vqcodec.train import quantise
 from vqcodec.train.codebooks import revive, start_by_k_means, update_averages
 
 Floats = NDArray[np.float64]
-SHAPES = [(1, 1, 16, 1), (5, 1, 64, 1), (3, 2, 40, 1), (2, 4, 33, 1), (3, 2, 40, 2)]  # planes, dim, codes, scales
+SHAPES = [(1, 1, 16), (5, 1, 64), (3, 2, 40), (2, 4, 33)]  # planes, dim, codes
+TABLE = 24  # rows of the stored tables
 
 
 def book_and_rows(
-    planes: int, dim: int, codes: int, scales: int = 1, rows: int = 50, learn: str = "gradient"
+    planes: int, dim: int, codes: int, count: int = 50, table: int = 0, learn: str = "gradient"
 ) -> tuple[Codebook, Tensor]:
-    """A codebook off its lattice, with unequal spreads and biases, and vectors in its range."""
+    """A codebook off its lattice, with unequal spreads, biases and rows of its table, and vectors in its range."""
     torch.manual_seed(planes * 100 + dim)
-    book = Codebook(SliceConfig(planes, dim, codes, 0, scales), learn)
+    book = Codebook(SliceConfig(planes, dim, codes, 0, rows=table), learn)
     with torch.no_grad():
         book.vectors += 0.1 * torch.randn(book.vectors.shape)
         book.bias += torch.randn(book.bias.shape)
         book.spread.copy_(2.0 ** torch.arange(planes))
-    return book, torch.randn(rows, planes, dim) * 3
+        if table:
+            square, linear, zero = (torch.linspace(*ends, table) for ends in ((-3, -9), (1, -4), (9, -7)))
+            book.family.copy_(torch.stack([square, linear, zero], 1) + torch.randn(table, 3) / 3)
+    return book, torch.randn(count, planes, dim) * 3
 
 
-def rate_model(book: Codebook, rows: int = 50) -> Rates:
+def by_parameters(book: Codebook, count: int = 50) -> Rates:
+    """A rate model by parameters, as of a prior in raster order."""
     planes, _, dim = book.vectors.shape
-    theta = torch.randn(rows, planes, dim + 2 * book.config.scales)
+    theta = torch.randn(count, planes, dim + 2)
     theta[..., dim:] = -theta[..., dim:].abs() / 3
-    return Rates(theta, 2 * torch.randn(rows, planes))
+    return Rates(theta, 2 * torch.randn(count, planes))
 
 
-def numpy_bits(book: Codebook, rates: Rates) -> Floats:
-    """Bits of every code of every symbol, from the equations of the module, at most 24: (N, P, K)."""
-    vectors, bias, spread = (t.detach().double().numpy() for t in (book.vectors, book.bias, book.spread))
-    theta, zero = rates.theta.detach().double().numpy(), rates.zero.detach().double().numpy()
-    planes, codes, dim = vectors.shape
-    bits = np.empty((*zero.shape, codes))
-    for n in range(len(zero)):
-        for p in range(planes):
-            x = vectors[p] / spread[p]
-            square, linear = np.split(theta[n, p, dim:], 2)
-            logits = x @ theta[n, p, :dim] + (x**2 * square).sum(1) + (abs(x) * linear).sum(1) + bias[p]
-            significant = 1 / (1 + 2 ** zero[n, p])
-            bits[n, p, 1:] = -np.log2(significant) - logits[1:] + np.log2((2 ** logits[1:]).sum())
-            bits[n, p, 0] = -np.log2(1 - significant)
-    return np.minimum(bits, 24)
+def by_rows(book: Codebook, count: int = 50, low: int = -127, high: int = 127) -> RowRates:
+    """A rate model by rows of the codebook's table, which numbers of the prior choose."""
+    given = torch.randint(low, high + 1, (count, len(book.vectors))).float()
+    return RowRates(given.requires_grad_(), book.table())
+
+
+def plain_table(book: Codebook, family: Tensor, bias: Tensor) -> Tensor:
+    """Bits of every code in every row of the stored table, in float64 and without a limit: (R, K)."""
+    x = book.start.double()[1:]
+    square, linear, zero = family.unbind(-1)
+    flags = functional.logsigmoid(torch.stack([zero, -zero], -1) * math.log(2)) / math.log(2)
+    logits = bias[:, 1:] - 2 ** square[:, None] * x.square().sum(1) - 2 ** linear[:, None] * x.abs().sum(1)
+    values = torch.log_softmax(logits * math.log(2), -1) / math.log(2)
+    return -torch.cat([flags[:, :1], flags[:, 1:] + values], 1)
+
+
+def plain_rows(given: Tensor, count: int) -> Tensor:
+    """The rows that numbers of the prior choose: -127..127 in equal parts."""
+    return torch.floor((given.detach().double() + 127) * count / 255).long()
+
+
+def bits_by_rows(book: Codebook, rates: RowRates) -> Tensor:
+    """Bits of every code of every symbol, from the equations of the module, at most 24: float64 (N, P, K)."""
+    table = plain_table(book, book.family.detach().double(), book.bias.detach().double())
+    return table.clamp(max=24)[plain_rows(rates.given, TABLE)]
+
+
+def bits_by_parameters(book: Codebook, theta: Tensor, zero: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Bits of the flag of every code of every symbol, and of its value: float64 (N, P, K) each."""
+    x = (book.vectors.detach() / book.spread[:, None, None]).double()
+    drift, square, linear = theta.split([x.shape[-1], 1, 1], -1)
+    logits = torch.einsum("npd,pkd->npk", drift, x) + bias
+    logits = logits + square * x.square().sum(-1) + linear * x.abs().sum(-1)
+    values = torch.log_softmax(logits[..., 1:] * math.log(2), -1) / math.log(2)
+    flags = functional.logsigmoid(torch.stack([zero, -zero], -1) * math.log(2)) / math.log(2)
+    nothing = torch.zeros_like(values[..., :1])
+    return -flags[..., (torch.arange(x.shape[1]) > 0).long()], -torch.cat([nothing, values], -1)
+
+
+def own(bits: Tensor, indices: Tensor) -> Tensor:
+    """The bits of some codes, (N, P), of those of all, (N, P, K)."""
+    return bits.gather(-1, indices[..., None])[..., 0]
 
 
 def numpy_distances(book: Codebook, v: Tensor) -> Floats:
@@ -92,11 +124,9 @@ def test_look_up() -> None:
 # The start
 
 
-@pytest.mark.parametrize("outposts", ["far", "near"])
 @pytest.mark.parametrize(("codes", "dim"), [(9, 2), (96, 2), (160, 2), (400, 2), (256, 4), (500, 8)])
-def test_structured_start(codes: int, dim: int, outposts: str) -> None:
-    points = structured_start(codes, dim, outposts)
-    share, growth, spheres = OUTPOSTS[outposts]
+def test_structured_start(codes: int, dim: int) -> None:
+    points = structured_start(codes, dim)
     assert points.shape == (codes, dim)
     assert not points[0].any()
     norms = points.norm(dim=1)
@@ -104,7 +134,7 @@ def test_structured_start(codes: int, dim: int, outposts: str) -> None:
     assert len(torch.unique(points, dim=0)) == codes
     # First a lattice of most of the codes, which leaves no shorter integer vector out ...
     lattice = int((points == points.round()).all(1).cumprod(0).sum())
-    assert lattice >= share * codes
+    assert lattice >= INNER * codes
     inner = points[:lattice].square().sum(1)
     if dim <= 4:
         reach = torch.arange(-int(inner[-1] ** 0.5), int(inner[-1] ** 0.5) + 1)
@@ -113,8 +143,8 @@ def test_structured_start(codes: int, dim: int, outposts: str) -> None:
     # ... then spheres that grow, spread over all directions.
     outer = points[lattice:]
     if len(outer):
-        assert float(outer.norm(dim=1).min() / norms[lattice - 1]) == pytest.approx(growth)
-        assert float(norms[-1] / norms[lattice - 1]) == pytest.approx(growth ** min(spheres, len(outer)), rel=0.4)
+        assert float(outer.norm(dim=1).min() / norms[lattice - 1]) == pytest.approx(GROWTH)
+        assert float(norms[-1] / norms[lattice - 1]) == pytest.approx(GROWTH ** min(SPHERES, len(outer)), rel=0.4)
         assert float(outer.mean(0).norm()) < 0.5 * float(norms[-1])
 
 
@@ -165,47 +195,57 @@ def test_inputs_of_the_prior_are_signed_bytes_that_tell_codes_apart() -> None:
 # Choices
 
 
-@pytest.mark.parametrize(("planes", "dim", "codes", "scales"), SHAPES)
-def test_nearest_is_what_a_search_finds(planes: int, dim: int, codes: int, scales: int) -> None:
-    book, v = book_and_rows(planes, dim, codes, scales)
+@pytest.mark.parametrize(("planes", "dim", "codes"), SHAPES)
+def test_nearest_is_what_a_search_finds(planes: int, dim: int, codes: int) -> None:
+    book, v = book_and_rows(planes, dim, codes)
     indices = book.nearest(v)
     assert (indices.dtype, indices.shape) == (torch.int64, (50, planes))
     assert_best(numpy_distances(book, v), indices)
 
 
-@pytest.mark.parametrize(("planes", "dim", "codes", "scales"), SHAPES)
-@pytest.mark.parametrize("bias", [0.0, 0.4, 1.0])
-def test_choice_is_what_a_search_finds(planes: int, dim: int, codes: int, scales: int, bias: float) -> None:
-    book, v = book_and_rows(planes, dim, codes, scales)
-    rates = rate_model(book)
+@pytest.mark.parametrize(("planes", "dim", "codes"), SHAPES)
+@pytest.mark.parametrize("factor", [0.0, 0.4, 1.0])
+def test_choice_is_what_a_search_finds(planes: int, dim: int, codes: int, factor: float) -> None:
+    book, v = book_and_rows(planes, dim, codes, table=TABLE)
+    rates = by_rows(book)
     weight = torch.rand(50, planes) * 4 + 0.1
-    indices = book.choose(v, rates, weight, bias)
-    cost = weight.double().numpy()[..., None] * numpy_distances(book, v) + bias * numpy_bits(book, rates)
+    indices = book.choose(v, rates, weight, factor)
+    cost = weight.double().numpy()[..., None] * numpy_distances(book, v) + factor * bits_by_rows(book, rates).numpy()
     assert_best(cost, indices)
-    if bias:
+    if factor:
         assert not torch.equal(indices, book.nearest(v))
 
 
 def test_choice_near_zero() -> None:
     """Most of what a photo gives: small vectors whose code 0 is likely."""
-    book, v = book_and_rows(3, 2, 40, rows=2000)
+    book, v = book_and_rows(3, 2, 40, count=2000, table=TABLE)
     v *= 2 ** (5 * torch.rand(2000, 3, 1) - 5)
-    rates = rate_model(book, rows=2000)
-    rates.zero += 3
+    rates = by_rows(book, 2000, high=-20)
     weight = torch.rand(2000, 3) * 4
-    cost = weight.double().numpy()[..., None] * numpy_distances(book, v) + 0.5 * numpy_bits(book, rates)
+    cost = weight.double().numpy()[..., None] * numpy_distances(book, v) + 0.5 * bits_by_rows(book, rates).numpy()
     indices = book.choose(v, rates, weight, 0.5)
     assert_best(cost, indices)
     assert 0.6 < float((indices == 0).float().mean()) < 0.95
 
 
 def test_result_does_not_depend_on_how_planes_are_chunked(monkeypatch: pytest.MonkeyPatch) -> None:
-    book, v = book_and_rows(5, 2, 40)
-    rates, weight, share = rate_model(book), torch.ones(50, 5), torch.ones(50)
-    whole, chosen = quantise.quantise(book, v, rates, weight, 0.5, share), book.choose(v, rates, weight, 0.5)
+    book, v = book_and_rows(5, 2, 40, table=TABLE)
+    rates, weight, share = by_rows(book), torch.ones(50, 5), torch.ones(50)
+    v.requires_grad_()
+
+    def results() -> tuple[Tensor, ...]:
+        loss, indices, bits = quantise.quantise(book, v, rates, weight, 0.5, share)
+        return (
+            loss,
+            indices,
+            bits,
+            book.choose(v, rates, weight, 0.5),
+            *torch.autograd.grad(loss, [v], retain_graph=True),
+        )
+
+    whole = results()
     monkeypatch.setattr(rates_module, "CHUNK", 1)
-    assert torch.equal(book.choose(v, rates, weight, 0.5), chosen)
-    for ours, expected in zip(quantise.quantise(book, v, rates, weight, 0.5, share), whole, strict=True):
+    for ours, expected in zip(results(), whole, strict=True):
         torch.testing.assert_close(ours, expected)
 
 
@@ -237,18 +277,20 @@ def test_planes_in_blocks(limit: int) -> None:
 
 
 def test_bfloat16_autocast_does_not_reach_the_choice() -> None:
-    book, v = book_and_rows(3, 2, 40)
-    rates, weight, share = rate_model(book), torch.ones(50, 3), torch.ones(50)
+    book, v = book_and_rows(3, 2, 40, table=TABLE)
+    rates, weight, share = by_rows(book), torch.ones(50, 3), torch.ones(50)
+    other, _ = book_and_rows(3, 2, 40)
+    parameters = by_parameters(other)
     with torch.autocast("cpu", torch.bfloat16):
         nearest, chosen = book.nearest(v), book.choose(v, rates, weight, 0.5)
         loss, indices, bits = quantise.quantise(book, v, rates, weight, 0.5, share)
+        spent = parameters.bits(other, indices)
     assert torch.equal(nearest, book.nearest(v))
     assert torch.equal(chosen, book.choose(v, rates, weight, 0.5))
     assert torch.equal(indices, chosen)
-    assert loss.dtype == bits.dtype == torch.float32
-    np.testing.assert_allclose(
-        bits, np.take_along_axis(numpy_bits(book, rates), indices.numpy()[..., None], 2).sum((1, 2)), rtol=1e-5
-    )
+    assert loss.dtype == bits.dtype == spent.dtype == torch.float32
+    torch.testing.assert_close(bits.double(), own(bits_by_rows(book, rates), indices).sum(1), rtol=1e-5, atol=1e-5)
+    assert torch.equal(spent, parameters.bits(other, indices))
 
 
 def test_lookup() -> None:
@@ -266,93 +308,173 @@ def test_lookup() -> None:
 # Gradients
 
 
-def plain_log_probabilities(book: Codebook, theta: Tensor, zero: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """log2 p of both flags, (N, P, 2), and of the values 1..K-1 given their flag, (N, P, K - 1), in float64."""
-    x = (book.vectors.detach() / book.spread[:, None, None]).double()
-    drift, square, linear = theta.split([x.shape[-1], book.config.scales, book.config.scales], -1)
-    logits = torch.einsum("npd,pkd->npk", drift, x) + bias
-    for weights, sizes in ((square, x.square()), (linear, x.abs())):  # one weight for all dimensions, or one for each
-        logits = logits + torch.einsum("npd,pkd->npk", weights.expand(*weights.shape[:2], x.shape[-1]), sizes)
-    flags = functional.logsigmoid(torch.stack([zero, -zero], -1) * math.log(2))
-    return flags / math.log(2), torch.log_softmax(logits[..., 1:] * math.log(2), -1) / math.log(2)
+@pytest.mark.parametrize(("planes", "dim", "codes"), SHAPES)
+@pytest.mark.parametrize("steepness", [0.3, 1.0, 10.0])
+def test_bits_by_parameters(planes: int, dim: int, codes: int, steepness: float) -> None:
+    """And their gradients, for the parameters and for the biases of the codebook."""
+    book, _ = book_and_rows(planes, dim, codes)
+    rates = by_parameters(book)
+    theta = (rates.theta * steepness).requires_grad_()
+    zero = (rates.zero * steepness).clamp(-15, 15).requires_grad_()
+    indices = torch.randint(codes, (50, planes)) * (torch.rand(50, planes) < 0.7)
+    share = torch.rand(50, planes)
+    spent = Rates(theta, zero).bits(book, indices)
+    (spent * share).sum().backward()
+
+    plain = [t.detach().double().requires_grad_() for t in (theta, zero, book.bias)]
+    flag, value = (own(bits, indices) for bits in bits_by_parameters(book, *plain))
+    torch.testing.assert_close(spent.double(), (flag + value).clamp(max=24), rtol=1e-5, atol=1e-4)
+    if steepness > 1:
+        assert bool((flag + value > 24).any()), "the case must have codes at the limit"
+    # Of a symbol that costs the most bits there are, only the flag learns.
+    (share * (flag + torch.where(flag + value < 24, value, 0))).sum().backward()
+    for ours, reference in zip((theta, zero, book.bias), plain, strict=True):
+        assert ours.grad is not None and reference.grad is not None
+        torch.testing.assert_close(ours.grad.double(), reference.grad, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("planes", "dim", "codes", "scales"), SHAPES)
-@pytest.mark.parametrize("steepness", [0.3, 1.0])
-def test_gradients_of_the_rate(planes: int, dim: int, codes: int, scales: int, steepness: float) -> None:
-    book, v = book_and_rows(planes, dim, codes, scales)
-    rates = rate_model(book)
-    rates.theta *= steepness
-    v[::2] *= 0.1
+@pytest.mark.parametrize(("planes", "dim", "codes"), SHAPES)
+def test_gradients_of_bits_by_parameters_are_finite_differences(planes: int, dim: int, codes: int) -> None:
+    """Along random directions, a small step up and down."""
+    book, _ = book_and_rows(planes, dim, codes)
+    rates = by_parameters(book)
+    sizes = [2 / book.features().abs().amax((0, 1)), torch.ones(planes), torch.ones(codes)]
+    inputs = [(sizes[0] * rates.theta).requires_grad_(), rates.zero.requires_grad_(), book.bias]
+    indices, share = torch.randint(codes, (50, planes)), torch.rand(50, planes)
+
+    def total() -> Tensor:
+        spent = Rates(*inputs[:2]).bits(book, indices)
+        assert float(spent.detach().max()) < 23, "codes at the limit have no finite differences"
+        return (spent.double() * share).sum()
+
+    for tensor, size, gradient in zip(inputs, sizes, torch.autograd.grad(total(), inputs), strict=True):
+        for _ in range(3):
+            step = 0.01 * size * torch.randn(tensor.shape)
+            with torch.no_grad():
+                tensor += step
+                above = total()
+                tensor -= 2 * step
+                below = total()
+                tensor += step
+            expected = (gradient.double() * step).sum()
+            torch.testing.assert_close((above - below) / 2, expected, rtol=0.01, atol=2e-3)
+
+
+@pytest.mark.parametrize(("planes", "dim", "codes"), SHAPES)
+@pytest.mark.parametrize("limit", [rates_module.CHUNK, 1])
+def test_blocks_of_symbols(planes: int, dim: int, codes: int, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log2 probabilities of all codes for some symbols, plane after plane, by either rate model."""
+    monkeypatch.setattr(rates_module, "CHUNK", limit)
+    mask = torch.rand(planes, 50) < 0.4
+    mask[-1] = False
+    mask[0, :3] = True
+    for table in (0, TABLE):
+        book, _ = book_and_rows(planes, dim, codes, table=table)
+        if table:
+            rates: Rates | RowRates = by_rows(book)
+            expected = bits_by_rows(book, rates)  # type: ignore[arg-type]
+        else:
+            rates = by_parameters(book)
+            parts = (t.detach().double() for t in (rates.theta, rates.zero, book.bias))
+            expected = sum(bits_by_parameters(book, *parts), torch.zeros(())).clamp(max=24)
+        found = torch.zeros(int(mask.sum()), codes)
+        for block, own_planes, logp in rates.some(mask).blocks(book, mask.sum(1).tolist()):
+            found[block] = logp.detach()
+            assert [plane for plane, _, _ in own_planes] == sorted({plane for plane, _, _ in own_planes})
+        torch.testing.assert_close(-found.double(), expected.transpose(0, 1)[mask], rtol=1e-5, atol=1e-4)
+
+
+def slopes_by_rows(table: Tensor, given: Tensor, indices: Tensor) -> Tensor:
+    """How bits change with the prior's numbers: the difference of the rows above and below, float64 (N, P).
+
+    At the limit it is that of the flag alone.
+
+    table: bits without a limit, of `plain_table`.
+    """
+    row = plain_rows(given, TABLE)
+    above, below = (row + 1).clamp(max=TABLE - 1), (row - 1).clamp(min=0)
+    flag = -torch.log2(-torch.expm1(-table[:, 0] * math.log(2)))
+    found = torch.where(
+        table[row, indices] > 24, flag[above] - flag[below], table[above, indices] - table[below, indices]
+    )
+    return found / (above - below) * TABLE / 255
+
+
+@pytest.mark.parametrize(("planes", "dim", "codes"), SHAPES)
+@pytest.mark.parametrize("steepness", [0.0, 6.0], ids=["usual", "steep"])
+def test_gradients_of_the_rate(planes: int, dim: int, codes: int, steepness: float) -> None:
+    book, v = book_and_rows(planes, dim, codes, table=TABLE)
+    with torch.no_grad():
+        book.family[:, 1] += steepness
+        v[::2] *= 0.1
     v.requires_grad_()
-    theta, zero = rates.theta.requires_grad_(), rates.zero.requires_grad_()
-    weight, share = torch.rand(50, planes) + 0.1, torch.rand(50)
+    rates = by_rows(book)
+    weight, share = 2 * torch.rand(50, planes) + 0.1, torch.rand(50)
     loss, indices, bits = quantise.quantise(book, v, rates, weight, 0.5, share)
     (3 * loss).backward()
     assert not bits.requires_grad
     assert torch.equal(indices, book.choose(v.detach(), rates, weight, 0.5))
     assert 0 < int((indices == 0).sum()) < indices.numel(), "the case must have both kinds of symbols"
 
-    plain = [t.detach().double().requires_grad_() for t in (theta, zero, book.bias)]
-    flags, values = plain_log_probabilities(book, *plain)
-    flag = -flags.gather(-1, (indices > 0).long()[..., None])[..., 0]
-    value = torch.where(indices > 0, -values.gather(-1, (indices - 1).clamp(min=0)[..., None])[..., 0], 0)
-    spent = (flag + value).detach().clamp(max=24).sum(1)
-    torch.testing.assert_close(bits.double(), spent, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(loss.detach().double(), (share * spent).sum(), rtol=1e-5, atol=1e-4)
-    # Of a symbol that costs the most bits there are, only the flag learns.
-    learns = flag + torch.where(flag + value < 24, value, 0)
-    (3 * share[:, None] * learns).sum().backward()
-    for ours, reference in zip((theta, zero, book.bias), plain, strict=True):
+    plain = [t.detach().double().requires_grad_() for t in (book.family, book.bias)]
+    table = plain_table(book, *plain)
+    spent = own(table[plain_rows(rates.given, TABLE)], indices)
+    assert not steepness or bool((spent > 24).any()), "the case must have codes at the limit"
+    spent = spent.clamp(max=24)
+    torch.testing.assert_close(bits.double(), spent.sum(1), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(loss.detach().double(), (share[:, None] * spent).sum(), rtol=1e-5, atol=1e-4)
+    (3 * share[:, None] * spent).sum().backward()
+    for ours, reference in zip((book.family, book.bias), plain, strict=True):
         assert ours.grad is not None and reference.grad is not None
         torch.testing.assert_close(ours.grad.double(), reference.grad, rtol=1e-4, atol=1e-4)
+    slopes = 3 * share[:, None] * slopes_by_rows(table.detach(), rates.given, indices)
+    assert rates.given.grad is not None
+    torch.testing.assert_close(rates.given.grad.double(), slopes, rtol=1e-3, atol=1e-3)
 
     # The encoder's gradient: of the expected bits under a soft assignment, to the first codes where code 0 is certain.
-    opened = book.open_symbols(v.detach(), zero.detach(), weight, 0.5)
+    opened = book.open_symbols(v.detach(), rates.zero, weight, 0.5)
     assert 0 < int(opened.sum()) < opened.numel(), "the case must have both kinds of symbols"
     assert v.grad is not None
     for members, count in ((opened, codes), (~opened, quantise.NEAR)):
-        expected = plain_soft_gradient(book, v.detach(), *(t.detach() for t in plain), 3 * share, count)
+        expected = plain_soft_gradient(book, v.detach(), bits_by_rows(book, rates), 3 * share, count)
         torch.testing.assert_close(v.grad[members].double(), expected[members], rtol=1e-3, atol=1e-3)
 
 
-def plain_soft_gradient(
-    book: Codebook, v: Tensor, theta: Tensor, zero: Tensor, bias: Tensor, share: Tensor, count: int
-) -> Tensor:
+def plain_soft_gradient(book: Codebook, v: Tensor, bits: Tensor, share: Tensor, count: int) -> Tensor:
     """d (share * expected bits) / dv in float64, as if the codebook had its first `count` codes only."""
-    flags, values = plain_log_probabilities(book, theta, zero, bias)
-    values = torch.log_softmax(values[..., : count - 1] * math.log(2), -1) / math.log(2)
-    bits = -torch.cat([flags[..., :1], flags[..., 1:] + values], -1).clamp(min=-24)
     free = v.double().requires_grad_()
     distances = (free[:, :, None] - book.vectors.detach()[:, :count].double()).square().sum(-1)
     soft = torch.softmax(-distances / quantise.TEMPERATURE, -1)
-    (share[:, None] * (soft * bits).sum(-1)).sum().backward()
+    (share[:, None] * (soft * bits[..., :count]).sum(-1)).sum().backward()
     assert free.grad is not None
     return free.grad
 
 
-@pytest.mark.parametrize(("planes", "dim", "codes", "scales"), SHAPES)
-def test_all_symbols_alike(planes: int, dim: int, codes: int, scales: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("planes", "dim", "codes"), SHAPES)
+def test_all_symbols_alike(planes: int, dim: int, codes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What runs on accelerators: as the other, but that every symbol is pulled by all codes."""
-    book, v = book_and_rows(planes, dim, codes, scales)
-    rates, weight, share = rate_model(book), torch.rand(50, planes) + 0.1, torch.rand(50)
-    inputs = [x.requires_grad_() for x in (rates.theta, rates.zero, book.bias)]
+    book, v = book_and_rows(planes, dim, codes, table=TABLE)
+    rates, weight, share = by_rows(book), torch.rand(50, planes) + 0.1, torch.rand(50)
+    inputs = [rates.given, book.family, book.bias]
     loss, indices, bits = quantise.quantise(book, v, rates, weight, 0.5, share)
-    expected = torch.autograd.grad(loss, inputs)
-    pull = plain_soft_gradient(book, v.detach(), *(x.detach().double() for x in inputs), share, codes)
-    monkeypatch.setattr(quantise, "_quantise_open", quantise._quantise_all)
+    expected = torch.autograd.grad(loss, inputs, retain_graph=True)
+    pull = plain_soft_gradient(book, v, bits_by_rows(book, rates), share, codes)
+    v.requires_grad_()
     for limit in (rates_module.LARGE_CHUNK, 1):
-        monkeypatch.setattr(rates_module, "LARGE_CHUNK", limit)
-        again, chosen, spent = quantise.quantise(book, v.requires_grad_(), rates, weight, 0.5, share)
+        with monkeypatch.context() as patch:
+            patch.setattr(rates_module, "LARGE_CHUNK", limit)
+            patch.setattr(Tensor, "is_cuda", True)
+            again, chosen, spent = quantise.quantise(book, v, rates, weight, 0.5, share)
+            with torch.no_grad():
+                alone = quantise.quantise(book, v, rates, weight, 0.5, share)[1]
+            plain = book.choose(v, rates, weight, 0.5)
         torch.testing.assert_close(again, loss)
-        assert torch.equal(chosen, indices)
+        assert torch.equal(chosen, indices) and torch.equal(alone, indices) and torch.equal(plain, indices)
         torch.testing.assert_close(spent, bits)
-        to_v, *found = torch.autograd.grad(again, [v, *inputs])
+        to_v, *found = torch.autograd.grad(again, [v, *inputs], retain_graph=True)
         torch.testing.assert_close(to_v.double(), pull, rtol=1e-3, atol=1e-3)
         for ours, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-        with torch.no_grad():
-            assert torch.equal(quantise.quantise(book, v, rates, weight, 0.5, share)[1], indices)
 
 
 # Learning

@@ -36,7 +36,7 @@ def inputs() -> list[list[Tensor]]:
 
 
 def bottom(known: Tensor) -> Tensor:
-    """Parameters of the bottom plane at all positions, (h, w, D + 2 S + 1), given the inputs of its codes."""
+    """Parameters of the bottom plane at all positions, (h, w, D + 3), given the inputs of its codes."""
     prior, (top, _) = frozen(), inputs()
     quality = torch.tensor([50])
     _, _, h, w = top[0].shape
@@ -106,6 +106,16 @@ def test_the_rest_learns_without_the_prior_and_the_prior_without_the_rest() -> N
     others = [p for p in model.vqvae.parameters() if p not in biases]
     assert all(p.grad is None or not bool(p.grad.any()) for p in others)
     assert all(p.grad is not None for name, p in model.prior.named_parameters() if "layers" in name)
+
+
+@torch.no_grad()
+def test_codes_are_the_nearest_and_count_as_plain_numbers_until_the_prior_learns() -> None:
+    pixels, quality = models.batch(picture(64, 64, 1), picture(64, 64, 2)), torch.tensor([20, 90])
+    without, with_prior = (trained()(pixels, quality, rate_weight=weight) for weight in (0.0, 1.0))
+    assert torch.equal(without.reconstruction, with_prior.reconstruction)
+    torch.testing.assert_close(without.bpp, torch.full((2,), 5 / 4**2 + 5 / 8**2))  # of 32 codes
+    torch.testing.assert_close(without.level_bits, torch.tensor([[5 * 8.0**2, 5 * 16.0**2]] * 2))
+    assert not torch.allclose(with_prior.bpp, without.bpp, rtol=1e-3)
 
 
 def test_codec(tmp_path: Path) -> None:

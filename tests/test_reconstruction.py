@@ -18,7 +18,8 @@ from torch import Tensor
 from vqcodec import bitstream, coding, decoder, synthesis, weights
 from vqcodec.bitstream import Container, Header
 from vqcodec.models.config import Config, PriorConfig, SliceConfig, StageConfig
-from vqcodec.models.layers import Lap, Linear1x1, ResidualBlock
+from vqcodec.models.layers import Linear1x1, ResidualBlock
+from vqcodec.models.pixels import Renderer, SeparableLap
 from vqcodec.models.quantizer import Codebook
 from vqcodec.models.vqvae import SliceQuantizer
 from vqcodec.train.loss import RateDistortion
@@ -26,24 +27,45 @@ from vqcodec.train.loss import RateDistortion
 GOLDEN = Path(__file__).parent / "golden"
 WEIGHTS = GOLDEN / "tiny.safetensors"
 
-# Laps of two sizes, a stage without codes between the levels and one below them, slices of one and of more dimensions.
-CONFIG = Config(
+# Three levels, slices of one and of more dimensions, stages of different groups, a lap and a renderer.
+ROWS = Config(
     name="second reader",
     stages=(
-        StageConfig(4, 20, 8, 1, 2),
         StageConfig(
             8,
             16,
             8,
             1,
-            1,
-            (SliceConfig(6, 1, 16, layer=1), SliceConfig(2, 3, 24, layer=2), SliceConfig(2, 2, 16, layer=2)),
+            2,
+            (
+                SliceConfig(6, 1, 16, layer=1, rows=9),
+                SliceConfig(2, 3, 24, layer=2, rows=2),
+                SliceConfig(2, 2, 16, layer=2, rows=40),
+            ),
             lapped=True,
+            renderer=12,
+            groups=4,
         ),
-        StageConfig(16, 24, 8, 1, 1),
-        StageConfig(64, 10, 8, 1, 1, (SliceConfig(4, 1, 32, layer=0), SliceConfig(3, 2, 16, layer=0)), lapped=True),
+        StageConfig(16, 24, 8, 1, 0, (SliceConfig(planes=24, dim=1, codes=8, layer=0, rows=5),), groups=8),
+        StageConfig(
+            64,
+            10,
+            8,
+            1,
+            1,
+            (SliceConfig(4, 1, 32, layer=0, rows=7), SliceConfig(3, 2, 16, layer=0, rows=3)),
+        ),
     ),
     prior=PriorConfig(channels=8, embedding=8, blocks=0),
+)
+# Two levels without lap and renderer.
+RASTER = Config(
+    name="second reader of raster order",
+    stages=(
+        StageConfig(4, 20, 8, 1, 2, (SliceConfig(4, 3, 24, layer=1), SliceConfig(2, 4, 16, layer=2))),
+        StageConfig(32, 16, 8, 1, 1, (SliceConfig(planes=1, dim=16, codes=16, layer=0),)),
+    ),
+    prior=PriorConfig(channels=8, blocks=0, layers=1),
 )
 HEIGHT, WIDTH = 107, 171
 
@@ -65,22 +87,32 @@ def randomise(model: RateDistortion, seed: int) -> None:
                 fill(part.quality.weight, 0.2)
                 fill(part.quality.bias, 0.2)
                 part.deviation.copy_(torch.rand(part.deviation.shape, generator=generator) + 0.2)
-            elif isinstance(part, Lap):
-                fill(part.change.weight, 0.5 / math.sqrt(part.change.in_features))
+            elif isinstance(part, SeparableLap):
+                fill(part.weight, 0.3 / math.sqrt(part.size))
+                part.weight.add_(torch.eye(part.size))
+            elif isinstance(part, Renderer):
+                for conv in (part.features, part.modulation, part.reduce, part.mix, part.expand):
+                    assert conv.bias is not None
+                    size = 0.3 if conv is part.expand else 1.0
+                    fill(conv.weight, size / math.sqrt(conv.weight[0].numel()))
+                    fill(conv.bias, 0.3 * size)
+                part.basis.copy_(torch.linalg.qr(torch.randn(part.basis.shape, generator=generator))[0])
+                part.deviation.copy_(torch.rand(part.deviation.shape, generator=generator) + 0.2)
+                part.detail.copy_(torch.rand(part.detail.shape, generator=generator) + 0.2)
             elif isinstance(part, Linear1x1):
                 fill(part.weight, 0.8 / math.sqrt(part.in_features))
             elif isinstance(part, SliceQuantizer):
-                fill(part.log_steps, 0.5, math.log(0.6))
+                fill(part.log_steps, 0.5, math.log(0.5))
             elif isinstance(part, Codebook):
                 fill(part.vectors, 1.0)
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=[ROWS, RASTER], ids=["rows", "raster"])
+def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    model = RateDistortion(CONFIG)
+    model = RateDistortion(request.param)
     randomise(model, seed=0)
-    return models.save(model, tmp_path_factory.mktemp("weights") / "lapped.safetensors")
+    return models.save(model, tmp_path_factory.mktemp("weights") / "random.safetensors")
 
 
 def as_arrays(codes: Sequence[Tensor]) -> list[reference.Ints]:
@@ -109,12 +141,13 @@ def test_pixels_by_the_second_reader(path: Path, quality: int, grey: bool) -> No
     assert grey or share < 1, "clipping is not tried"
 
 
-@pytest.mark.parametrize("name", ["tiny", "grey"])
+@pytest.mark.parametrize("name", ["tiny", "grey", "raster"])
 def test_golden_pixels_by_the_second_reader(name: str) -> None:
     header = bitstream.read_header((GOLDEN / f"{name}.vqz").read_bytes())
     with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as arrays:
         codes = [arrays[f"level{n}"].astype(np.int64) for n in range(len(arrays.files))]
-    renderer = reference.Renderer(reference.Weights(WEIGHTS), header.quality)
+    weights_file = GOLDEN / "raster.safetensors" if name == "raster" else WEIGHTS
+    renderer = reference.Renderer(reference.Weights(weights_file), header.quality)
     with Image.open(GOLDEN / f"{name}.png") as picture:
         expected = np.asarray(picture.convert("L" if header.grey else "RGB"))
     assert_near(renderer.pixels(codes, header.height, header.width, header.grey), expected)

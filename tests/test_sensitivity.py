@@ -94,7 +94,7 @@ def restored_codes(pixels: np.ndarray) -> list[Tensor]:
 
 def test_sensitivities_of_planes_are_those_of_brute_force() -> None:
     """The errors of a plane taken out of those of all, many times: what becomes of both distances, within 15 %."""
-    pixels = picture(128, 160, seed=3)
+    pixels = picture(128, 160, seed=5)
     codes = restored_codes(pixels)
     generator = torch.Generator().manual_seed(5)
 

@@ -1,5 +1,6 @@
 """The studio behind its server, with tiny weights."""
 
+import copy
 import socket
 from io import BytesIO
 from pathlib import Path
@@ -13,11 +14,9 @@ from PIL import Image
 
 from vqcodec import codec, image, metrics, weights
 from vqcodec.errors import VqcodecError
-from vqcodec.models.vqvae import VQVAE
 from vqcodec.studio import page, rivals, session
 from vqcodec.studio.session import Studio
 from vqcodec.studio.worker import SupersededError
-from vqcodec.train.begin import load_networks
 
 for module, install in (("starlette", "'vqcodec[studio]'"), ("uvicorn", "'vqcodec[studio]'"), ("httpx2", "httpx2")):
     pytest.importorskip(module, reason=f"needs {module}: pip install {install}")
@@ -152,12 +151,11 @@ def everything(tmp_path):
     """Weights with a visual tuning and a natural look."""
     path = models.tuned_weights(tmp_path)
     model = weights.load(path)
-    vqvae = VQVAE(model.config.look()).requires_grad_(False).eval()
-    load_networks(vqvae, model.vqvae)
+    vqvae = copy.deepcopy(model.vqvae)
     for part in vqvae.renderer().values():
         for parameter in part.parameters():
             parameter.mul_(0.9)
-    weights.save_look(path.with_suffix(".natural.safetensors"), model.config.look(), vqvae, model.id.hex(), {})
+    weights.save_look(path.with_suffix(".natural.safetensors"), model.config, vqvae, model.id.hex(), {})
     return path
 
 

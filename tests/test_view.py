@@ -37,13 +37,15 @@ def random_codes(model: Model, frame: Frame) -> list[torch.Tensor]:
 # Parts
 
 
-@pytest.mark.parametrize("window", [64, 2048])
+@pytest.mark.parametrize("side", [64, 2048])
 @pytest.mark.parametrize("grey", [False, True], ids=["colour", "grey"])
-def test_a_region_is_cut_from_the_whole(window: int, grey: bool, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pixels of a region at any place are those of the whole picture, but for the rounding of floats."""
+def test_a_region_is_cut_from_the_whole(side: int, grey: bool, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pixels of a region at any place are those of the whole picture, but for the rounding of floats: in bands and
+    strips of side x side pixels."""
     frame = Frame(WIDTH, HEIGHT, 60, grey=grey)
     codes = random_codes(model, frame)
-    monkeypatch.setattr(synthesis, "WINDOW", window)
+    monkeypatch.setitem(synthesis.BAND_PIXELS, "cpu", side**2)
+    monkeypatch.setattr(synthesis, "STRIP", side)
     regions = [Region(0, 0, 1, 1), Region(WIDTH - 1, HEIGHT - 1, 1, 1), Region(0, 0, WIDTH, HEIGHT)]
     regions += [Region(101, 55, 64, 32), Region(7, 100, 200, 1), Region(37, 3, 1, 202), Region(160, 96, 32, 32)]
     with coding.exact(model):
@@ -191,7 +193,7 @@ def test_a_file_without_codes(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.fixture(scope="module")
 def path() -> Path:
-    return models.fast_weights()
+    return models.tiny_weights()
 
 
 @pytest.fixture(scope="module")

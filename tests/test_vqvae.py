@@ -15,11 +15,11 @@ from torch.nn import functional
 
 from vqcodec.models import layers
 from vqcodec.models.config import Config
-from vqcodec.models.layers import Lap, Linear1x1, _Moments
+from vqcodec.models.layers import Linear1x1, _Moments
 from vqcodec.models.operations import macs_per_pixel
 from vqcodec.models.prior import Prior
-from vqcodec.models.recipes import NAMED, PHOTO, PHOTO_FAST, VQVAE2
-from vqcodec.models.vqvae import KNOTS, VQVAE, Stage, usual_step
+from vqcodec.models.recipes import NAMED, PHOTO, VQVAE2
+from vqcodec.models.vqvae import KNOTS, RESIDUAL_UNIT, VQVAE, Stage, usual_step
 from vqcodec.train.start import lapped_filter, principal_components, start_from_pictures
 
 QUALITY = torch.tensor([50])
@@ -77,13 +77,15 @@ def test_latents_are_in_pixel_units() -> None:
 
 
 def test_laps_undo_each_other() -> None:
-    stage = started().stage(1)
+    stage = started().stage(0)
     assert stage.lap is not None and stage.unlap is not None
-    x = torch.randn(2, 48, 6, 10)
+    x = torch.randn(2, 3, 24, 40)
     lapped = stage.lap(x)
     torch.testing.assert_close(stage.unlap(lapped), x, atol=1e-4, rtol=0)
     changed = (lapped != x).any(1)[0]
-    assert bool(changed[1:-1, 1:-1].all()) and int(changed.sum()) == 4 * 8, "the outermost half blocks stay"
+    assert bool(changed[4:-4].any(1).all()) and bool(changed[:, 4:-4].any(0).all())
+    for corner in (changed[:4, :4], changed[:4, -4:], changed[-4:, :4], changed[-4:, -4:]):
+        assert not bool(corner.any()), "the outermost half patch of each line stays"
 
 
 @pytest.mark.parametrize(("size", "gain"), [(4, 8.4), (8, 9.5), (16, 9.9)])
@@ -196,7 +198,7 @@ def test_condition_tells_qualities_apart_smoothly() -> None:
     np.testing.assert_allclose(basis, chebyshev, atol=1e-4)
     # Residual blocks work in a share of the step, which follows lambda as sqrt(10 / lambda), in units of 64.
     lambdas = np.array([TINY.lambda_of(float(x)) for x in t])
-    np.testing.assert_allclose(found.unit, TINY.residual_unit * np.sqrt(10 / lambdas) / 64, rtol=1e-4)
+    np.testing.assert_allclose(found.unit, RESIDUAL_UNIT * np.sqrt(10 / lambdas) / 64, rtol=1e-4)
     np.testing.assert_allclose(usual_step(TINY, t), np.sqrt(10 / lambdas) / 64, rtol=1e-4)
 
 
@@ -221,13 +223,13 @@ def probe_picture() -> Tensor:
 
 @pytest.mark.parametrize("place", [(160, 160), (161, 190), (175, 168)], ids=str)
 def test_encoder_reach(place: tuple[int, int]) -> None:
-    """A latent changes only with pixels at most `encoder_reach` from its block; the coarsest comes close to that."""
+    """A latent changes only with pixels that its lap and the encoder blocks of its stage and the finer ones reach; the
+    coarsest comes close to that."""
     y, x = place
     pixels = probe_picture()
     before = shaken().analyse(pixels, QUALITY)
     pixels[:, :, y, x] += 100
-    reach = shaken().encoder_reach()
-    assert reach == 1 * 4 + 1 * 8 + 8 // 2 + 1 * 32
+    reach = 8 // 2 + 1 * 8 + 1 * 32
     for z, found, stage in zip(before, shaken().analyse(pixels, QUALITY), TINY.levels, strict=True):
         changed = (z != found).any(1)[0].nonzero() * stage.stride
         assert len(changed)
@@ -238,7 +240,7 @@ def test_encoder_reach(place: tuple[int, int]) -> None:
             assert int(gaps.max()) > stage.stride / 2, "the probe must come near the limit"
 
 
-@pytest.mark.parametrize(("level", "expected"), [(0, 32), (1, 8 + 8 // 2 + 4)])
+@pytest.mark.parametrize(("level", "expected"), [(0, 32), (1, 8 + 8 // 2)])
 def test_decoder_reach(level: int, expected: int) -> None:
     """A position of an estimate changes what it hands down up to exactly `decoder_reach` from its block."""
     estimate = shaken().analyse(probe_picture(), QUALITY)[level]
@@ -255,14 +257,14 @@ def test_decoder_reach(level: int, expected: int) -> None:
 
 
 @pytest.mark.parametrize(("level", "index"), [(1, 0), (1, 1)])
-def test_refinement_reaches_one_position_with_every_block(level: int, index: int) -> None:
+def test_refinement_reaches_one_position(level: int, index: int) -> None:
     estimate = shaken().analyse(probe_picture(), QUALITY)[level]
     moved = estimate.clone()
     moved[:, :, 6, 7] += 3
     changed = shaken().refine(level, index, estimate, QUALITY) != shaken().refine(level, index, moved, QUALITY)
     places = changed.any(1)[0].nonzero()
-    reach = TINY.levels[level].refine_blocks
-    assert (places.amin(0).tolist(), places.amax(0).tolist()) == ([6 - reach, 7 - reach], [6 + reach, 7 + reach])
+    assert (places.amin(0).tolist(), places.amax(0).tolist()) == ([5, 6], [7, 8])
+    assert shaken().refinement_reach(level) == 2 * TINY.levels[level].stride
 
 
 def test_nothing_to_refine_before_the_first_codes() -> None:
@@ -288,7 +290,8 @@ def test_shapes(config: Config) -> None:
 
 
 def test_bfloat16_autocast_keeps_latents_precise() -> None:
-    """Sums and transforms stay in float32: only the residual blocks' insides are rounded. In training all is."""
+    """Sums and transforms stay in float32: only the residual blocks' insides are rounded. In training the transforms
+    between levels are as well, but not the lap."""
     pixels = probe_picture()
     model = copy.deepcopy(started()).eval()
     exact = model.analyse(pixels, QUALITY)
@@ -301,8 +304,10 @@ def test_bfloat16_autocast_keeps_latents_precise() -> None:
     target = model.descend(1, exact[1], QUALITY)
     torch.testing.assert_close(restored, target, atol=0.01, rtol=0)
     with torch.autocast("cpu", torch.bfloat16):
-        rough = model.train().descend(1, model.analyse(pixels, QUALITY)[1], QUALITY)
-    assert rough.dtype == torch.bfloat16
+        latents = model.train().analyse(pixels, QUALITY)
+        rough = model.descend(1, latents[1], QUALITY)
+        assert model.descend(0, latents[0], QUALITY).dtype == torch.bfloat16
+    assert rough.dtype == torch.float32
     assert float((rough - target).square().mean()) < 0.5, "pixel levels"
 
 
@@ -311,7 +316,7 @@ def test_operations_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     done = 0
     model = shaken()
     expected = macs_per_pixel(TINY, models.shapes(model))
-    conv2d, linear = functional.conv2d, functional.linear
+    conv2d, linear, matmul = functional.conv2d, functional.linear, torch.matmul
 
     def counted_conv2d(x: Tensor, weight: Tensor, *rest: object) -> Tensor:
         nonlocal done
@@ -321,17 +326,23 @@ def test_operations_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def counted_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         nonlocal done
-        if x.ndim == 4:  # not the conditioning on the quality, once a picture
-            done += weight.numel() * x.shape[1] * x.shape[2]
+        if x.ndim > 2:  # not the conditioning on the quality, once a picture
+            done += weight.numel() * x[..., 0].numel()
         return linear(x, weight, bias)
+
+    def counted_matmul(weight: Tensor, x: Tensor) -> Tensor:
+        nonlocal done
+        done += weight.shape[0] * x.numel()
+        return matmul(weight, x)
 
     monkeypatch.setattr(functional, "conv2d", counted_conv2d)
     monkeypatch.setattr(functional, "linear", counted_linear)
-    monkeypatch.setattr(nn.Conv2d, "_conv_forward", lambda self, x, w, b: counted_conv2d(x, w, b, 1, self.padding))
-    # A lap leaves half a block out along each edge.
-    lap = model.stage(1).lap
-    assert isinstance(lap, Lap)
-    left_out = (8 * 16 - 7 * 15) * lap.change.weight.numel()
+    monkeypatch.setattr(torch, "matmul", counted_matmul)
+    monkeypatch.setattr(
+        nn.Conv2d, "_conv_forward", lambda self, x, w, b: counted_conv2d(x, w, b, 1, self.padding, 1, self.groups)
+    )
+    # A lap leaves half a patch of every line out at each end.
+    left_out = 3 * (64 + 128) * 8 * 8
 
     def of_one_part() -> float:
         nonlocal done
@@ -346,17 +357,16 @@ def test_operations_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert of_one_part() == pytest.approx(expected["refinement"])
     for level, estimate in enumerate(estimates):
         model.descend(level, estimate, QUALITY)
-    assert of_one_part() + left_out / (64 * 128) == pytest.approx(expected["decoder"])
+    # The renderer's changes of basis are folded into its other layers where nobody asks for gradients.
+    folded = 2 * 48**2 / 4**2
+    assert of_one_part() + left_out / (64 * 128) - folded == pytest.approx(expected["decoder"])
 
 
-@pytest.mark.parametrize(
-    ("config", "decoding", "encoding"), [(PHOTO, 60, 33), (PHOTO_FAST, 10, 16)], ids=["photo", "fast"]
-)
-def test_photo_models_stay_within_their_budgets(config: Config, decoding: float, encoding: float) -> None:
+def test_the_photo_model_stays_within_its_budget() -> None:
     """kMAC per pixel of refinement, decoder and prior together, and of the encoder."""
-    macs = macs_per_pixel(config, models.shapes(VQVAE(config), Prior(config)))
-    assert macs["refinement"] + macs["decoder"] + macs["prior"] <= 1000 * decoding
-    assert macs["encoder"] <= 1000 * encoding
+    macs = macs_per_pixel(PHOTO, models.shapes(VQVAE(PHOTO), Prior(PHOTO)))
+    assert macs["refinement"] + macs["decoder"] + macs["prior"] <= 10_000
+    assert macs["encoder"] <= 16_000
 
 
 def test_linear_is_a_pointwise_convolution() -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from vqcodec import weights, weights_file
 from vqcodec.errors import WeightsError
+from vqcodec.models.counts import RowTables
 from vqcodec.models.operations import macs_per_pixel
 
 
@@ -77,12 +78,13 @@ def test_numbers_that_are_not_finite_are_not_saved(name: str, value: float, tmp_
         assert path.read_bytes() == b"as before"
 
 
-def test_round_trip(tmp_path: Path) -> None:
-    model = models.tiny(seed=3)
+@pytest.mark.parametrize("kind", list(models.KINDS))
+def test_round_trip(kind: str, tmp_path: Path) -> None:
+    model = models.KINDS[kind]()
     path = tmp_path / "mine.safetensors"
-    weights_id = weights.save_model(path, TINY, model.vqvae, model.prior, {"note": 7})
+    weights_id = weights.save_model(path, model.config, model.vqvae, model.prior, {"note": 7})
     loaded = weights.load(path)
-    assert loaded.config == TINY
+    assert loaded.config == model.config
     assert loaded.id == weights_id == hashlib.sha256(path.read_bytes()).digest()[:4]
     assert not any(p.requires_grad for m in (loaded.vqvae, loaded.prior) for p in m.parameters())
     assert not loaded.vqvae.training
@@ -97,15 +99,22 @@ def test_round_trip(tmp_path: Path) -> None:
     ):
         if name.endswith(("usage", "sums", "steps")):
             continue  # only training needs them
-        precise = name.endswith(("vectors", "log_steps", "spread", "codebook.bias"))
+        precise = name.endswith(("vectors", "log_steps", "spread", "codebook.bias", "family"))
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, expected, rtol=0 if precise else 1e-3, atol=0 if precise else 1e-6)
     for level in range(2):
         for index, piece in enumerate(model.vqvae.level_slices(level)):
             tables = loaded.tables.slice(level, index)
             assert torch.equal(tables.inputs, piece.codebook.inputs())
-            expected = (piece.codebook.features()[:, 1:, :1].double() * 1024).round().transpose(1, 2)
-            assert torch.equal(tables.values[:, :1], expected)
+            assert isinstance(tables, RowTables) == loaded.config.joint
+            if isinstance(tables, RowTables):
+                shares = (tables.counts.double() + 1) / 2**24
+                torch.testing.assert_close(
+                    shares, 2 ** piece.codebook.table().logp.detach().double(), rtol=0, atol=1e-4
+                )
+            else:
+                expected = (piece.codebook.features()[:, 1:, :1].double() * 1024).round().transpose(1, 2)
+                assert torch.equal(tables.values[:, :1], expected)
 
 
 def test_same_model_same_bytes(tmp_path: Path) -> None:
@@ -241,7 +250,8 @@ def test_metadata_that_does_not_fit(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "bad.safetensors"
     path.write_bytes(with_metadata(data))
     weights.load(path)
-    refused(path, with_metadata(data, format="vqcodec weights 1"), "not a vqcodec weights file")
+    for version in (1, 2):
+        refused(path, with_metadata(data, format=f"vqcodec weights {version}"), "not a vqcodec weights file")
     refused(path, with_metadata(data, config=None), "not a model configuration")
     refused(path, with_metadata(data, config="{"), "not a model configuration")
     wider = json.loads(TINY.to_json())
@@ -265,23 +275,41 @@ def test_metadata_that_does_not_fit(tmp_path: Path, data: bytes) -> None:
         ("prior.levels.1.slices.0.head.bias", 2**30, "too large for exact sums"),
         ("prior.levels.0.start.table", -(2**21), "too large for exact sums"),
         ("tables.levels.1.0.inputs", 200, "outside -127..127"),
-        ("tables.levels.1.0.values", 2**31 - 1, "too large for exact sums"),
+        ("tables.levels.1.0.counts", 2**24, "the counts of a table are not those of distributions"),
     ],
 )
 def test_integers_that_would_not_be_exact(name: str, value: int, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "bad.safetensors"
-    save_changed(path, name, torch.int64)
+    refused_if_changed(models.tiny_weights(), tmp_path / "bad.safetensors", name, value, message)
+
+
+def test_tables_that_would_not_be_exact(tmp_path: Path) -> None:
+    """Of a prior in raster order, whose counts are sums over them."""
+    good = models.save(models.raster(layers=1), tmp_path / "good.safetensors")
+    for name, value, message in (
+        ("tables.levels.1.0.values", 2**31 - 1, "too large for exact sums"),
+        ("tables.levels.1.0.bias", -(2**35), "too large for exact sums"),
+        ("tables.levels.0.0.inputs", -128, "outside -127..127"),
+    ):
+        refused_if_changed(good, tmp_path / "bad.safetensors", name, value, message)
+
+
+def refused_if_changed(good: Path, path: Path, name: str, value: int, message: str) -> None:
+    """A tensor of integers may have a wider type, but not this first number."""
+    save_changed(path, name, torch.int64, source=good)
     weights.load(path)
-    save_changed(path, name, torch.int64, value)
+    save_changed(path, name, torch.int64, value, good)
     with pytest.raises(WeightsError, match=message):
         weights.load(path)
 
 
-def save_changed(path: Path, name: str, kind: torch.dtype, value: float | None = None) -> None:
-    """Save the tiny weights with a tensor in another type, and with another first number in it."""
-    with safe_open(models.tiny_weights(), framework="pt") as file:
+def save_changed(
+    path: Path, name: str, kind: torch.dtype, value: float | None = None, source: Path | None = None
+) -> None:
+    """Save weights, the tiny ones by default, with a tensor in another type and with another first number in it."""
+    source = source or models.tiny_weights()
+    with safe_open(source, framework="pt") as file:
         metadata = file.metadata()
-    tensors = load_file(models.tiny_weights())
+    tensors = load_file(source)
     tensors[name] = tensors[name].to(kind)
     if value is not None:
         tensors[name].flatten()[0] = value
@@ -292,7 +320,7 @@ def save_changed(path: Path, name: str, kind: torch.dtype, value: float | None =
     ("name", "value", "message"),
     [
         ("prior.levels.1.slices.0.head.bias", 0.0, "head.bias must hold integers, not torch.float32"),
-        ("tables.levels.1.0.values", math.nan, "values must hold integers, not torch.float32"),
+        ("tables.levels.1.0.counts", math.nan, "counts must hold integers, not torch.float32"),
         ("vqvae.stages.0.analysis.weight", math.nan, "not all numbers of vqvae.stages.0.analysis.weight are finite"),
         ("vqvae.slices.0.0.codebook.vectors", math.inf, "not all numbers of .*vectors are finite"),
     ],

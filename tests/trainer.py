@@ -27,8 +27,8 @@ from vqcodec.train.schedule import Schedule
 LEAST = Config(
     name="least",
     stages=(
-        StageConfig(8, 24, 8, 1, 1, (SliceConfig(planes=24, dim=1, codes=64, layer=1),), lapped=True),
-        StageConfig(32, 12, 8, 1, 1, (SliceConfig(planes=12, dim=1, codes=64, layer=0),)),
+        StageConfig(8, 24, 8, 1, 1, (SliceConfig(planes=24, dim=1, codes=64, layer=1, rows=64),), lapped=True),
+        StageConfig(32, 12, 8, 1, 1, (SliceConfig(planes=12, dim=1, codes=64, layer=0, rows=64),)),
     ),
     prior=PriorConfig(channels=8, embedding=8, blocks=1),
 )

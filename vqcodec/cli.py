@@ -643,9 +643,10 @@ def studio(picture: str | None, port: int | None, no_browser: bool, weights: str
     "--natural",
     "features",
     metavar="FEATURES",
+    multiple=True,
     type=options.FilePath(path_type=Path),
-    help="Train the natural look of the weights that --from names, with LPIPS on these features of SqueezeNet 1.1. "
-    "A look is resumed with them too.",
+    help="Train the natural look of the weights that --from names, with LPIPS on these features of AlexNet or "
+    "SqueezeNet 1.1; give both for the best look. A look is resumed with them too.",
 )
 @click.option(
     "--distortion",
@@ -671,7 +672,7 @@ def train(
     crops: int | None,
     resume: bool,
     start_from: str | None,
-    features: Path | None,
+    features: tuple[Path, ...],
     distortion: str | None,
     judge: Path | None,
     device: str,
@@ -694,7 +695,7 @@ def train(
         found = files.find(pictures, files.PICTURE_SUFFIXES)
     if minutes is not None and not math.isfinite(minutes):
         raise click.UsageError("--minutes must be finite.")
-    _check_training(found, output, config=config, start_from=start_from, resume=resume, natural=features is not None)
+    _check_training(found, output, config=config, start_from=start_from, resume=resume, natural=bool(features))
     report = ErrorReport()
     for path, _ in found:
         with report.errors_of(path):

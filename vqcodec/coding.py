@@ -115,40 +115,32 @@ def put(coders: Sequence[Encoder], piece: Slice, one: Pass) -> None:
     A prior in raster order has one pass, but the decoder needs its codes position by position.
     """
     tables = piece.tables
-    assert piece.prior is not None and one.codes is not None
+    assert tables is not None and one.codes is not None
     if isinstance(tables, RowTables):
         rows, order = _by_row(tables, one.parameters, len(coders))
         symbols = one.codes.reshape(len(coders), -1).cpu().numpy()
         for number, coder in enumerate(coders):
             coder.put_rows(symbols[number][order[number]], rows[number][order[number]], tables.table)
         return
-    assert tables is not None
-    if not piece.prior.at_once:
-        _put(coders, tables, one.parameters, one.codes)
-        return
     for coder, parameters, codes in zip(
         coders, *(_by_tile(x, coders) for x in (one.parameters, one.codes)), strict=True
     ):
         for place in range(len(codes)):
-            _put([coder], tables, parameters[place : place + 1], codes[place : place + 1])
+            _put(coder, tables, parameters[place : place + 1], codes[place : place + 1])
 
 
-def _put(coders: Sequence[Encoder], tables: CodeTables, parameters: Tensor, k: Tensor) -> None:
-    """Range-code symbols k, int64 (N, P), of the tiles of a batch: all flags of a tile, then values plane by plane."""
+def _put(coder: Encoder, tables: CodeTables, parameters: Tensor, k: Tensor) -> None:
+    """Range-code the symbols k of a position, int64 (1, P): all flags, then the values."""
     other = k > 0
-    flags = other.reshape(len(coders), -1).cpu().numpy()
-    for coder, own, counts in zip(coders, flags, np.split(flag_counts(parameters), len(coders)), strict=True):
-        coder.put(own, counts)
-    values, start = (_planes(k, coders)[_planes(other, coders)] - 1).cpu().numpy(), 0
-    for number, counts in _value_counts(tables, parameters, other, len(coders)):
-        coders[number].put(values[start : start + len(counts)], counts)
-        start += len(counts)
+    coder.put(other.flatten().cpu().numpy(), flag_counts(parameters))
+    coder.put((k[other] - 1).cpu().numpy(), tables.value_counts(parameters, other))
 
 
 @timed("range coder")
 def get(coders: Sequence[Source | None], piece: Slice, one: Pass) -> Tensor:
     """Decode the codes of one pass, int64 (N, P). The inverse of `put`; a tile without a coder gets codes 0."""
     tables = piece.tables
+    assert tables is not None
     if isinstance(tables, RowTables):
         rows, order = _by_row(tables, one.parameters, len(coders))
         symbols = np.zeros(rows.shape, np.int64)
@@ -156,53 +148,21 @@ def get(coders: Sequence[Source | None], piece: Slice, one: Pass) -> Tensor:
             if coder is not None:
                 symbols[number][order[number]] = coder.get_rows(rows[number][order[number]], tables.table)
         return torch.from_numpy(symbols).reshape(one.parameters.shape[:2]).to(one.parameters.device)
-    assert tables is not None
-    counts = np.split(flag_counts(one.parameters), len(coders))
-    flags = [np.zeros(len(c), np.int32) if x is None else x.get(c) for x, c in zip(coders, counts, strict=True)]
-    k = torch.from_numpy(np.concatenate(flags).astype(np.int64)).reshape(one.parameters.shape[:2])
-    k = k.to(one.parameters.device)
+    # In raster order a pass is one position of each tile.
+    flags = flag_counts(one.parameters).reshape(len(coders), -1, 2)
+    k = np.zeros(one.parameters.shape[:2], np.int64)
+    for number, coder in enumerate(coders):
+        if coder is not None:
+            k[number] = coder.get(flags[number])
     other = k > 0
-    values = []
-    for number, own in _value_counts(tables, one.parameters, other, len(coders)):
-        coder = coders[number]
-        assert coder is not None  # a tile without a coder has no values
-        values.append(coder.get(own))
-    if values:
-        found = torch.from_numpy(np.concatenate(values).astype(np.int64)).to(k.device)
-        _planes(k, coders)[_planes(other, coders)] += found
-    return k
-
-
-def _value_counts(
-    tables: CodeTables, parameters: Tensor, other: Tensor, tiles: int
-) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """The counts of the values of a pass in the order of tiles: the number of a tile and a block as of `value_counts`.
-
-    Small tiles share a block, because to make one takes as long however few symbols it has.
-    """
-    count = len(other) // tiles
-    members = other.reshape(tiles, -1).sum(1).tolist()
+    values = tables.value_counts(one.parameters, torch.from_numpy(other).to(one.parameters.device))
     start = 0
-    while start < tiles:
-        stop, total = start + 1, members[start]
-        while stop < tiles and total + members[stop] <= tables.symbols_of_block:
-            total += members[stop]
-            stop += 1
-        part = slice(start * count, stop * count)
-        blocks = tables.value_counts(parameters[part], other[part])
-        if stop == start + 1:
-            yield from ((start, block) for block in blocks)
-        elif total:
-            (block,) = blocks
-            tile = other[part].T.nonzero()[:, 1].cpu().numpy() // count
-            order = np.split(np.argsort(tile, kind="stable"), np.cumsum(members[start:stop])[:-1])
-            yield from ((number, block[own]) for number, own in enumerate(order, start) if len(own))
+    for number, coder in enumerate(coders):
+        stop = start + int(other[number].sum())
+        if coder is not None:
+            k[number, other[number]] += coder.get(values[start:stop])
         start = stop
-
-
-def _planes(x: Tensor, coders: Sequence[object]) -> Tensor:
-    """A view of the symbols of a pass, (N, P), by tiles and planes: (tiles, P, N / tiles)."""
-    return x.reshape(len(coders), -1, x.shape[1]).transpose(1, 2)
+    return torch.from_numpy(k).to(one.parameters.device)
 
 
 def _by_tile(x: Tensor, coders: Sequence[object]) -> tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ from vqcodec import coding, parallel, synthesis, tuning
 from vqcodec.frame import Frame
 from vqcodec.models.model import Model, Pass, Slice, walk
 from vqcodec.models.quantizer import rows
+from vqcodec.models.rates import RowRates
 from vqcodec.spans import timed
 from vqcodec.tuning import Importance
 
@@ -115,4 +116,6 @@ def _choose(
     known = [here[(slice(None), *one.places)].flatten() for here in factors if here is not None]
     if known:
         costs = costs * torch.cat(known)[:, None]
-    return piece.codebook.choose(target, piece.rates(one.parameters), costs, rate_factor)
+    rates = piece.rates(one.parameters)
+    assert isinstance(rates, RowRates)  # the only ones that tell codes their bits as they are chosen
+    return piece.codebook.choose(target, rates, costs, rate_factor)

@@ -23,9 +23,8 @@ accepting"); the best codes seen are returned.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -36,9 +35,10 @@ from vqcodec import precision, synthesis, tuning
 from vqcodec.frame import Frame
 from vqcodec.models.model import Context, Estimate, Model, Slice, walk
 from vqcodec.models.quantizer import Codebook, grid, look_up, rows
-from vqcodec.models.rates import MOST_BITS, Rates, RowRates, softplus2
+from vqcodec.models.rates import Rates, RowRates
 from vqcodec.spans import timed
 from vqcodec.ssimulacra2 import SMALLEST
+from vqcodec.synthesis import Box
 from vqcodec.tuning import Importance
 from vqcodec.visual import visual_distance
 
@@ -158,12 +158,12 @@ def improve(
     codes = [c.clone() for c in codes]
     unit = model.config.multiple
     coarse = codes[0].shape[1], codes[0].shape[2]
-    windows = list(synthesis.windows(*coarse, max(1, WINDOW // unit), -(-MARGIN // unit)))
-    for number, (inner, outer, part) in enumerate(windows):
+    parts = list(windows(*coarse, max(1, WINDOW // unit), -(-MARGIN // unit)))
+    for number, (inner, outer, part) in enumerate(parts):
 
         def done(step: int, number: int = number) -> None:
             if on_round is not None:
-                on_round((number + step / rounds) / len(windows))
+                on_round((number + step / rounds) / len(parts))
 
         given = []
         for level, stage in enumerate(model.config.levels):
@@ -243,7 +243,7 @@ def _evaluate(model: Model, pixels: Tensor, codes: list[Tensor], quality: int, i
             vectors = piece.vectors(given).contiguous().requires_grad_()
             rate_model = _rate_model(piece, context.prepare(), inputs)
             with torch.autocast(pixels.device.type, enabled=False):
-                bits = bits + _bits(rate_model, piece.codebook, indices)
+                bits = bits + rate_model.bits(piece.codebook, indices).sum()
             estimate.add(vectors)
             context.absorb(inputs)
             step_cost = piece.error_weight(importance.weight, at)[0] * importance.of_planes(piece.level, piece.planes)
@@ -326,7 +326,7 @@ def _best(s: _Symbols, slopes: _Slopes, penalty: Tensor) -> tuple[Tensor, Tensor
     given = (s.indices, slopes.by_prior, slopes.by_decoder, curved)
     k, by_prior, by_decoder, curved = (x.transpose(0, 1)[free] for x in given)
     chosen, gained = torch.empty_like(k), torch.empty_like(curved)
-    for block, parts, logp, _ in s.rate_model.some(free).blocks(book, free.sum(1).tolist()):
+    for block, parts, logp in s.rate_model.some(free).blocks(book, free.sum(1).tolist()):
         distances, costs = torch.empty_like(logp), torch.empty_like(logp)
         for plane, part, here in parts:
             own = k[part]
@@ -343,40 +343,27 @@ def _best(s: _Symbols, slopes: _Slopes, penalty: Tensor) -> tuple[Tensor, Tensor
     return best, gains
 
 
-def _bits(rate_model: Rates | RowRates, book: Codebook, indices: Tensor) -> Tensor:
-    """Total bits of codes, int64 (N, P), with gradients for the rate model."""
-    if isinstance(rate_model, RowRates):
-        return rate_model.bits(indices).sum()
-    theta, zero = rate_model.theta.float(), rate_model.zero.float()
-    spent: Tensor = _Spent.apply(theta, zero, book, indices)  # type: ignore[no-untyped-call]
-    return spent
+def windows(height: int, width: int, size: int, reach: int) -> Iterator[tuple[Box, Box, Box]]:
+    """Cover a grid with windows.
 
+    Args:
+        height, width: of the grid, in positions. size: side of a window. A grid of no more than size * size positions
+            is one window. reach: by how many positions windows are widened on each side.
 
-class _Spent(torch.autograd.Function):
-    """Total bits of given codes, with gradients for the rate model.
-
-    theta: (N, P, F). zero: (N, P). indices: int64 (N, P).
+    Yields:
+        (inner, outer, part): the window, the window widened within the grid, and the place of `inner` in `outer`.
     """
+    if height * width <= size * size:
+        size = max(height, width)
 
-    @staticmethod
-    def forward(ctx: Any, theta: Tensor, zero: Tensor, book: Codebook, indices: Tensor) -> Tensor:
-        features = book.features()
-        bits = torch.where(indices > 0, 0, softplus2(-zero)).sum()
-        other = (indices > 0).T
-        k, some = indices.T[other], Rates(theta, zero).some(other)
-        expected = torch.empty_like(some.theta)
-        for block, parts, logp, values in some.blocks(book, other.sum(1).tolist()):
-            spent = -logp.gather(1, k[block, None])
-            bits += spent.clamp(max=MOST_BITS).sum()
-            for plane, part, here in parts:
-                torch.mm(values[here], features[plane], out=expected[part]).sub_(features[plane][k[part]])
-            expected[block] *= spent < MOST_BITS
-        grad_theta = torch.zeros_like(theta)
-        grad_theta.transpose(0, 1)[other] = expected
-        ctx.save_for_backward(grad_theta, torch.sigmoid(zero * math.log(2)) - (indices == 0).float())
-        return bits
+    def spans(length: int) -> list[tuple[slice, slice, slice]]:
+        found = []
+        for start in range(0, length, size):
+            stop = min(start + size, length)
+            low, high = max(0, start - reach), min(length, stop + reach)
+            found.append((slice(start, stop), slice(low, high), slice(start - low, stop - low)))
+        return found
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_theta, grad_zero = ctx.saved_tensors
-        return grads[0] * grad_theta, grads[0] * grad_zero, None, None
+    for y in spans(height):
+        for x in spans(width):
+            yield (y[0], x[0]), (y[1], x[1]), (y[2], x[2])

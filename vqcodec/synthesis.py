@@ -1,11 +1,9 @@
 """Runs the float networks over whole pictures of one frame: pixels -> latents, codes -> pixels.
 
-The networks run in windows, which bounds memory. Windows overlap by at least the receptive field of the networks and
-so leave no seams in the picture. A model without stages finer than its codes needs none: its maps are no larger than
-the latents, and pixels are transformed and rendered in bands.
+Their maps are no larger than the latents. The first step of the encoder and the last one of the decoder, at pixels, are
+local: they work in bands.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -22,7 +20,10 @@ from vqcodec.models.model import Estimate, Level, Model, Slice, walk
 from vqcodec.models.vqvae import SMALLEST
 from vqcodec.spans import timed
 
-WINDOW = 2048  # side of the windows in pixels, where there are any
+Box = tuple[slice, slice]  # rows and columns of a grid
+
+# Side in pixels of the strips in which code vectors are looked up.
+STRIP = 2048
 # Pixels that the networks' first and last step, which are local, work on at a time: what fits the cache of a CPU.
 BAND_PIXELS = {"cpu": 1 << 19, "cuda": 1 << 24}
 
@@ -49,7 +50,7 @@ def reconstruct(
     ]
     for piece in walk(levels, estimate):
         rows, columns = estimate.boxes[piece.level]
-        for strip in _strips(rows.stop - rows.start, columns.stop - columns.start, WINDOW // piece.stage.stride):
+        for strip in _strips(rows.stop - rows.start, columns.stop - columns.start, STRIP // piece.stage.stride):
             under = slice(rows.start + strip.start, rows.start + strip.stop)
             indices = codes[piece.level][:, under, columns, piece.planes].to(model.device, torch.int64)
             estimate.add_at((slice(None), strip, slice(None)), piece.vectors(indices))
@@ -111,13 +112,13 @@ def tiles_for(model: Model, frame: Frame, region: Region | None, scale: int) -> 
     }
 
 
-def _pixels(frame: Frame, region: Region | None, scale: int) -> "Box":
+def _pixels(frame: Frame, region: Region | None, scale: int) -> Box:
     """The pixels of a picture reduced by `scale` that have a part of the region."""
     whole = slice(0, frame.height), slice(0, frame.width)
     return _coarser(whole if region is None else (region.rows, region.columns), scale)
 
 
-def _boxes(model: Model, frame: Frame, region: Region | None, scale: int) -> "list[Box]":
+def _boxes(model: Model, frame: Frame, region: Region | None, scale: int) -> list[Box]:
     """For each level, coarse first, the box of its grid that the result of `reconstruct` depends on."""
     sizes = frame.padded(model.config.multiple)
     box = slice(0, sizes[0]), slice(0, sizes[1])
@@ -135,7 +136,7 @@ def _boxes(model: Model, frame: Frame, region: Region | None, scale: int) -> "li
 
 
 class GridEstimate(Estimate):
-    """The estimate over the grids of pictures. Networks run in windows; codes are added in place.
+    """The estimate over the grids of pictures. Codes are added in place.
 
     Args:
         model, frame, region, scale: see `reconstruct`. pictures: how many.
@@ -154,23 +155,17 @@ class GridEstimate(Estimate):
 
     @timed("refinement")
     def begin(self, level: Level) -> None:
-        """See `Estimate.begin`; runs window by window."""
+        """See `Estimate.begin`."""
         if not level.number:
             self.values = self._zeros(level, self.boxes[0])
             return
-        stride, box = self.model.config.levels[level.number - 1].stride, self.boxes[level.number - 1]
-        ratio = stride // level.stage.stride
-        reach = -(-self.vqvae.decoder_reach(level.number - 1) // stride)
-        covered = finer(box, ratio)[2:]
-        values = self._zeros(level, covered)
-        height, width = self.values.shape[2:]
-        for inner, outer, part in windows(height, width, max(1, WINDOW // stride), reach):
-            start = self.vqvae.descend(level.number - 1, self.values[(slice(None), slice(None), *outer)], self.quality)
-            values[finer(inner, ratio)] = start[finer(part, ratio)]
+        ratio = self.model.config.levels[level.number - 1].stride // level.stage.stride
+        covered = finer(self.boxes[level.number - 1], ratio)[2:]
+        values = self.vqvae.descend(level.number - 1, self.values, self.quality)
         self.values = values[(slice(None), slice(None), *_inside(self.boxes[level.number], covered))]
         self.values = self.values.contiguous(memory_format=torch.channels_last)
 
-    def _zeros(self, level: Level, box: "Box") -> Tensor:
+    def _zeros(self, level: Level, box: Box) -> Tensor:
         shape = (self.pictures, level.stage.channels, *(s.stop - s.start for s in box))
         return _empty(shape, self.model.device).zero_()
 
@@ -193,32 +188,23 @@ class GridEstimate(Estimate):
 
         Call it after the walk.
         """
-        config, scale = self.model.config, self.scale
-        level = len(config.levels) - 1
-        stride, finest = config.levels[level].stride, config.stages[self.vqvae.last_stage(scale)].stride
+        scale = self.scale
+        side = self.model.config.stages[0].stride // scale  # of the pixels that a position becomes
         kernel = self.model.reduced(scale) if scale > 1 else None
         local = self.vqvae.local_reach() if kernel is None else 1
-        side = finest // scale  # of the pixels that a position of the features becomes
-        reach = -(-self.vqvae.decoder_reach(level) // stride)
         asked = _pixels(self.frame, self.region, scale)
-        own = _coarser(asked, stride // scale)
-        pixels = np.empty((self.pictures, *((s.stop - s.start) * stride // scale for s in own), 3), np.uint8)
-        height, width = self.values.shape[2:]
-        box = _inside(own, self.boxes[level])
-        for inner, outer, part in windows(height, width, _window(config, stride), reach, box):
-            features = self.vqvae.features(self.values[(slice(None), slice(None), *outer)], self.quality, scale)
-            rows, columns = finer(part, stride // finest)[2:]
-            left = (inner[1].start - box[1].start) * stride // scale
-            for band, around, middle in _bands(features.shape, rows, side, local, self.model.device):
-                decoded = self.vqvae.render(features[:, :, around], self.quality, kernel)
-                ys, xs = (slice(s.start * side, s.stop * side) for s in (middle, columns))
-                ready = decoded[:, :, ys, xs].round().clamp_(0, 255).permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()
-                top = (inner[0].start - box[0].start) * stride // scale + (band.start - rows.start) * side
-                target = pixels[:, top : top + ready.shape[1], left : left + ready.shape[2]]
-                target[...] = ready
-                if self.frame.grey:
-                    target[...] = np.rint(target.mean(3, keepdims=True, dtype=np.float32))
-        return np.ascontiguousarray(pixels[(slice(None), *_inside(asked, finer(own, stride // scale)[2:]))])
+        own = _coarser(asked, side)
+        pixels = np.empty((self.pictures, *((s.stop - s.start) * side for s in own), 3), np.uint8)
+        rows, columns = _inside(own, self.boxes[-1])
+        features = self.vqvae.features(self.values, self.quality, scale)
+        for band, around, middle in _bands(features.shape, rows, side, local, self.model.device):
+            decoded = self.vqvae.render(features[:, :, around], self.quality, kernel)
+            ys, xs = (slice(s.start * side, s.stop * side) for s in (middle, columns))
+            target = pixels[:, (band.start - rows.start) * side : (band.stop - rows.start) * side]
+            target[...] = decoded[:, :, ys, xs].round().clamp_(0, 255).permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()
+            if self.frame.grey:
+                target[...] = np.rint(target.mean(3, keepdims=True, dtype=np.float32))
+        return np.ascontiguousarray(pixels[(slice(None), *_inside(asked, finer(own, side)[2:]))])
 
 
 def _bands(
@@ -242,24 +228,19 @@ def _bands(
         yield slice(start, stop), slice(low, high), slice(start - low, stop - low)
 
 
-def _window(config: Config, stride: int) -> int:
-    """The side of the windows, in positions of a grid of this stride."""
-    return max(1, WINDOW // stride) if config.stages[0].stride < config.levels[-1].stride else sys.maxsize
-
-
-def finer(box: "Box", ratio: int) -> tuple[slice, slice, slice, slice]:
+def finer(box: Box, ratio: int) -> tuple[slice, slice, slice, slice]:
     """Scale a box of grid positions up to a grid that is `ratio` times finer: an index into maps (B, C, h, w)."""
     rows, columns = (slice(s.start * ratio, s.stop * ratio) for s in box)
     return slice(None), slice(None), rows, columns
 
 
-def _coarser(box: "Box", ratio: int) -> "Box":
+def _coarser(box: Box, ratio: int) -> Box:
     """The box of a grid that is `ratio` times coarser that covers a box."""
     rows, columns = (slice(s.start // ratio, -(-s.stop // ratio)) for s in box)
     return rows, columns
 
 
-def _inside(box: "Box", outer: "Box") -> "Box":
+def _inside(box: Box, outer: Box) -> Box:
     """The place of a box inside another one of the same grid."""
     rows, columns = (slice(s.start - o.start, s.stop - o.start) for s, o in zip(box, outer, strict=True))
     return rows, columns
@@ -281,38 +262,22 @@ def analyse(model: Model, pixels: NDArray[np.uint8], quality: Tensor) -> list[Te
     Returns:
         For each level, coarse first, float (B, C, h, w) over the padded pictures.
     """
-    unit = model.config.multiple
-    height, width = pixels.shape[1:3]
-    down, right = -height % unit, -width % unit
-    coarse = (height + down) // unit, (width + right) // unit
-    latents: list[Tensor] = []
-    for inner, outer, part in windows(*coarse, _window(model.config, unit), -(-model.vqvae.encoder_reach() // unit)):
-        local = model.vqvae.encode(_transform(model, pixels, outer), quality)
-        if not latents:
-            if outer == (slice(0, coarse[0]), slice(0, coarse[1])):
-                return local
-            grids = [[side * unit // stage.stride for side in coarse] for stage in model.config.levels]
-            latents = [_empty((*z.shape[:2], *grid), z.device) for z, grid in zip(local, grids, strict=True)]
-        for whole, z, stage in zip(latents, local, model.config.levels, strict=True):
-            ratio = unit // stage.stride
-            whole[finer(inner, ratio)] = z[finer(part, ratio)]
-    return latents
+    return model.vqvae.encode(_transform(model, pixels), quality)
 
 
-def _transform(model: Model, pixels: NDArray[np.uint8], box: "Box") -> Tensor:
-    """`VQVAE.transform` under a box of positions of the coarsest grid: float (B, C, h, w)."""
-    finest = model.config.stages[0]
-    rows, columns = finer(box, model.config.multiple // finest.stride)[2:]
-    shape = (len(pixels), finest.channels, rows.stop - rows.start, columns.stop - columns.start)
-    x = _empty(shape, model.device)
+def _transform(model: Model, pixels: NDArray[np.uint8]) -> Tensor:
+    """`VQVAE.transform` of the padded pictures: float (B, C, h, w)."""
+    finest, unit = model.config.stages[0], model.config.multiple
+    height, width = (-(-side // unit) * unit // finest.stride for side in pixels.shape[1:3])
+    x = _empty((len(pixels), finest.channels, height, width), model.device)
     reach = model.vqvae.local_reach()
-    for band, around, own in _bands(shape, slice(0, shape[2]), finest.stride, reach, model.device):
-        under = slice(rows.start + around.start, rows.start + around.stop)
-        x[:, :, band] = model.vqvae.transform(cut(model, pixels, (under, columns), finest.stride))[:, :, own]
+    for band, around, own in _bands(x.shape, slice(0, height), finest.stride, reach, model.device):
+        part = cut(model, pixels, (around, slice(0, width)), finest.stride)
+        x[:, :, band] = model.vqvae.transform(part)[:, :, own]
     return x
 
 
-def cut(model: Model, pixels: NDArray[np.uint8], box: "Box", stride: int) -> Tensor:
+def cut(model: Model, pixels: NDArray[np.uint8], box: Box, stride: int) -> Tensor:
     """Cut out of pixels (B, H, W, 3) what is under a box of positions of a grid: float (B, 3, h, w), 0..255.
 
     Beyond the picture its last row and column are repeated.
@@ -328,33 +293,3 @@ def cut(model: Model, pixels: NDArray[np.uint8], box: "Box", stride: int) -> Ten
 def _empty(shape: Sequence[int], device: torch.device) -> Tensor:
     """A map to be filled, in channels-last memory from the start: to rearrange a large one takes twice its memory."""
     return torch.empty(*shape, dtype=torch.float32, device=device, memory_format=torch.channels_last)
-
-
-Box = tuple[slice, slice]
-
-
-def windows(height: int, width: int, size: int, reach: int, box: Box | None = None) -> Iterator[tuple[Box, Box, Box]]:
-    """Cover a grid, or a box of it, with windows.
-
-    Args:
-        height, width: of the grid, in positions. size: side of a window. A box with no more than size * size positions
-            is one window. reach: by how many positions windows are widened on each side. box: None for the whole grid.
-
-    Yields:
-        (inner, outer, part): the window, the window widened within the grid, and the place of `inner` in `outer`.
-    """
-    rows, columns = box or (slice(0, height), slice(0, width))
-    if (rows.stop - rows.start) * (columns.stop - columns.start) <= size * size:
-        size = max(height, width)
-
-    def spans(own: slice, length: int) -> list[tuple[slice, slice, slice]]:
-        found = []
-        for start in range(own.start, own.stop, size):
-            stop = min(start + size, own.stop)
-            low, high = max(0, start - reach), min(length, stop + reach)
-            found.append((slice(start, stop), slice(low, high), slice(start - low, stop - low)))
-        return found
-
-    for y in spans(rows, height):
-        for x in spans(columns, width):
-            yield (y[0], x[0]), (y[1], x[1]), (y[2], x[2])

@@ -90,7 +90,7 @@ def _load(path: Path, device: str, look: Path | None, versions: tuple[tuple[int,
                 tables.slice(level, index).check()
     except ValueError as error:
         raise WeightsError(f"weights {path}: {error}") from None
-    return Model(config, vqvae, prior, tables, file.id, torch.device(device), look is not None)
+    return Model(config, vqvae, prior, tables, file.id, torch.device(device))
 
 
 def _check_numbers(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -220,7 +220,7 @@ def save_look(path: Path, config: Config, vqvae: VQVAE, weights_id: str, notes: 
     """Write a look of weights atomically.
 
     Args:
-        path: of the file. config: of the look: that of the weights, but for decoder blocks. vqvae: the trained network.
+        path: of the file. config: that of the weights. vqvae: the trained network.
         weights_id: id of the weights whose codes the look decodes, in hexadecimal. notes: as `save_model`.
     """
     tensors = {

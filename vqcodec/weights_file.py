@@ -21,8 +21,8 @@ from vqcodec.models.config import Config
 from vqcodec.models.operations import Shapes
 from vqcodec.models.shapes import large_tensors
 
-FORMAT = "vqcodec weights 2"
-LOOK_FORMAT = "vqcodec look 1"
+FORMAT = "vqcodec weights 3"
+LOOK_FORMAT = "vqcodec look 2"
 ID_BYTES = 4
 
 

@@ -41,38 +41,37 @@ GOLDEN: Config = dataclasses.replace(
     TINY,
     name="golden",
     stages=(
-        StageConfig(4, 24, 8, 1, 1),
-        StageConfig(8, 16, 8, 1, 1, (SliceConfig(8, 1, 32, layer=1), SliceConfig(2, 4, 24, layer=2))),
-        StageConfig(32, 8, 8, 1, 1, (SliceConfig(8, 1, 128, layer=0),)),
-    ),
-    prior=PriorConfig(channels=12, embedding=8, blocks=1),
-)
-
-# With what only models of the fast kind have: stored tables, a separable lap, a renderer and grouped convolutions.
-GOLDEN_ROWS: Config = dataclasses.replace(
-    GOLDEN,
-    name="golden-rows",
-    stages=(
         StageConfig(
             8,
             48,
             8,
             1,
             1,
-            (SliceConfig(16, 1, 32, layer=1, rows=100), SliceConfig(16, 2, 48, layer=2, outposts="near", rows=7)),
+            (SliceConfig(16, 1, 32, layer=1, rows=100), SliceConfig(16, 2, 48, layer=2, rows=7)),
             lapped=True,
             renderer=8,
             groups=2,
         ),
         StageConfig(32, 8, 8, 1, 1, (SliceConfig(8, 1, 64, layer=0, rows=40),)),
     ),
+    prior=PriorConfig(channels=12, embedding=8, blocks=1),
 )
-CONFIGS = {"tiny": GOLDEN, "rows": GOLDEN_ROWS}
+
+# A prior in raster order, on two levels and more than one plane, without lap and renderer.
+GOLDEN_RASTER = Config(
+    name="golden-raster",
+    stages=(
+        StageConfig(4, 16, 8, 1, 1, (SliceConfig(planes=2, dim=8, codes=24, layer=1),)),
+        StageConfig(8, 16, 8, 1, 1, (SliceConfig(planes=1, dim=16, codes=32, layer=0),)),
+    ),
+    prior=PriorConfig(channels=12, blocks=1, layers=2),
+)
+CONFIGS = {"tiny": GOLDEN, "raster": GOLDEN_RASTER}
 
 # Pictures, the weights for each, and options.
 PICTURES = {
     "tiny": (Picture(models.picture(40, 72, seed=1), xmp=b"<x:xmpmeta/>"), "tiny", {"quality": 30, "tile": 64}),
-    "rows": (Picture(models.picture(75, 90, seed=3)), "rows", {"quality": 60, "tile": 64}),
+    "raster": (Picture(models.picture(43, 70, seed=3)), "raster", {"quality": 60, "tile": 64}),
     "grey": (
         Picture(
             np.repeat(models.picture(17, 33, seed=2)[..., :1], 3, 2),

@@ -8,8 +8,7 @@ Letters in shapes and equations:
     P        code planes of a slice, or of a level
     D        code length: dimensions of one code vector
     K        codebook size
-    S        scales: width parameters in the rate model of a symbol, 1 or D
-    F        features of a code in the rate model: D + 2 S
+    F        features of a code in the rate model: D + 2
     N        rows: positions of a batch of grids in raster order
     q        quality, 1..100;  t = (q - 1) / 99 maps it to [0, 1]
 

@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 import reprlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from vqcodec.errors import WeightsError
@@ -20,8 +20,6 @@ FEATURES = 24  # features that each cell gets from its patch
 # Largest code length of codebooks that start as a lattice. In more dimensions the first shells of the integer lattice
 # hold more points than most codebooks.
 LARGEST_LATTICE = 8
-# Additional residual blocks of a look, in every decoder stage finer than the finest codes.
-LOOK_BLOCKS = 2
 # Largest stride: tiles are multiples of 64 pixels, and large training crops of 128.
 MAX_STRIDE = 128
 # Bounds of what weights files may ask for, far above what any model needs; a .vqz header has 255 layers at most.
@@ -49,11 +47,9 @@ class SliceConfig:
         dim: code length D. The slice covers P * D latent channels.
         codes: codebook size K of each plane.
         layer: progressive layer of the file that carries the slice; 0 is the coarsest.
-        scales: number S of width parameters in the rate model of a symbol: 1, shared by all dimensions, or D.
-        outposts: how the outer codes of a lattice of two or more dimensions start: "far" or "near", see
-            `quantizer.OUTPOSTS`.
-        rows: rows R of a stored table of probabilities, shared by all planes, from which the prior chooses a row for
-            each symbol (Jia et al. 2026, "PULSE", section 3). 0 for a prior that gives parameters of a distribution.
+        rows: rows R of a stored table of probabilities, shared by all planes, from which a prior of interleaved passes
+            chooses a row for each symbol (Jia et al. 2026, "PULSE", section 3). 0 for a prior in raster order, which
+            gives the parameters of a distribution.
 
     Raises:
         ValueError: a field is out of range.
@@ -63,8 +59,6 @@ class SliceConfig:
     dim: int
     codes: int
     layer: int
-    scales: int = 1
-    outposts: str = "far"
     rows: int = 0
 
     def __post_init__(self) -> None:
@@ -72,15 +66,9 @@ class SliceConfig:
         _check_range(self, 0, "layer", high=MOST_LAYERS - 1)
         # The range coder needs at least two values besides code 0. Codes are stored as int16.
         _check_range(self, 3, "codes", high=1 << 15)
-        if type(self.scales) is not int or self.scales not in (1, self.dim):
-            raise ValueError(f"scales must be 1 or dim, {self.dim}, got {self.scales!r}")
-        if self.outposts not in ("far", "near"):
-            raise ValueError(f"outposts must be far or near, got {self.outposts!r}")
         _check_range(self, 0, "rows", high=MAX_ROWS)
-        if self.rows and (self.rows == 1 or self.scales != 1 or not self.structured):
-            raise ValueError(
-                f"rows must be 0, or from 2 to {MAX_ROWS} with one scale and at most {LARGEST_LATTICE} dimensions"
-            )
+        if self.rows and (self.rows == 1 or not self.structured):
+            raise ValueError(f"rows must be 0, or from 2 to {MAX_ROWS} with at most {LARGEST_LATTICE} dimensions")
 
     @property
     def channels(self) -> int:
@@ -88,11 +76,11 @@ class SliceConfig:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters that the prior gives for each symbol: 1, its row, or D + 2 S + 1.
+        """Number of parameters that the prior gives for each symbol: 1, its row, or D + 3.
 
-        The latter are D means, S squares, S linears and the odds of code 0.
+        The latter are D means, a square, a linear and the odds of code 0.
         """
-        return 1 if self.rows else self.dim + 2 * self.scales + 1
+        return 1 if self.rows else self.dim + 3
 
     @property
     def structured(self) -> bool:
@@ -109,9 +97,8 @@ class StageConfig:
         channels: channels of the feature map at this resolution.
         hidden: channels within a residual block.
         encoder_blocks, decoder_blocks: number of residual blocks on each side.
-        slices: the code planes quantised at this resolution; empty for a stage without codes.
-        lapped: whether the blocks of the transform from the next finer stage overlap (`layers.Lap`).
-        refine_blocks: residual blocks that refine the estimate before each slice.
+        slices: the code planes quantised at this resolution.
+        lapped: whether the blocks of the finest stage's transform overlap (`pixels.SeparableLap`).
         renderer: hidden channels of the network that refines pixels after the finest stage (`pixels.Renderer`); 0 for
             none.
         groups: groups of the 3x3 convolutions of residual blocks; a divisor of `hidden`, which makes them depthwise.
@@ -122,16 +109,14 @@ class StageConfig:
     hidden: int
     encoder_blocks: int
     decoder_blocks: int
-    slices: tuple[SliceConfig, ...] = ()
+    slices: tuple[SliceConfig, ...]
     lapped: bool = False
-    refine_blocks: int = 1
     renderer: int = 0
     groups: int = 1
 
     def __post_init__(self) -> None:
         _check_range(self, 1, "stride", high=MAX_STRIDE)
         _check_range(self, 1, "channels", "hidden", high=MOST_CHANNELS)
-        _check_range(self, 1, "refine_blocks", high=MOST_BLOCKS)
         _check_range(self, 0, "encoder_blocks", "decoder_blocks", high=MOST_BLOCKS)
         _check_range(self, 0, "renderer", high=MOST_CHANNELS)
         _check_range(self, 1, "groups", high=self.hidden)
@@ -181,9 +166,6 @@ class Config:
         codebook: how codebooks learn: "gradient" (van den Oord et al. 2017, eq. 3) or "ema", exponential moving
             averages (their appendix A.1).
         commitment: weight beta of the commitment loss (van den Oord et al. 2017, eq. 3).
-        rate: how the prior learns: "joint" with the rest, on rate and distortion, or "after" it, on codes that were
-            chosen for the distortion alone (Razavi et al. 2019). A prior in raster order must learn "after".
-        residual_unit: scale of the residual blocks' outputs, in usual quantiser steps (`vqvae.usual_step`).
 
     Raises:
         ValueError: a field is out of range, or fields contradict each other.
@@ -195,8 +177,6 @@ class Config:
     lambda_range: tuple[float, float] = (0.0005, 0.1)
     codebook: str = "gradient"
     commitment: float = 0.0
-    rate: str = "joint"
-    residual_unit: float = 1.5
 
     def __post_init__(self) -> None:
         if type(self.name) is not str:
@@ -204,11 +184,11 @@ class Config:
         strides = [1, *(stage.stride for stage in self.stages)]
         if any(b % a or b <= a for a, b in itertools.pairwise(strides)):
             raise ValueError(f"strides must grow by whole factors, got {strides[1:]}")
-        if not self.stages or not self.stages[-1].slices:
-            raise ValueError("the coarsest stage must have code planes")
+        if not self.stages:
+            raise ValueError("there must be a stage")
         for stage in self.stages:
             covered = sum(s.channels for s in stage.slices)
-            if stage.slices and covered != stage.channels:
+            if covered != stage.channels:
                 raise ValueError(f"slices cover {covered} of {stage.channels} channels at stride {stage.stride}")
         layers = [s.layer for stage in self.levels for s in stage.slices]
         if layers != sorted(layers) or sorted(set(layers)) != list(range(self.layers)):
@@ -225,19 +205,27 @@ class Config:
         finest = self.stages[0]
         if any(stage.renderer for stage in self.stages[1:]) or (finest.renderer and finest.stride % CELL):
             raise ValueError(f"a renderer needs the finest stage, with a stride that {CELL} divides")
+        if any(stage.lapped for stage in self.stages[1:]):
+            raise ValueError("only the finest stage can be lapped")
         _check_number("commitment", self.commitment, 0, 1e6)
-        _check_number("residual_unit", self.residual_unit, 1e-6, 1e6)
-        if self.rate not in ("joint", "after"):
-            raise ValueError(f"rate must be joint or after, got {self.rate!r}")
-        if self.rate == "joint" and self.prior.layers:
-            raise ValueError("a prior in raster order cannot be learned jointly: rate must be after")
+        if any(bool(s.rows) == bool(self.prior.layers) for stage in self.stages for s in stage.slices):
+            raise ValueError("every slice needs rows with interleaved passes, and none in raster order")
         if self.codebook not in ("gradient", "ema"):
             raise ValueError(f"codebook must be gradient or ema, got {self.codebook!r}")
 
     @property
     def levels(self) -> tuple[StageConfig, ...]:
-        """The stages that carry codes, coarse first: the order of coding."""
-        return tuple(stage for stage in reversed(self.stages) if stage.slices)
+        """The stages, coarse first: the order of coding."""
+        return self.stages[::-1]
+
+    @property
+    def joint(self) -> bool:
+        """Whether the prior learns jointly with the rest, on rate and distortion.
+
+        A prior in raster order learns after the rest, on codes that were chosen for the distortion alone (Razavi et al.
+        2019).
+        """
+        return not self.prior.layers
 
     @property
     def structured(self) -> bool:
@@ -255,18 +243,12 @@ class Config:
 
         It is below 1 because a code is also context for later codes, which its own bits do not tell.
         """
-        return 0.82 if self.rate == "joint" else 0.0
+        return 0.82 if self.joint else 0.0
 
     @property
     def multiple(self) -> int:
         """Pictures are padded to multiples of this many pixels: the coarsest stride."""
         return self.stages[-1].stride
-
-    def look(self) -> "Config":
-        """The configuration of a look: more residual blocks in the decoder stages finer than the finest codes."""
-        finest = self.levels[-1].stride
-        stages = (replace(s, decoder_blocks=s.decoder_blocks + LOOK_BLOCKS * (s.stride < finest)) for s in self.stages)
-        return replace(self, stages=tuple(stages))
 
     def lambda_of(self, t: float) -> float:
         """The distortion weight at t = (quality - 1) / 99; see `lambda_range`."""

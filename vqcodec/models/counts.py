@@ -1,23 +1,22 @@
-"""Integer parameters -> integer counts: the range coder's probabilities, exact on every machine.
+"""What the prior says of a symbol -> integer counts: the range coder's probabilities, exact on every machine.
 
-A symbol k of a plane is coded in two parts, with tables of integers that the weights file holds for each code:
+A prior of interleaved passes chooses a row of a stored table for each symbol (`RowTables`). One in raster order gives
+parameters (`CodeTables`): then a symbol k of a plane is coded in two parts, with tables of integers that the weights
+file holds for each code:
 
     flag    whether k = 0: odds 2^(zero / 8)
     value   k among 1..K-1: in proportion to 2^(logit_k), where in units of 2^-27 of a bit
             logit_k = mean * root * X_k - 2 * square * Q_k - 2 * linear * A_k + bias_k * 2^19
             root = floor(2^(12 + s/32)), square = floor(2^(12 + s/16)), linear = floor(2^(13 + l/16))
 
-X_k is the code vector; Q_k and A_k are its squared 2-norm and its 1-norm. With a scale for each dimension (S = D), s
-and l are vectors, Q_k and A_k hold the squares and absolute values of all dimensions, and the products are summed.
+X_k is the code vector; Q_k and A_k are its squared 2-norm and its 1-norm.
 
 All products and sums are integers below 2^53, held in float64; the only division is between such integers. Encoder and
 decoder both call these functions.
 """
 
 import functools
-import itertools
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -27,13 +26,11 @@ from torch import Tensor, nn
 from vqcodec.entropy import Table
 from vqcodec.models.config import Config, SliceConfig
 from vqcodec.models.quantizer import Codebook
-from vqcodec.models.rates import CHUNK, RowTable, row_of
+from vqcodec.models.rates import RowTable, row_of
 
 # The range coder's precision. It adds 1 to every count, so n counts sum to TOTAL - n.
 TOTAL = 1 << 24
 LOGIT_SHIFT = 21  # from units of 2^-27 bits to units of 1/64 bit
-# Counts that are made at a time, by the type of the device: what fits the cache of a CPU, or 64 MiB.
-BLOCK = {"cpu": CHUNK, "cuda": 1 << 24}
 WEIGHT_BITS = 20  # of the most probable value's unnormalised probability
 
 
@@ -77,7 +74,7 @@ class CodeTables(nn.Module):
 
     Attributes:
         inputs: float32 (P, K, 2 D), see `Codebook.inputs`.
-        values: float64 (P, D + 2 S, K - 1): X, -2 Q and -2 A in units of 2^-10.
+        values: float64 (P, D + 2, K - 1): X, -2 Q and -2 A in units of 2^-10.
         bias: float64 (P, K - 1), in units of 1/256 bit.
     """
 
@@ -107,7 +104,7 @@ class CodeTables(nn.Module):
         Raises:
             ValueError: a logit can be too large, or an input of the prior is outside -127..127.
         """
-        x, squares, lengths = (part.abs().sum(1) for part in torch.split(self.values, self._groups(), 1))
+        x, squares, lengths = (part.abs().sum(1) for part in torch.split(self.values, [self.piece.dim, 1, 1], 1))
         largest = 127 * ROOT.max() * x + SQUARE.max() * squares + LINEAR.max() * lengths
         largest += 2.0**19 * self.bias.abs()
         if largest.max() >= 2.0**53:
@@ -115,65 +112,47 @@ class CodeTables(nn.Module):
         if self.inputs.abs().max() > 127:
             raise ValueError("an input of the prior is outside -127..127")
 
-    def _groups(self) -> list[int]:
-        """Numbers of rows of `values` that belong to means, squares and absolute values."""
-        return [self.piece.dim, self.piece.scales, self.piece.scales]
-
-    @property
-    def symbols_of_block(self) -> int:
-        """Most symbols whose counts `value_counts` makes at a time."""
-        return max(1, BLOCK[self.bias.device.type] // self.bias.shape[1])
-
-    def value_counts(self, parameters: Tensor, other: Tensor) -> Iterator[NDArray[np.float32]]:
-        """Counts of the values 1..K-1, for those symbols of one pass whose flag says that k > 0.
+    def value_counts(self, parameters: Tensor, other: Tensor) -> NDArray[np.float32]:
+        """Counts of the values 1..K-1, for those symbols whose flag says that k > 0.
 
         Args:
-            parameters: integers (N, P, D + 2 S + 1) from the prior, in any float dtype.
+            parameters: integers (N, P, D + 3) from the prior, in any float dtype.
             other: bool (N, P), the flags: whether k > 0.
 
-        Yields:
-            For the next n symbols float32 (n, K - 1), C-contiguous: at most `BLOCK` numbers, or one symbol. Symbols
-            come plane by plane and within a plane in the order of N. Counts are integers; each row sums to
+        Returns:
+            float32 (symbols, K - 1), C-contiguous, position by position. Counts are integers; each row sums to
             2^24 - (K - 1).
         """
-        given = parameters.transpose(0, 1)[other.T]
-        ends = [0, *itertools.accumulate(other.sum(0).tolist())]
+        planes = other.nonzero()[:, 1]
+        given = parameters[other].double()
         root, square, linear, weights = (t.to(given.device) for t in (ROOT, SQUARE, LINEAR, WEIGHTS))
-        width, limit = self.bias.shape[1], self.symbols_of_block
-        for start in range(0, len(given), limit):
-            o = given[start : start + limit].double()
-            mean, s, a = torch.split(o[:, :-1], self._groups(), 1)
-            s, a = (s + 127).long(), (a + 127).long()
-            coefficients = torch.cat([mean * root[s], square[s], linear[a]], 1)
-            logits = torch.empty(len(o), width, dtype=torch.float64, device=o.device)
-            for plane, (first, end) in enumerate(itertools.pairwise(ends)):
-                here = slice(max(first - start, 0), min(end - start, len(o)))
-                if here.start < here.stop:
-                    bias = self.bias[plane] * 2.0**19
-                    torch.addmm(bias, coefficients[here], self.values[plane], out=logits[here])
-            counts = torch.empty(len(o), width, dtype=torch.float32, device=o.device)
-            _counts(logits, weights, counts)
-            yield counts.cpu().numpy()
+        mean, s, a = torch.split(given[:, :-1], [self.piece.dim, 1, 1], 1)
+        s, a = (s + 127).long(), (a + 127).long()
+        coefficients = torch.cat([mean * root[s], square[s], linear[a]], 1)
+        logits = torch.empty(len(given), self.bias.shape[1], dtype=torch.float64, device=given.device)
+        for plane in set(planes.tolist()):
+            here = planes == plane
+            logits[here] = torch.addmm(self.bias[plane] * 2.0**19, coefficients[here], self.values[plane])
+        return _counts(logits, weights).float().cpu().numpy()
 
 
-def _counts(logits: Tensor, weights: Tensor, counts: Tensor) -> None:
-    """Turn logits in 2^-27 bits, float64 (n, m), into counts, float32 (n, m). Overwrites the logits."""
+def _counts(logits: Tensor, weights: Tensor) -> Tensor:
+    """Logits in 2^-27 bits, float64 (n, m), which are overwritten -> counts, float64 (n, m)."""
     logits.mul_(2.0**-LOGIT_SHIFT).floor_()
-    below = torch.sub(logits.amax(1, keepdim=True), logits, out=logits).clamp_(max=len(weights) - 1).int()
-    unnormalised = torch.index_select(weights, 0, below.flatten()).reshape(below.shape)
+    below = (logits.amax(1, keepdim=True) - logits).clamp_(max=len(weights) - 1).long()
+    unnormalised = weights[below]
     total = TOTAL - unnormalised.shape[1]
-    sums = unnormalised.sum(1, keepdim=True)
-    counts.copy_(unnormalised.mul_(total).div_(sums).floor_())
+    counts = unnormalised.mul(total).div_(unnormalised.sum(1, keepdim=True)).floor_()
     # The first of the most probable values gets the remainder.
     first = below.argmin(1, keepdim=True)
-    counts.scatter_add_(1, first, total - counts.sum(1, keepdim=True, dtype=torch.float64).float())
+    return counts.scatter_add_(1, first, total - counts.sum(1, keepdim=True))
 
 
 def flag_counts(parameters: Tensor) -> NDArray[np.float32]:
-    """Counts of the flags of one pass.
+    """Counts of the flags of symbols.
 
     Args:
-        parameters: integers (N, P, D + 2 S + 1), as in `CodeTables.value_counts`.
+        parameters: integers (N, P, D + 3), as in `CodeTables.value_counts`.
 
     Returns:
         float32 (N P, 2): k = 0, k > 0. Each row sums to 2^24 - 2.

@@ -1,4 +1,4 @@
-"""Layers of the float networks: residual blocks that see the quality, linear maps of channels, and laps."""
+"""Layers of the float networks: residual blocks that see the quality, and linear maps of channels."""
 
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -151,28 +151,6 @@ class Linear1x1(nn.Linear):
             with torch.autocast(x.device.type, enabled=False):
                 y = functional.linear(x.float().permute(0, 2, 3, 1), self.weight)
         return y.permute(0, 3, 1, 2)  # channels-last in memory
-
-
-class Lap(nn.Module):
-    """x + a linear map of blocks of `ratio` x `ratio` positions, which are half a block off those of the stage's KLT.
-
-    Applied before the analysis, and inverted after the synthesis, it turns a block transform into a lapped transform
-    (Tran, Liang & Tu 2003, "Lapped transform via time-domain pre- and post-filtering"). The outermost half blocks are
-    left as they are.
-    """
-
-    def __init__(self, ratio: int, channels: int) -> None:
-        super().__init__()
-        self.ratio = ratio
-        self.change = Linear1x1(channels * ratio**2, channels * ratio**2)
-        nn.init.zeros_(self.change.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if min(x.shape[2:]) <= self.ratio:
-            return x  # all of it is outermost
-        half = self.ratio // 2
-        blocks = functional.pixel_unshuffle(x[:, :, half:-half, half:-half], self.ratio)
-        return x + functional.pad(functional.pixel_shuffle(self.change(blocks), self.ratio), (half, half, half, half))
 
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)

@@ -78,7 +78,7 @@ class Slice:
     def rates(self, parameters: Tensor) -> Rates | RowRates:
         """Convert the prior's integer parameters to a rate model in floats, for training and the choice of codes.
 
-        parameters: (N, P, D + 2 S + 1), or (N, P, 1) with a stored table.
+        parameters: (N, P, D + 3), or (N, P, 1) with a stored table.
         """
         if not self.config.rows:
             return rates(parameters, self.config.dim)
@@ -139,7 +139,6 @@ class Model:
         levels: the same, slice by slice.
         id: the four bytes that name these weights in a .vqz file.
         device: where they are.
-        looks: whether the decoder is that of a look.
     """
 
     def __init__(
@@ -150,9 +149,8 @@ class Model:
         tables: Tables,
         weights_id: bytes,
         device: torch.device,
-        looks: bool = False,
     ) -> None:
-        self.config, self.id, self.device, self.looks = config, weights_id, device, looks
+        self.config, self.id, self.device = config, weights_id, device
         self.tables = tables.to(device)
         self.vqvae = channels_last(vqvae.requires_grad_(False).eval(), device)
         self.prior = channels_last(prior.requires_grad_(False).eval(), device)

@@ -1,7 +1,7 @@
-"""Cheap pixel-domain layers for models whose finest stage is coarse: a separable lapped filter and a renderer.
+"""Cheap pixel-domain layers around a coarse finest stage: a separable lapped filter and a renderer.
 
 Networks at stride 16 are cheap, but their transform works on separate patches. The lap removes the borders between
-patches at a tenth of the cost of a dense one. The renderer refines each cell of 4 x 4 pixels with pointwise layers that
+patches. The renderer refines each cell of 4 x 4 pixels with pointwise layers that
 the features of its patch modulate (Jia et al. 2026, "PULSE", section 2, "Synthesis transform"; modulation as in Peebles
 & Xie 2023, "Scalable diffusion models with transformers", adaptive layer norm).
 """
@@ -20,8 +20,9 @@ STRIP = 1536  # cells that a CPU processes at a time
 class SeparableLap(nn.Module):
     """A linear filter across patch borders, the same along rows and columns and for every colour channel.
 
-    It is `layers.Lap` for pixels, restricted to separable filters. Half of the filter's `size` taps lie on each side of
-    a border. The outermost half patch of each line is left as it is.
+    Half of the filter's `size` taps lie on each side of a border. The outermost half patch of each line is left as it
+    is. Applied before the analysis, and inverted after the synthesis, it turns a block transform into a lapped
+    transform (Tran, Liang & Tu 2003, "Lapped transform via time-domain pre- and post-filtering").
     """
 
     def __init__(self, size: int) -> None:

@@ -103,7 +103,7 @@ class SlicePrior(nn.Module):
                 be zero, unless the prior is `at_once`.
 
         Returns:
-            float32 (N, P, D + 2 S + 1), integers in [-127, 127]: mean (D), square (S), linear (S), zero (1); with a
+            float32 (N, P, D + 3), integers in [-127, 127]: mean (D), square, linear, zero; with a
             stored table (N, P, 1), see `rates.row_of`. The N = B h' w' positions are in raster order.
         """
         row, column = PHASES[number]
@@ -126,7 +126,7 @@ class SlicePrior(nn.Module):
             yield places, self.parameters_at(number, context, inputs)
 
     def finish(self, hidden: Tensor) -> Tensor:
-        """Hidden activations (B, 2 C, h, w) -> parameters (B h w, P, D + 2 S + 1)."""
+        """Hidden activations (B, 2 C, h, w) -> parameters (B h w, P, D + 3)."""
         out = clamp8(self.head.run(gate(hidden)))
         return out.permute(0, 2, 3, 1).reshape(-1, self.piece.planes, self.piece.parameters)
 
@@ -329,10 +329,9 @@ def rates(parameters: Tensor, dim: int) -> Rates:
     """Convert integer parameters to a rate model in floats, for training and the choice of codes.
 
     Args:
-        parameters: (N, P, D + 2 S + 1) from `SlicePrior.parameters_at`. dim: D.
+        parameters: (N, P, D + 3) from `SlicePrior.parameters_at`. dim: D.
     """
-    scales = (parameters.shape[-1] - 1 - dim) // 2
-    mean, square, linear, zero = torch.split(parameters, [dim, scales, scales, 1], -1)
+    mean, square, linear, zero = torch.split(parameters, [dim, 1, 1, 1], -1)
     square = square / LOG_UNIT + SQUARE_OFFSET
     drift = mean * (2 / MEAN_UNIT) * torch.exp2(square / 2)
     theta = torch.cat([drift, -torch.exp2(square), -torch.exp2(linear / LOG_UNIT + LINEAR_OFFSET)], -1)

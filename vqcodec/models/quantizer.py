@@ -10,8 +10,7 @@ flag, whether k > 0, and an exponential family over the codes 1..K-1, in log2 un
 
     logit_k = drift . x_k - square * |x_k|^2 - linear * |x_k|_1 + bias_k        x_k = e_k / spread
 
-With a scale for each dimension (S = D), `square` and `linear` weight the square and the absolute value of each
-dimension on its own.
+The rows of a stored table (`RowRates`) are tabulated members of such a family without drift.
 
 All computations are in float32, whatever autocast says: bfloat16 is too coarse for the arg-min.
 """
@@ -24,35 +23,28 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vqcodec.models.config import LARGEST_LATTICE, SliceConfig
-from vqcodec.models.rates import (
-    Rates,
-    RowRates,
-    RowTable,
-    plane_chunks,
-    softplus2,
-)
+from vqcodec.models.rates import RowRates, RowTable, plane_chunks, softplus2
 
 # Structured start in two or more dimensions: the least fraction of the codes in the lattice, the ratio of the radii of
-# successive spheres of outer codes, and the number of spheres. "far" covers extreme outliers, "near" the common values
-# just outside the lattice.
-OUTPOSTS = {"far": (0.6, 1.4, 6), "near": (0.75, 1.25, 4)}
+# successive spheres of outer codes, and the number of spheres.
+INNER, GROWTH, SPHERES = 0.75, 1.25, 4
 # Structured start in one dimension: ratio of the outermost code to the last of the integers.
 OUTER_REACH = 3.0
 # Initial rows of a stored table: scale of the first and of the last row in steps, and log2 of `square` (near 0).
 ROW_SCALES, SQUARE_START = (0.04, 100.0), -12.0
 
 
-def structured_start(codes: int, dim: int, outposts: str = "far") -> Tensor:
+def structured_start(codes: int, dim: int) -> Tensor:
     """The codebook before training: a lattice with outer codes, the zero vector first.
 
     D = 1: the integers 0, 1, -1, 2, -2, ...; the last fifth grows geometrically instead.
-    D = 2..8: the shortest integer vectors, then outer codes on spheres whose radii grow geometrically (`OUTPOSTS`).
+    D = 2..8: the shortest integer vectors, then outer codes on spheres whose radii grow geometrically.
     D > 8: zero and random unit vectors, because the first shells of the lattice exceed most codebooks.
 
     Outer codes are needed because latents have heavy tails: without them a plane saturates at high contrast.
 
     Args:
-        codes: K. dim: D. outposts: see `SliceConfig`.
+        codes: K. dim: D.
 
     Returns:
         float32 (K, D).
@@ -70,18 +62,17 @@ def structured_start(codes: int, dim: int, outposts: str = "far") -> Tensor:
         points[0] = 0
         return points
     shells: list[Tensor] = []
-    share, growth, spheres = OUTPOSTS[outposts]
     count, norm = 0, 0
-    while count < share * codes:
+    while count < INNER * codes:
         shell = torch.tensor(list(_shell(norm, dim)), dtype=torch.float32).reshape(-1, dim)
         shells.append(shell[torch.randperm(len(shell), generator=generator)])
         count += len(shell)
         norm += 1
     inner = torch.cat(shells)[:codes]
     outer = codes - len(inner)
-    sphere = max(1, -(-outer // spheres))
+    sphere = max(1, -(-outer // SPHERES))
     numbers = torch.arange(outer, dtype=torch.float32)
-    radii = inner.norm(dim=1).max() * growth ** (1 + numbers // sphere)
+    radii = inner.norm(dim=1).max() * GROWTH ** (1 + numbers // sphere)
     if dim == 2:
         angles = 2 * math.pi * (numbers % sphere + 0.5 * (numbers // sphere)) / sphere
         directions = torch.stack([angles.cos(), angles.sin()], 1)
@@ -92,7 +83,7 @@ def structured_start(codes: int, dim: int, outposts: str = "far") -> Tensor:
 
 def start_of(config: SliceConfig) -> Tensor:
     """The initial codebook of every plane of a slice, float32 (K, D)."""
-    return structured_start(config.codes, config.dim, config.outposts)
+    return structured_start(config.codes, config.dim)
 
 
 def family_start(rows: int, dim: int) -> Tensor:
@@ -180,15 +171,9 @@ class Codebook(nn.Module):
             return negative_distances(v.float(), self.vectors.detach()).argmax(-1).T
 
     def features(self) -> Tensor:
-        """Sufficient statistics of the rate model, float32 (P, K, D + 2 S): x_k, its squares and its absolute values.
-
-        With S = 1 squares and absolute values are summed over the dimensions.
-        """
+        """Sufficient statistics of the rate model, float32 (P, K, D + 2): x_k, its squared 2-norm and its 1-norm."""
         x = self.vectors.detach() / self.spread[:, None, None]
-        sizes = [x.square(), x.abs()]
-        if self.config.scales == 1:
-            sizes = [size.sum(-1, keepdim=True) for size in sizes]
-        return torch.cat([x, *sizes], -1)
+        return torch.cat([x, x.square().sum(-1, keepdim=True), x.abs().sum(-1, keepdim=True)], -1)
 
     def rate_parameters(self) -> list[nn.Parameter]:
         """The parameters of the rate model, besides those of the prior."""
@@ -218,7 +203,7 @@ class Codebook(nn.Module):
         return torch.cat([magnitude * e.sign(), magnitude], -1)
 
     @torch.no_grad()
-    def choose(self, v: Tensor, rates: Rates | RowRates, weight: Tensor, rate_factor: float) -> Tensor:
+    def choose(self, v: Tensor, rates: RowRates, weight: Tensor, rate_factor: float) -> Tensor:
         """Choose codes by the module's entropy-constrained rule.
 
         Args:
@@ -249,7 +234,7 @@ class Codebook(nn.Module):
         nearest = self.vectors.detach()[:, 1:].norm(dim=-1).amin(1)
         return self.reach(v, zero, weight, rate_factor) >= nearest
 
-    def _choose(self, v: Tensor, rates: Rates | RowRates, weight: Tensor, rate_factor: float) -> Tensor:
+    def _choose(self, v: Tensor, rates: RowRates, weight: Tensor, rate_factor: float) -> Tensor:
         vectors, weight = self.vectors.detach(), weight[..., None]
         # -weight * |v - e|^2, up to a constant of the symbol, as one product: [2 weight v, -weight] . [e, |e|^2]
         symbols = torch.cat([2 * weight * v, -weight], -1).transpose(0, 1)
@@ -257,38 +242,27 @@ class Codebook(nn.Module):
         indices = torch.zeros(v.shape[:2], dtype=torch.int64, device=v.device)
         if v.is_cuda:  # to look which symbols are open would take longer
             for planes in plane_chunks(len(v), self.config):
-                logp, _ = rates.all(self, planes)
-                scores = logp.baddbmm_(symbols[planes], codes[planes], beta=rate_factor)
+                scores = rates.all(planes).baddbmm_(symbols[planes], codes[planes], beta=rate_factor)
                 indices[:, planes] = scores.argmax(-1).T
             return indices
         lengths = vectors.norm(dim=-1)
         reach = self.reach(v, rates.zero, weight[..., 0], rate_factor).T
         left = reach >= lengths[:, 1:].amin(1, keepdim=True)
-        for count in self._numbers_of_codes(rates):
+        # How many codes to look at, from few, which do for most symbols, to all: the short ones come first.
+        for count in (max(2, self.config.codes // 8), max(2, self.config.codes // 2), self.config.codes):
             mask = left
             if count < self.config.codes:
                 mask = left & (reach < lengths[:, count:].amin(1, keepdim=True))
                 left = left & ~mask
             # One row for each symbol, plane after plane.
             some, members = symbols[mask], mask.sum(1).tolist()
-            given = rates.some(mask)
-            if isinstance(given, RowRates):
-                given = given.first(count)
             chosen = []
-            for _, parts, scores, _ in given.blocks(self, members):
+            for _, parts, scores in rates.some(mask).first(count).blocks(self, members):
                 for plane, part, here in parts:
                     scores[here].addmm_(some[part], codes[plane, :, :count], beta=rate_factor)
                 chosen.append(scores.max(-1)[1])
             indices.T[mask] = torch.cat(chosen) if chosen else indices.new_zeros(0)
         return indices
-
-    def _numbers_of_codes(self, rates: Rates | RowRates) -> list[int]:
-        """How many codes to look at, from few, which do for most symbols, to all: the short ones come first.
-
-        Without a stored table probabilities are normalised over all codes anyway.
-        """
-        count = self.config.codes
-        return [count] if isinstance(rates, Rates) else [max(2, count // 8), max(2, count // 2), count]
 
 
 def negative_distances(v: Tensor, vectors: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ class RateParameters(Protocol):
         """float32 (P, K), in log2 units."""
 
     def features(self) -> Tensor:
-        """Sufficient statistics of the codes, float32 (P, K, D + 2 S)."""
+        """Sufficient statistics of the codes, float32 (P, K, D + 2)."""
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Rates:
     """The rate model of N rows of P planes, by parameters; see `quantizer`'s equation.
 
     Attributes:
-        theta: float (N, P, D + 2 S), natural parameters in log2 units: drift (D), -square (S), -linear (S).
+        theta: float (N, P, D + 2), natural parameters in log2 units: drift (D), -square, -linear.
         zero: float (N, P), log2 odds of code 0 against all others.
     """
 
@@ -49,18 +49,18 @@ class Rates:
     zero: Tensor
 
     def some(self, mask: Tensor) -> "Rates":
-        """The symbols where the mask, bool (P, N), says so, plane after plane: theta (M, D + 2 S) and zero (M,)."""
+        """The symbols where the mask, bool (P, N), says so, plane after plane: theta (M, D + 2) and zero (M,)."""
         return Rates(self.theta.transpose(0, 1)[mask], self.zero.T[mask])
 
-    def blocks(self, book: RateParameters, members: list[int]) -> Iterator[tuple[slice, Parts, Tensor, Tensor]]:
+    def blocks(self, book: RateParameters, members: list[int]) -> Iterator[tuple[slice, Parts, Tensor]]:
         """Probabilities of the codes of M symbols that `some` picked, in blocks that fit the cache.
 
         Args:
             book: the codebook. members: number of symbols of each plane.
 
         Yields:
-            A block and its planes as `plane_blocks` does, and both results of `log_probabilities`, (rows of the block,
-            K).
+            A block and its planes as `plane_blocks` does, and log2 probabilities of all codes, at least -MOST_BITS,
+            (rows of the block, K).
         """
         features, biases = book.features(), book.bias.detach()
         for block, parts in plane_blocks(members, CHUNK // features.shape[1]):
@@ -69,12 +69,15 @@ class Rates:
             )
             for plane, part, here in parts:
                 torch.addmm(biases[plane], self.theta[part], features[plane].T, out=logits[here])
-            yield block, parts, *_normalise(logits, self.zero[block, None])
+            yield block, parts, _normalise(logits, self.zero[block, None])
 
-    def all(self, book: RateParameters, planes: slice) -> tuple[Tensor, Tensor]:
-        """`log_probabilities` of all symbols of some planes."""
-        features, bias = book.features()[planes], book.bias.detach()[planes]
-        return log_probabilities(features, bias, self.theta[:, planes], self.zero[:, planes])
+    def bits(self, book: RateParameters, indices: Tensor) -> Tensor:
+        """The bits of codes, int64 (N, P): float32 (N, P), with gradients for parameters and the codebook's bias."""
+        theta, features = self.theta.float().transpose(0, 1), book.features().transpose(1, 2)
+        with torch.autocast(theta.device.type, enabled=False):
+            logits = torch.baddbmm(book.bias[:, None], theta, features)  # (P, N, K)
+        logp = _normalise(logits, self.zero.float().T[..., None])
+        return -logp.gather(-1, indices.T[..., None])[..., 0].T
 
 
 @dataclass
@@ -144,18 +147,18 @@ class RowRates:
         logp, slope = (part[:, :count].contiguous() for part in (self.table.logp, self.table.slope))
         return RowRates(self.given, RowTable(logp, slope))
 
-    def blocks(self, book: RateParameters, members: list[int]) -> Iterator[tuple[slice, Parts, Tensor, None]]:
-        """As `Rates.blocks`, without its last result."""
+    def blocks(self, book: RateParameters, members: list[int]) -> Iterator[tuple[slice, Parts, Tensor]]:
+        """See `Rates.blocks`."""
         logp, row = self.table.logp.detach(), self.row
         for block, parts in plane_blocks(members, CHUNK // logp.shape[1]):
-            yield block, parts, logp.index_select(0, row[block]), None
+            yield block, parts, logp.index_select(0, row[block])
 
-    def all(self, book: RateParameters, planes: slice) -> tuple[Tensor, None]:
-        """As `Rates.all`, without its last result."""
-        return self.table.logp.detach()[self.row.T[planes]], None
+    def all(self, planes: slice) -> Tensor:
+        """Log2 probabilities of all codes for all symbols of some planes, (p, N, K)."""
+        return self.table.logp.detach()[self.row.T[planes]]
 
-    def bits(self, indices: Tensor) -> Tensor:
-        """The bits of codes, int64 (N, P), float32 (N, P), with gradients for the table and what the prior gave."""
+    def bits(self, book: RateParameters, indices: Tensor) -> Tensor:
+        """See `Rates.bits`; with gradients for the table and for what the prior gave."""
         row = self.row
         codes = row * self.table.logp.shape[1] + indices
         spent = -functional.embedding(codes, self.table.logp.reshape(-1, 1))[..., 0]
@@ -204,32 +207,21 @@ def plane_chunks(count: int, config: SliceConfig) -> Iterator[slice]:
         yield slice(start, start + some)
 
 
-def log_probabilities(features: Tensor, bias: Tensor, theta: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-    """The distributions that a rate model gives to the codes of p planes.
+def _normalise(logits: Tensor, zero: Tensor) -> Tensor:
+    """Log2 probabilities of all codes from logits of the codes 1..K-1 and log2 odds of code 0.
 
     Args:
-        features: (p, K, F). bias: (p, K). Both of the codebook.
-        theta: (N, p, F). zero: (N, p). See `Rates`.
+        logits: (..., K), of which the first counts for nothing. zero: (..., 1).
 
     Returns:
-        (p, N, K): log2 probabilities of all codes, at least -MOST_BITS; and (p, N, K): probabilities given k > 0, with
-        about 0 for code 0.
+        (..., K), at least -MOST_BITS. Codes whose bits are at their limit still ask for other odds of code 0.
     """
-    logits = torch.baddbmm(bias[:, None], theta.transpose(0, 1), features.transpose(1, 2))
-    return _normalise(logits, zero.T[..., None])
-
-
-def _normalise(logits: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-    """The results of `log_probabilities` from logits (..., K), overwritten, and log2 odds of code 0 (..., 1)."""
-    logits[..., 0] = -math.inf
-    logits -= logits.amax(-1, keepdim=True)
-    logits.clamp_(min=-2 * MOST_BITS)  # smaller ones would give subnormal numbers, which are slow
-    values = torch.exp2(logits)
-    total = values.sum(-1, keepdim=True)
-    softplus = softplus2(zero)
-    logits -= torch.log2(total) + softplus
-    logits[..., :1] = zero - softplus
-    return logits.clamp_(min=-MOST_BITS), values.div_(total)
+    values = logits[..., 1:]
+    values = (values - values.detach().amax(-1, keepdim=True)).clamp(min=-2 * MOST_BITS)  # subnormal numbers are slow
+    flag = -softplus2(zero)
+    values = values - torch.log2(torch.exp2(values).sum(-1, keepdim=True)) + flag
+    values = torch.where(values < -MOST_BITS, flag - flag.detach() - MOST_BITS, values)
+    return torch.cat([(zero + flag).clamp(min=-MOST_BITS), values], -1)
 
 
 def softplus2(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The named configurations: the photo models, and the systems of two papers."""
+"""The named configurations: the photo model, and the systems of two papers."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,45 +6,10 @@ from pathlib import Path
 from vqcodec.errors import WeightsError
 from vqcodec.models.config import Config, PriorConfig, SliceConfig, StageConfig
 
+# All residual blocks are at strides 16 and 64, a renderer of pointwise layers works on the pixels, and probabilities
+# come from stored tables.
 PHOTO = Config(
     name="photo",
-    stages=(
-        StageConfig(stride=4, channels=48, hidden=64, encoder_blocks=3, decoder_blocks=4),
-        StageConfig(stride=8, channels=192, hidden=96, encoder_blocks=5, decoder_blocks=6),
-        StageConfig(
-            stride=16,
-            channels=288,
-            hidden=160,
-            encoder_blocks=7,
-            decoder_blocks=6,
-            refine_blocks=3,
-            slices=(
-                SliceConfig(planes=16, dim=1, codes=256, layer=1),
-                SliceConfig(planes=40, dim=1, codes=96, layer=1),
-                SliceConfig(planes=28, dim=2, codes=512, layer=2, scales=2, outposts="near"),
-                SliceConfig(planes=88, dim=2, codes=256, layer=3, scales=2, outposts="near"),
-            ),
-            lapped=True,
-        ),
-        StageConfig(
-            stride=64,
-            channels=48,
-            hidden=96,
-            encoder_blocks=1,
-            decoder_blocks=1,
-            slices=(
-                SliceConfig(planes=3, dim=1, codes=2048, layer=0),
-                SliceConfig(planes=45, dim=1, codes=512, layer=0),
-            ),
-        ),
-    ),
-    prior=PriorConfig(blocks=2),
-)
-
-# A sixth of the multiplications of `photo`: all residual blocks are at strides 16 and 64, a renderer of pointwise
-# layers works on the pixels, and probabilities come from stored tables.
-PHOTO_FAST = Config(
-    name="photo-fast",
     stages=(
         StageConfig(
             stride=16,
@@ -54,8 +19,8 @@ PHOTO_FAST = Config(
             decoder_blocks=3,
             slices=(
                 SliceConfig(planes=56, dim=1, codes=256, layer=1, rows=128),
-                SliceConfig(planes=28, dim=2, codes=512, layer=2, outposts="near", rows=128),
-                SliceConfig(planes=88, dim=2, codes=256, layer=3, outposts="near", rows=128),
+                SliceConfig(planes=28, dim=2, codes=512, layer=2, rows=128),
+                SliceConfig(planes=88, dim=2, codes=256, layer=3, rows=128),
             ),
             lapped=True,
             renderer=64,
@@ -86,7 +51,6 @@ VQVAE_MNIST = Config(
     prior=PriorConfig(channels=64, blocks=0, layers=4),
     lambda_range=(0.0025, 0.0026),
     commitment=0.25,
-    rate="after",
 )
 # The same with a codebook of exponential moving averages (their appendix A.1). A picture of 32 x 32 has 8 x 8 codes.
 VQVAE_EMA_CIFAR10 = Config(
@@ -96,7 +60,6 @@ VQVAE_EMA_CIFAR10 = Config(
     lambda_range=(0.0025, 0.0026),
     codebook="ema",
     commitment=0.25,
-    rate="after",
 )
 # Razavi et al. 2019: levels of one plane each. A picture of 256 x 256 has 32 x 32 and 64 x 64 codes.
 VQVAE2 = Config(
@@ -109,7 +72,6 @@ VQVAE2 = Config(
     lambda_range=(0.0025, 0.0026),
     codebook="ema",
     commitment=0.25,
-    rate="after",
 )
 # Their third level for pictures of 1024 x 1024. All levels are at half the strides of theirs.
 VQVAE2_3LEVEL = replace(
@@ -122,7 +84,7 @@ VQVAE2_3LEVEL = replace(
     ),
 )
 
-NAMED = {config.name: config for config in (PHOTO, PHOTO_FAST, VQVAE2, VQVAE2_3LEVEL, VQVAE_MNIST, VQVAE_EMA_CIFAR10)}
+NAMED = {config.name: config for config in (PHOTO, VQVAE2, VQVAE2_3LEVEL, VQVAE_MNIST, VQVAE_EMA_CIFAR10)}
 
 
 def load_config(name: str) -> Config:

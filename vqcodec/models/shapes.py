@@ -18,8 +18,7 @@ def large_tensors(config: Config) -> NamedShapes:
         name, ratio = f"vqvae.stages.{number}", stage.stride // stride
         yield f"{name}.analysis.weight", (stage.channels, channels * ratio**2)
         if stage.lapped:
-            side = channels * ratio**2 if number else ratio
-            yield f"{name}.lap.change.weight" if number else f"{name}.lap.weight", (side, side)
+            yield f"{name}.lap.weight", (ratio, ratio)
         if stage.renderer:
             yield f"{name}.renderer.features.weight", (FEATURES * (stage.stride // CELL) ** 2, stage.channels, 1, 1)
             yield f"{name}.renderer.modulation.weight", (2 * stage.renderer, stage.channels, 1, 1)
@@ -43,9 +42,7 @@ def _level(config: Config, level: int) -> NamedShapes:
     width, stage = config.prior.channels, config.levels[level]
     for index, piece in enumerate(stage.slices):
         if level or index:
-            for block in range(stage.refine_blocks):
-                middle = f"further.{block - 1}" if block else "refine"
-                yield from _block(f"vqvae.slices.{level}.{index}.{middle}", stage)
+            yield from _block(f"vqvae.slices.{level}.{index}.refine", stage)
         yield f"vqvae.slices.{level}.{index}.codebook.vectors", (piece.planes, piece.codes, piece.dim)
         tables, prior = f"tables.levels.{level}.{index}", f"prior.levels.{level}.slices.{index}"
         if piece.rows:

@@ -4,12 +4,11 @@ import copy
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqcodec import weights
-from vqcodec.models.layers import ResidualBlock, channels_last
+from vqcodec.models.layers import channels_last
 from vqcodec.models.model import Model
-from vqcodec.models.vqvae import VQVAE
 from vqcodec.train import checkpoint, codebooks, crops, validation
 from vqcodec.train.start import start_from_pictures
 from vqcodec.train.state import Run
@@ -55,7 +54,7 @@ def with_weights(run: Run, given: Model, path: Path) -> None:
     Args:
         given: the weights, and path: their file.
     """
-    load_networks(run.model.vqvae, given.vqvae)
+    run.model.vqvae.load_state_dict(given.vqvae.state_dict())
     prior = copy.deepcopy(given.prior)
     prior.thaw()
     run.model.prior.load_state_dict(prior.state_dict())
@@ -74,24 +73,6 @@ def with_weights(run: Run, given: Model, path: Path) -> None:
         run.average.rounding = copy.deepcopy(rounding).requires_grad_(False).eval()
         _start_average(run)
     _start_files(run, first)
-
-
-@torch.no_grad()
-def load_networks(vqvae: VQVAE, given: VQVAE) -> None:
-    """Load trained networks, of the same configuration or of that whose look is trained (`Config.look`).
-
-    A look has decoder blocks of its own. They add nothing at first, and know the scale of their input from the block
-    before them.
-    """
-    vqvae.load_state_dict(vqvae.state_dict() | given.state_dict())
-    for index in range(len(vqvae.stages)):
-        known = given.stage(index).decoder
-        for block in vqvae.stage(index).decoder[len(known) :]:
-            last = known[-1]
-            assert isinstance(block, ResidualBlock) and isinstance(last, ResidualBlock)
-            block.deviation.copy_(last.deviation)
-            for parameter in block.expand.parameters():
-                nn.init.zeros_(parameter)
 
 
 def _start_crops(run: Run) -> Tensor:

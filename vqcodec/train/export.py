@@ -31,6 +31,6 @@ def export(run: Run) -> None:
     exported = RateDistortion(config, model.vqvae, model.prior).eval()
     notes["exported"] = validation.measure(run, exported.to(run.job.device), autocast=False)
     weights_id = weights.save_model(path, config, average.vqvae, average.prior, notes)
-    if config.rate == "joint":
+    if config.joint:
         pictures = [pixels.numpy() for pixels in crops.first(run.job, run.pictures, TUNING_CROPS)]
         sensitivity.measure(weights.load(path, run.job.device.type), pictures).save(beside, weights_id)

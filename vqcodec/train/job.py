@@ -64,7 +64,7 @@ def configuration(asked: str | Path | Config | None, given: Model | None, source
     if look:
         if given is None:
             raise TrainingError("a look needs the weights that it is for")
-        return given.config if given.looks else given.config.look()
+        return given.config
     if given is None:
         return config
     if asked is None:
@@ -98,8 +98,6 @@ def choose_schedule(
         schedule = schedule.with_batch(GPU_BATCH * world)
     if distortion is not None:
         schedule = schedule.with_distortion(distortion)
-    if config.rate == "after":  # the prior has its own part of the time already
-        return dataclasses.replace(schedule.without_rounding(), joint_rate=1.0, polish_from=1.0)
-    if not config.structured:
-        return dataclasses.replace(schedule.without_rounding(), joint_rate=1.0)
+    if not config.joint:  # the prior has its own part of the time already
+        return dataclasses.replace(schedule, prior_at=0.0, joint_at=0.0, joint_rate=1.0, polish_from=1.0)
     return schedule

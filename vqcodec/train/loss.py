@@ -5,8 +5,8 @@
 The distortion is on the scale of the mean squared error of pixels in 0..255. It is the squared error alone or a mixture
 of squared error and visual distance (distortion.py).
 
-A look learns on squared error and a perceptual distance. A penalty on periodic patterns (`pattern`) keeps it from
-inventing texture.
+A look learns on squared error and a perceptual distance. Penalties keep it from inventing texture (`pattern`) and from
+changing colours (`colour`).
 """
 
 import math
@@ -21,7 +21,7 @@ from vqcodec.models.config import Config
 from vqcodec.models.model import Context, Estimate, Follower, Slice, levels_of, walk
 from vqcodec.models.prior import Prior
 from vqcodec.models.quantizer import Codebook, grid, rows
-from vqcodec.models.rates import Rates, RowRates
+from vqcodec.models.rates import RowRates
 from vqcodec.models.vqvae import VQVAE
 from vqcodec.train.codebooks import update_averages
 from vqcodec.train.distortion import Distortion
@@ -33,8 +33,9 @@ from vqcodec.train.rounding import Rounding, round_off
 BALANCE = 0.4
 # Weight of the estimate's squared error, relative to the distortion that it would cause without any codes.
 ESTIMATE_WEIGHT = 0.1
-# In the loss of a look: weight of the perceptual distance, and of `pattern` relative to distortion.
-PERCEPTUAL_WEIGHT, PATTERN_WEIGHT = 8.0, 64.0
+# In the loss of a look: weight of the perceptual distance, of `colour`, and of `pattern` relative to distortion.
+PERCEPTUAL_WEIGHT, COLOUR_WEIGHT, PATTERN_WEIGHT = 8.0, 0.1, 64.0
+COLOUR_SIDES = (4, 8, 16, 32)  # of the squares whose mean colours are compared, in pixels
 PATTERN_PERIODS = 8  # side of the neighbourhood in which a pattern is sought, in periods
 # The energy that residual blocks add is penalised at 2 % of the distortion weight; without it training diverges.
 ADDED_WEIGHT = 0.02
@@ -101,7 +102,7 @@ class RateDistortion(nn.Module):
             pixels: float (B, 3, H, W), 0..255, H and W multiples of `Config.multiple`.
             quality: float or int (B,), 1..100.
             rate_weight: weight of the bits in the loss and in the choice of codes, below 1 during warm-up. If the prior
-                learns after the rest (`Config.rate`), 0 trains all but the prior and any other weight only the prior.
+                learns after the rest (`Config.joint`), 0 trains all but the prior and any other weight only the prior.
         """
         height, width = pixels.shape[2:]
         t = (quality.float() - 1) / 99
@@ -137,7 +138,7 @@ class RateDistortion(nn.Module):
         distance = torch.full_like(mse, math.nan)
         if self.perceptual is not None:
             distance = self.perceptual(reconstruction, pixels)
-            loss = loss + PERCEPTUAL_WEIGHT * distance.mean()
+            loss = loss + PERCEPTUAL_WEIGHT * distance.mean() + COLOUR_WEIGHT * colour(reconstruction - pixels).mean()
             repeated = pattern(reconstruction - pixels, self.config.stages[0].stride)
             loss = loss + PATTERN_WEIGHT * (balance * lagrangian * repeated).mean()
         elif self.training:
@@ -150,7 +151,7 @@ class RateDistortion(nn.Module):
 
     def _only_prior(self, rate_weight: float | Tensor) -> bool:
         """Whether only the prior and its rate model learn, so that nothing needs decoding."""
-        if self.config.rate == "after":
+        if not self.config.joint:
             return bool(rate_weight > 0)
         renderer = self.vqvae.renderer().values()
         return self.training and not any(p.requires_grad for part in renderer for p in part.parameters())
@@ -186,34 +187,17 @@ class RateDistortion(nn.Module):
         Returns:
             Code vectors (B, P D, h, w), in steps, with a straight-through estimator of the gradient.
         """
-        book, prior, config = piece.codebook, piece.prior, piece.config
-        assert prior is not None
+        book, config = piece.codebook, piece.config
         v = estimate.residual(latents)
         batch, _, h, w = v.shape
         flat = rows(v, config.planes)
         if self.maintain is not None:
             self.maintain(book, flat.detach())
-        nearest = book.nearest(flat).reshape(batch, h, w, -1) if prior.at_once else None
-        for one in context.passes(nearest):
-            here = v[(slice(None), slice(None), *one.places)]
-            sought = rows(here, config.planes)
-            if self.config.rate == "after" and not run.only_prior:
-                shape = sought.shape[:2]
-                model: Rates | RowRates = Rates(
-                    sought.new_zeros(*shape, config.parameters - 1), sought.new_zeros(shape)
-                )
-            else:
-                model = piece.rates(one.parameters)
-            count = here.shape[2] * here.shape[3]
-            share = (run.balance * run.rate_weight / (batch * run.area)).repeat_interleave(count)
-            row_costs = step_cost.repeat_interleave(count, 0)
-            rate_factor = self.config.rate_factor * run.rate_weight
-            rate, one.codes, spent = quantise(
-                book, sought.detach() if run.only_prior else sought, model, row_costs, rate_factor, share
-            )
-            run.rate = run.rate + rate
-            run.bits[:, piece.level] += spent.reshape(batch, -1).sum(1)
-        indices = context.take_codes().reshape(-1, config.planes)
+        if self.config.joint:
+            indices = self._choose(run, piece, context, v.detach() if run.only_prior else v, step_cost)
+        else:
+            indices = book.nearest(flat)
+            self._learn_after(run, piece, context, indices.reshape(batch, h, w, -1))
         chosen = book.lookup(indices)
         loss_per_step = run.balance[:, None] * step_cost / (batch * run.area)  # (B, P)
         # The straight-through gradient of the estimate is zero: it is subtracted before the quantiser and added again
@@ -231,6 +215,54 @@ class RateDistortion(nn.Module):
             update_averages(book, flat.detach(), indices)
         # Straight-through estimator: the decoder sees the code vector, the encoder gets the decoder's gradient.
         return grid(flat + (chosen - flat).detach(), batch, h, w)
+
+    def _choose(self, run: "_Pass", piece: Slice, context: Context, v: Tensor, step_cost: Tensor) -> Tensor:
+        """Choose the codes of one slice pass by pass, and add their bits to the pass; int64 (B h w, P).
+
+        v: (B, P D, h, w), in steps. The other arguments are those of `_quantise`.
+        """
+        for one in context.passes():
+            here = v[(slice(None), slice(None), *one.places)]
+            count = here.shape[2] * here.shape[3]
+            share = (run.balance * run.rate_weight / (len(v) * run.area)).repeat_interleave(count)
+            model = piece.rates(one.parameters)
+            assert isinstance(model, RowRates)
+            rate, one.codes, spent = quantise(
+                piece.codebook,
+                rows(here, piece.config.planes),
+                model,
+                step_cost.repeat_interleave(count, 0),
+                self.config.rate_factor * run.rate_weight,
+                share,
+            )
+            run.rate = run.rate + rate
+            run.bits[:, piece.level] += spent.reshape(len(v), -1).sum(1)
+        return context.take_codes().reshape(-1, piece.config.planes)
+
+    def _learn_after(self, run: "_Pass", piece: Slice, context: Context, codes: Tensor) -> None:
+        """Add the bits of given codes, int64 (B, h, w, P): the prior's if it is its turn, else of plain numbers."""
+        config = piece.config
+        if run.only_prior:
+            (one,) = context.passes(codes)
+            spent = piece.rates(one.parameters).bits(piece.codebook, codes.reshape(-1, config.planes))
+            run.spend(piece.level, spent.reshape(len(codes), -1).sum(1))
+        else:
+            run.bits[:, piece.level] += codes[0].numel() * math.log2(config.codes)
+
+
+def colour(error: Tensor) -> Tensor:
+    """How far off colours are: the mean absolute error of averages over squares, over several sizes of them.
+
+    Perceptual distances hardly see that a surface as a whole is a little paler.
+
+    Args:
+        error: float (B, 3, H, W), restored minus original.
+
+    Returns:
+        (B,).
+    """
+    means = (functional.avg_pool2d(error, side, ceil_mode=True) for side in COLOUR_SIDES)
+    return torch.stack([mean.abs().mean((1, 2, 3)) for mean in means]).mean(0)
 
 
 def pattern(error: Tensor, period: int) -> Tensor:

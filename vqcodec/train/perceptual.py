@@ -5,7 +5,7 @@ Zhang et al. 2018, "The unreasonable effectiveness of deep features as a percept
 
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,13 +17,14 @@ from vqcodec.errors import WeightsError
 from vqcodec.models.layers import channels_last
 from vqcodec.torchvision_compat import import_torchvision
 
+NETWORKS = {11: "alex", 3: "squeeze"}  # AlexNet and SqueezeNet 1.1, by the side of their first kernels
 
-def lpips(network: str, features: Path) -> nn.Module:
+
+def lpips(features: Path) -> nn.Module:
     """LPIPS 0.1 as a module: two batches of pictures (B, 3, H, W) in -1..1, at least 64 pixels a side -> (B, 1, 1, 1).
 
     Args:
-        network: "alex" (AlexNet) or "squeeze" (SqueezeNet 1.1).
-        features: a safetensors file with the network's convolution weights under torchvision's names.
+        features: a safetensors file with the convolution weights of AlexNet or SqueezeNet 1.1, by torchvision's names.
 
     Raises:
         ImportError: lpips or torchvision is not installed.
@@ -31,31 +32,36 @@ def lpips(network: str, features: Path) -> nn.Module:
     """
     import_torchvision()
     package = importlib.import_module("lpips")  # untyped
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it uses deprecated arguments of torchvision
-        module: nn.Module = package.LPIPS(net=network, pnet_rand=True, verbose=False)
-    body = module.get_submodule("net")
     try:
         tensors = load_file(features)
+        network = NETWORKS[tensors["features.0.weight"].shape[-1]]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it uses deprecated arguments of torchvision
+            module: nn.Module = package.LPIPS(net=network, pnet_rand=True, verbose=False)
+        body = module.get_submodule("net")
         # "slice2.3.weight" in the package is "features.3.weight" in torchvision.
         body.load_state_dict({name: tensors["features." + name.partition(".")[2]] for name in body.state_dict()})
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"cannot read features {features}: {error}") from None
-    except (KeyError, RuntimeError):
-        raise WeightsError(f"{features} does not hold the features of LPIPS's network {network!r}") from None
+    except (LookupError, RuntimeError):
+        raise WeightsError(f"{features} does not hold the features of a network of LPIPS") from None
     return module.requires_grad_(False).eval()
 
 
-def distance(network: str, features: Path, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """LPIPS as a function of pixels: two batches of pictures (B, 3, H, W) in 0..255 -> (B,).
+def distance(features: Sequence[Path], device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """LPIPS as a function of pixels, the mean over networks: two batches of pictures (B, 3, H, W) in 0..255 -> (B,).
 
-    Args and Raises: as `lpips`.
+    Where gradients are wanted under autocast it runs in bfloat16, else in float32.
+
+    Args:
+        features: of each network; see `lpips`, also for errors. device: of the pictures.
     """
-    module = channels_last(lpips(network, features), device)
+    modules = [channels_last(lpips(path), device) for path in features]
 
     def measure(a: Tensor, b: Tensor) -> Tensor:
-        with torch.autocast(device.type, enabled=False):
-            distances: Tensor = module(a.float() / 127.5 - 1, b.float() / 127.5 - 1)
-        return distances.flatten()
+        rough = torch.is_grad_enabled() and torch.is_autocast_enabled(device.type)
+        with torch.autocast(device.type, torch.bfloat16, enabled=rough):
+            a, b = (x.float() / 127.5 - 1 for x in (a, b))
+            return torch.stack([module(a, b).flatten() for module in modules]).mean(0)
 
     return measure

@@ -57,5 +57,5 @@ def _distributed(run: Run) -> nn.Module:
     if run.job.world == 1:
         return run.model
     ids = [run.job.device.index] if run.job.device.type == "cuda" else None
-    unused = run.job.config.rate == "after"
+    unused = not run.job.config.joint
     return nn.parallel.DistributedDataParallel(run.model, device_ids=ids, find_unused_parameters=unused)

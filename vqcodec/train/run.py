@@ -52,7 +52,7 @@ def train(
     device: str = "auto",
     seed: int = 0,
     start_from: Path | None = None,
-    features: Path | None = None,
+    features: Sequence[Path] = (),
     distortion: str | None = None,
     judge: Path | None = None,
     schedule: Schedule | None = None,
@@ -77,9 +77,9 @@ def train(
         start_from: a weights file to train on from, instead of from scratch. Where training begins with rounding,
             codebooks begin again as integers; what stood in for the prior when these weights were trained goes on if
             their checkpoint still lies beside them.
-        features: of the network of LPIPS that says how alike pictures look, SqueezeNet 1.1 as safetensors: train the
-            natural look of the weights `start_from`, in a file of its own. Where `output` is a look of these weights
-            already, it goes on from that. Needs the packages lpips and torchvision.
+        features: of the networks of LPIPS that say how alike pictures look, AlexNet, SqueezeNet 1.1 or both, as
+            safetensors: train the natural look of the weights `start_from`, in a file of its own. Where `output` is a
+            look of these weights already, it goes on from that. Needs the packages lpips and torchvision.
         distortion: "mse", or "visual" for half squared error and half SSIMULACRA2 (distortion.py); None for that of the
             checkpoint where a run is resumed, which must not change, and else for what the schedule says, "visual" for
             the photo model.
@@ -102,11 +102,11 @@ def train(
     with contextlib.ExitStack() as around:
         rank, world = around.enter_context(process.joined())
         saved = checkpoint.read(output) if resume else None
-        given = begin.open_weights(start_from, output, look=features is not None)
-        settings, look_of = _what(saved, config, given, start_from, look=features is not None)
+        given = begin.open_weights(start_from, output, look=bool(features))
+        settings, look_of = _what(saved, config, given, start_from, look=bool(features))
         here = process.device(device, rank)
         around.enter_context(process.tuned(here, world, seed))
-        plan = choose_schedule(schedule, settings, here, world, features is not None, distortion)
+        plan = choose_schedule(schedule, settings, here, world, bool(features), distortion)
         if saved:
             plan = saved.distorted(plan, distortion)
         paths = data.find_pictures(pictures)

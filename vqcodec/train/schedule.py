@@ -42,7 +42,7 @@ class Schedule:
             would destroy them.
         warm_up_steps: optimiser steps over which learning rates rise from 0.
         prior_at: share of the time at which the prior takes over from rounding and learns alone.
-        joint_at: share of the time at which everything starts to learn together. See `without_rounding`.
+        joint_at: share of the time at which everything starts to learn together.
         rounding_rate, joint_rate, polish_rate: peak of the learning rates in each of these phases, relative to those
             above.
         rate_start: weight of the bits in the loss at the start of a fresh run.
@@ -80,13 +80,6 @@ class Schedule:
     clip_norm: float = 1.0
     low_qualities: float = 1.0
     visual_share: float = 0.5
-
-    def without_rounding(self) -> "Schedule":
-        """A copy without the phases of rounding and of the prior alone.
-
-        For codebooks that do not start as integers, and for a prior that learns after the rest.
-        """
-        return replace(self, prior_at=0.0, joint_at=0.0)
 
     def with_batch(self, batch: int) -> "Schedule":
         """A copy with at least `batch` crops per step.

@@ -1,7 +1,7 @@
 """The KLT start: an untrained network that is a codec already.
 
 The 1x1 convolutions become the principal components of their inputs. Every residual block ends in zeros as it is made.
-So the network starts as a hierarchical Karhunen-Loeve transform; where stages are lapped, as a lapped one.
+So the network starts as a hierarchical Karhunen-Loeve transform; if its finest stage is lapped, as a lapped one.
 """
 
 import math
@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vqcodec.models.config import CELL
-from vqcodec.models.layers import Lap, ResidualBlock
-from vqcodec.models.pixels import SeparableLap
+from vqcodec.models.layers import ResidualBlock
 from vqcodec.models.vqvae import PIXEL_CENTRE, PIXEL_SCALE, VQVAE
 
 # Of the lapped transform: 1 would be orthogonal. More compacts the energy better but spreads errors.
@@ -32,8 +31,10 @@ def start_from_pictures(vqvae: VQVAE, pixels: Tensor) -> None:
     picture = x = (pixels - PIXEL_CENTRE) / PIXEL_SCALE
     for index, config in enumerate(vqvae.config.stages):
         stage = vqvae.stage(index)
-        if stage.lap is not None:
-            _start_laps(vqvae, index)
+        if stage.lap is not None and stage.unlap is not None:
+            line = lapped_filter(config.stride)
+            stage.lap.weight.copy_(line)
+            stage.unlap.weight.copy_(torch.linalg.inv(line))
             x = stage.lap(x)
         inputs = functional.pixel_unshuffle(x, stage.ratio)
         components = principal_components(inputs, config.channels)
@@ -42,12 +43,12 @@ def start_from_pictures(vqvae: VQVAE, pixels: Tensor) -> None:
         x = functional.conv2d(inputs, components[:, :, None, None])
         deviation = x.square().mean((0, 2, 3)).sqrt()
         blocks: list[nn.Module] = [*stage.encoder, *stage.decoder]
-        if config.slices:
-            for piece in vqvae.level_slices(vqvae.config.levels.index(config)):
-                blocks += piece.blocks()
-                energy = deviation[piece.start : piece.stop].reshape(piece.planes, piece.dim).mean(1)
-                middle = piece.steps(torch.tensor([50]))[0]
-                piece.codebook.spread.copy_(torch.exp2((energy / middle / 2).clamp(min=1).log2().round()))
+        for piece in vqvae.level_slices(vqvae.config.levels.index(config)):
+            if piece.refine is not None:
+                blocks.append(piece.refine)
+            energy = deviation[piece.start : piece.stop].reshape(piece.planes, piece.dim).mean(1)
+            middle = piece.steps(torch.tensor([50]))[0]
+            piece.codebook.spread.copy_(torch.exp2((energy / middle / 2).clamp(min=1).log2().round()))
         typical = deviation + 0.05 * deviation.max() / math.sqrt(len(deviation)) + 1e-4
         for block in blocks:
             assert isinstance(block, ResidualBlock)
@@ -58,29 +59,6 @@ def start_from_pictures(vqvae: VQVAE, pixels: Tensor) -> None:
             stage.renderer.basis.copy_(principal_components(cells, cells.shape[1]))
             components = functional.conv2d(cells, stage.renderer.basis[:, :, None, None])
             stage.renderer.detail.copy_(components.square().mean((0, 2, 3)).sqrt())
-
-
-def _start_laps(vqvae: VQVAE, index: int) -> None:
-    """Give both laps of a stage the filters that overlap its blocks of pixels.
-
-    The filters are known for pixels, and laps work on what the finer stages make of pixels. So these must have started.
-    """
-    stage, stride = vqvae.stage(index), vqvae.config.stages[index].stride
-    line = lapped_filter(stride)
-    if isinstance(stage.lap, SeparableLap):
-        assert isinstance(stage.unlap, SeparableLap)
-        stage.lap.weight.copy_(line)
-        stage.unlap.weight.copy_(torch.linalg.inv(line))
-        return
-    # What the finer stages make of the pixels of one block: rows are pixels, columns their features.
-    basis = torch.eye(3 * stride**2).reshape(-1, 3, stride, stride)
-    for finer in range(index):
-        basis = vqvae.stage(finer).analyse(basis)
-    basis = functional.pixel_unshuffle(basis, stage.ratio).flatten(1)
-    for lap, row in ((stage.lap, line), (stage.unlap, torch.linalg.inv(line).contiguous())):
-        assert isinstance(lap, Lap)
-        both = torch.kron(torch.eye(3).double(), torch.kron(row, row)) - torch.eye(3 * stride**2).double()
-        lap.change.weight.copy_(basis.T @ both.float() @ basis)
 
 
 def lapped_filter(size: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -99,7 +99,7 @@ class Run:
             self.job.on_progress(Progress(stage, self.step, self.spent, left, bpp, psnr, float(self.loss), used))
 
 
-def new_run(job: Job, paths: list[Path], features: Path | None = None, judge: Path | None = None) -> Run:
+def new_run(job: Job, paths: list[Path], features: Sequence[Path] = (), judge: Path | None = None) -> Run:
     """A run before its first step, with new networks.
 
     Args:
@@ -116,8 +116,8 @@ def new_run(job: Job, paths: list[Path], features: Path | None = None, judge: Pa
     average = copy.deepcopy(model).requires_grad_(False).eval()
     optimisers = optimisers_of(model, job.schedule)
     if features:
-        model.perceptual = average.perceptual = _lpips("squeeze", features, job.device)
-    judging = _lpips("alex", judge, job.device) if judge else None
+        model.perceptual = average.perceptual = _lpips(features, job.device)
+    judging = _lpips([judge], job.device) if judge else None
     pictures, validation = crops.set_aside(job, paths)
     return Run(
         job,
@@ -136,8 +136,8 @@ def new_run(job: Job, paths: list[Path], features: Path | None = None, judge: Pa
     )
 
 
-def _lpips(network: str, features: Path, device: torch.device) -> Distance:
+def _lpips(features: Sequence[Path], device: torch.device) -> Distance:
     try:
-        return perceptual.distance(network, features, device)
+        return perceptual.distance(features, device)
     except ImportError as error:
         raise TrainingError(f"{error} (pip install 'vqcodec[natural]')") from None

@@ -31,13 +31,13 @@ def take(run: Run, crops: Tensor, share: float) -> None:
     """
     job, schedule = run.job, run.job.schedule
     rate_weight = schedule.rate_weight(share, run.rate_start)
-    if job.config.rate == "after":
+    if not job.config.joint:
         turn, share = schedule.part(share)
         rate_weight = float(turn)
     set_learning_rates(run.optimisers, schedule.learning_rate(run.step, share))
     run.trained.train()
     quality = _qualities(run, len(crops))
-    if job.device.type == "cuda" and job.world == 1 and job.config.rate == "joint" and job.config.structured:
+    if job.device.type == "cuda" and job.world == 1 and job.config.joint:
         inputs = crops, quality, torch.tensor(rate_weight)
         if run.recording is None:
             run.recording = _record(run, [x.to(job.device) for x in inputs])
