@@ -155,19 +155,26 @@ class GridEstimate(Estimate):
 
     @timed("refinement")
     def begin(self, level: Level) -> None:
-        """See `Estimate.begin`."""
+        """See `Estimate.begin`. The last step of `VQVAE.descend`, which is local, works in bands."""
         if not level.number:
-            self.values = self._zeros(level, self.boxes[0])
+            self.values = self._empty(level, self.boxes[0]).zero_()
             return
-        ratio = self.model.config.levels[level.number - 1].stride // level.stage.stride
-        covered = finer(self.boxes[level.number - 1], ratio)[2:]
-        values = self.vqvae.descend(level.number - 1, self.values, self.quality)
+        coarser = level.number - 1
+        stage, cond = self.vqvae.stage_of(coarser), self.vqvae.condition(self.quality)
+        stride = self.model.config.levels[coarser].stride
+        ratio = stride // level.stage.stride
+        covered = finer(self.boxes[coarser], ratio)[2:]
+        values = self._empty(level, covered)
+        features = stage.decode(self.values, cond)
+        columns = slice(0, features.shape[3])
+        for rows, _, _ in _bands(features.shape, slice(0, features.shape[2]), stride, 0, self.model.device):
+            values[finer((rows, columns), ratio)] = stage.synthesise(features[:, :, rows], cond)
         self.values = values[(slice(None), slice(None), *_inside(self.boxes[level.number], covered))]
         self.values = self.values.contiguous(memory_format=torch.channels_last)
 
-    def _zeros(self, level: Level, box: Box) -> Tensor:
+    def _empty(self, level: Level, box: Box) -> Tensor:
         shape = (self.pictures, level.stage.channels, *(s.stop - s.start for s in box))
-        return _empty(shape, self.model.device).zero_()
+        return _empty(shape, self.model.device)
 
     @timed("refinement")
     def enter(self, piece: Slice) -> None:
