@@ -1,6 +1,6 @@
 """How often a GPU would be given work and waited for, counted on a CPU.
 
-    python -m bench.launches [--size 2048x2048]
+    python -m bench.launches [--weights WEIGHTS] [--sizes 1024x1024,3000x2000] [--all]
 
 The codec takes the path that it takes on a GPU. Every operator of torch that computes or copies counts as a kernel
 launch (some launch more than one, such as sorting). Every copy between host and device, and every operator whose result

@@ -108,7 +108,7 @@ def _lpips(folder: Path | None) -> Function:
     if not path.is_file():
         raise MeasureUnavailableError(f"{path} is missing")
     try:
-        network = perceptual.lpips(path)
+        network = perceptual.lpips(path, "alex")
     except (ImportError, WeightsError) as error:
         hint = " (pip install -e '.[natural]')" if isinstance(error, ImportError) else ""
         raise MeasureUnavailableError(f"{error}{hint}") from error

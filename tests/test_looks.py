@@ -115,7 +115,7 @@ def test_a_look_has_all_that_renders_and_nothing_else(own: Path, look: Path) -> 
 
 def test_training(own: Path, pictures: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the renderer learns, towards what the distance wants; a run can be gone on with."""
-    monkeypatch.setattr(perceptual, "distance", lambda features, device: coarse)
+    monkeypatch.setattr(perceptual, "distance", lambda features, device, expected: coarse)
     output = own.with_suffix(".natural.safetensors")
 
     def run(seconds: float, **options: Any) -> None:
@@ -164,7 +164,7 @@ def test_a_look_of_a_classic_model(
     tmp_path: Path, pictures: Path, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the prior is learned after the rest, a look never comes to its turn."""
-    monkeypatch.setattr(perceptual, "distance", lambda features, device: coarse)
+    monkeypatch.setattr(perceptual, "distance", lambda features, device, expected: coarse)
     own = models.save(models.raster(layers=2), tmp_path / "own.safetensors")
     output = own.with_suffix(".natural.safetensors")
     seen: list[training.Progress] = []
@@ -229,6 +229,23 @@ def test_features_of_the_wrong_network(tmp_path: Path) -> None:
             lpips(made_features(path, side, 64))
 
 
+@pytest.mark.filterwarnings("ignore")  # deprecated arguments of torchvision
+def test_features_of_another_network(tmp_path: Path) -> None:
+    """Where a network is asked for by name, as by what judges, the other one would be a wrong number without a word."""
+    if importlib.util.find_spec("lpips") is None:
+        pytest.skip("needs the package lpips: pip install 'vqcodec[natural]'")
+    from vqcodec.train.perceptual import import_torchvision, lpips
+
+    import_torchvision()
+    body = importlib.import_module("lpips").LPIPS(net="squeeze", pnet_rand=True, verbose=False).net.state_dict()
+    path = tmp_path / "features.safetensors"
+    save_file({"features." + name.partition(".")[2]: tensor.contiguous() for name, tensor in body.items()}, path)
+    lpips(path)
+    lpips(path, "squeeze")
+    with pytest.raises(WeightsError, match="holds the features of LPIPS's network 'squeeze', not of 'alex'"):
+        lpips(path, "alex")
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_distance_is_a_mean_over_networks(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32, but in bfloat16 where gradients are wanted under autocast."""
@@ -244,7 +261,7 @@ def test_the_distance_is_a_mean_over_networks(autocast: bool, monkeypatch: pytes
             return self.scale * (a - b).square().mean((1, 2, 3), keepdim=True)
 
     scales = {Path("one"): 1.0, Path("two"): 3.0}
-    monkeypatch.setattr(perceptual, "lpips", lambda path: Network(scales[path]))
+    monkeypatch.setattr(perceptual, "lpips", lambda path, expected: Network(scales[path]))
     measure = perceptual.distance(list(scales), torch.device("cpu"))
     a, b = torch.rand(2, 3, 8, 8) * 255, torch.rand(2, 3, 8, 8) * 255
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

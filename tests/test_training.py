@@ -732,8 +732,8 @@ def test_an_unknown_distortion(pictures: Path, tmp_path: Path, small: None) -> N
 def test_a_judge(trained: Run, pictures: Path, tmp_path: Path, untuned: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """LPIPS is in the log from where on it is asked for, and has no part in the loss."""
 
-    def distance(features: list[Path], device: torch.device) -> Any:
-        assert (features, device.type) == ([Path("a.safetensors")], "cpu")
+    def distance(features: list[Path], device: torch.device, expected: str) -> Any:
+        assert (features, device.type, expected) == ([Path("a.safetensors")], "cpu", "alex")
 
         def measure(restored: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
             assert not torch.is_grad_enabled() and restored.shape == original.shape == (1, 3, 64, 64)

@@ -20,11 +20,12 @@ from vqcodec.torchvision_compat import import_torchvision
 NETWORKS = {11: "alex", 3: "squeeze"}  # AlexNet and SqueezeNet 1.1, by the side of their first kernels
 
 
-def lpips(features: Path) -> nn.Module:
+def lpips(features: Path, expected: str | None = None) -> nn.Module:
     """LPIPS 0.1 as a module: two batches of pictures (B, 3, H, W) in -1..1, at least 64 pixels a side -> (B, 1, 1, 1).
 
     Args:
         features: a safetensors file with the convolution weights of AlexNet or SqueezeNet 1.1, by torchvision's names.
+        expected: the network that they must be of, as in NETWORKS; None for either.
 
     Raises:
         ImportError: lpips or torchvision is not installed.
@@ -45,18 +46,22 @@ def lpips(features: Path) -> nn.Module:
         raise WeightsError(f"cannot read features {features}: {error}") from None
     except (LookupError, RuntimeError):
         raise WeightsError(f"{features} does not hold the features of a network of LPIPS") from None
+    if expected not in (None, network):
+        raise WeightsError(f"{features} holds the features of LPIPS's network {network!r}, not of {expected!r}")
     return module.requires_grad_(False).eval()
 
 
-def distance(features: Sequence[Path], device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+def distance(
+    features: Sequence[Path], device: torch.device, expected: str | None = None
+) -> Callable[[Tensor, Tensor], Tensor]:
     """LPIPS as a function of pixels, the mean over networks: two batches of pictures (B, 3, H, W) in 0..255 -> (B,).
 
     Where gradients are wanted under autocast it runs in bfloat16, else in float32.
 
     Args:
-        features: of each network; see `lpips`, also for errors. device: of the pictures.
+        features: of each network. device: of the pictures. expected: see `lpips`, also for errors.
     """
-    modules = [channels_last(lpips(path), device) for path in features]
+    modules = [channels_last(lpips(path, expected), device) for path in features]
 
     def measure(a: Tensor, b: Tensor) -> Tensor:
         rough = torch.is_grad_enabled() and torch.is_autocast_enabled(device.type)

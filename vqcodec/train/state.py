@@ -117,7 +117,7 @@ def new_run(job: Job, paths: list[Path], features: Sequence[Path] = (), judge: P
     optimisers = optimisers_of(model, job.schedule)
     if features:
         model.perceptual = average.perceptual = _lpips(features, job.device)
-    judging = _lpips([judge], job.device) if judge else None
+    judging = _lpips([judge], job.device, "alex") if judge else None
     pictures, validation = crops.set_aside(job, paths)
     return Run(
         job,
@@ -136,8 +136,8 @@ def new_run(job: Job, paths: list[Path], features: Sequence[Path] = (), judge: P
     )
 
 
-def _lpips(features: Sequence[Path], device: torch.device) -> Distance:
+def _lpips(features: Sequence[Path], device: torch.device, expected: str | None = None) -> Distance:
     try:
-        return perceptual.distance(features, device)
+        return perceptual.distance(features, device, expected)
     except ImportError as error:
         raise TrainingError(f"{error} (pip install 'vqcodec[natural]')") from None
