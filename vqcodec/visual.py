@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from vqcodec.ssimulacra2 import BLUR, OPSIN, OPSIN_BIAS, SCALE, SCALES, SMALLEST, SSIM_C2, WEIGHTS
@@ -43,7 +44,7 @@ def visual_distance(distorted: Tensor, original: Tensor) -> Tensor:
                 break
             if scale:
                 a, b = _halve(a), _halve(b)
-            errors.append(_scale_errors(_positive_xyb(a), _positive_xyb(b)))
+            errors.append(_ScaleErrors.apply(_positive_xyb(a), _positive_xyb(b)))  # type: ignore[no-untyped-call]
         table = torch.stack(errors, 2).flatten(1)  # (B, 3 * scales * 6)
         return table @ _weights(table.device)[: table.shape[1]] * SCALE
 
@@ -51,8 +52,13 @@ def visual_distance(distorted: Tensor, original: Tensor) -> Tensor:
 def _linear(pixels: Tensor) -> Tensor:
     x = pixels.contiguous().clamp(0, 255) / 255
     # `where` differentiates both branches: clamp the power's input where the other branch is taken.
-    curved = ((x.clamp(min=0.04045) + 0.055) / 1.055) ** 2.4
+    curved = _power((x.clamp(min=0.04045) + 0.055) / 1.055, 2.4)
     return torch.where(x <= 0.04045, x / 12.92, curved)
+
+
+def _power(x: Tensor, exponent: float) -> Tensor:
+    """x ** exponent for x > 0, in a third of the time of `pow` on a CPU."""
+    return (x.log() * exponent).exp()
 
 
 def _halve(planes: Tensor) -> Tensor:
@@ -63,7 +69,7 @@ def _halve(planes: Tensor) -> Tensor:
 
 def _positive_xyb(linear: Tensor) -> Tensor:
     mixed = torch.einsum("oc,bchw->bohw", _opsin(linear.device), linear) + float(OPSIN_BIAS)
-    mixed = mixed ** (1 / 3) - float(OPSIN_BIAS) ** (1 / 3)
+    mixed = _power(mixed, 1 / 3) - float(OPSIN_BIAS) ** (1 / 3)
     x, y = (mixed[:, 0] - mixed[:, 1]) / 2, (mixed[:, 0] + mixed[:, 1]) / 2
     return torch.stack([x * 14 + 0.42, y + 0.01, mixed[:, 2] - y + 0.55], 1)
 
@@ -93,18 +99,6 @@ def _blur_matrix(device: torch.device) -> Tensor:
     return taps[offsets.clamp(max=len(BLUR))].to(device)
 
 
-class _Blur(torch.autograd.Function):
-    """The blur of planes (..., H, W), with zeros outside. It is symmetric: the gradient is blurred the same way."""
-
-    @staticmethod
-    def forward(ctx: Any, planes: Tensor) -> Tensor:
-        return _blurred(planes)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return _blurred(grads[0])
-
-
 def _blurred(planes: Tensor) -> Tensor:
     """Blur block by block, by matrix products: faster than short single-channel convolutions, on CPUs too."""
     height, width = planes.shape[-2:]
@@ -115,21 +109,54 @@ def _blurred(planes: Tensor) -> Tensor:
     return (matrix.T @ columns.mT).flatten(-3, -2)[..., :height, :]
 
 
-def _blur(planes: Tensor) -> Tensor:
-    blurred: Tensor = _Blur.apply(planes)  # type: ignore[no-untyped-call]
-    return blurred
+class _ScaleErrors(torch.autograd.Function):
+    """The error terms of the six columns of WEIGHTS at one scale: planes (B, 3, H, W) of two pictures -> (B, 3, 6).
+
+    The gradient, of the second picture alone, is written by hand: autograd's takes twice as long and keeps every map.
+    The blur is symmetric, so its gradient is blurred the same way.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        mean_a, mean_b = _blurred(a), _blurred(b)
+        # Without multiplications fused with additions: for equal pictures everything below is rounded alike.
+        covariance = _blurred(a * b).sub_(mean_a * mean_b)
+        variances = _blurred((a * a).add_(b * b)).sub_((mean_a * mean_a).add_(mean_b * mean_b)).add_(SSIM_C2)  # the sum
+        structure = covariance.mul_(2).add_(SSIM_C2).div_(variances)
+        ssim = (1 - _luminance(mean_a, mean_b) * structure).clamp_(min=0)
+        detail = (a - mean_a).abs_().add_(1)
+        edges = (b - mean_b).abs_().add_(1).div_(detail).sub_(1)
+        maps = (ssim, edges.clamp(min=0), (-edges).clamp_(min=0))
+        norms = torch.stack([_norm(x) for x in maps], 2)
+        ctx.save_for_backward(a, b, mean_a, mean_b, variances, structure, ssim, detail, edges, norms)
+        return torch.cat([torch.stack([x.mean((2, 3)) for x in maps], 2), norms], 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        a, b, mean_a, mean_b, variances, structure, ssim, detail, edges, norms = ctx.saved_tensors
+        area = a.shape[2] * a.shape[3]
+        # Of a map x whose mean and norm have gradients: first + second * x^3.
+        first = (grads[0][..., :3] / area)[..., None, None].unbind(2)
+        second = (grads[0][..., 3:] / area / (norms + FLOOR**0.25) ** 3)[..., None, None].unbind(2)
+        of_ssim = (ssim > 0) * torch.addcmul(first[0], ssim.square().mul_(ssim), second[0])
+        cubes = edges.square().mul_(edges)
+        ringing = torch.addcmul(first[1], cubes, second[1])
+        smoothing = torch.addcmul(-first[2], cubes, second[2])
+        of_edges = torch.where(edges > 0, ringing, smoothing).div_(detail).mul_((b - mean_b).sign_())
+        of_variances = (_luminance(mean_a, mean_b) * of_ssim).mul_(structure).div_(variances)
+        of_covariance = (_luminance(mean_a, mean_b) * of_ssim).div_(variances).mul_(-2)
+        of_mean = (mean_a - mean_b).mul_(structure).mul_(of_ssim).mul_(-2).sub_(of_edges)
+        of_mean = of_mean.addcmul_(of_covariance, mean_a, value=-1).addcmul_(of_variances, mean_b, value=-2)
+        total = of_edges.add_(_blurred(of_mean))
+        return None, total.addcmul_(a, _blurred(of_covariance)).addcmul_(b, _blurred(of_variances), value=2)
 
 
-def _scale_errors(a: Tensor, b: Tensor) -> Tensor:
-    """The error terms of the six columns of WEIGHTS, for each picture and component: (B, 3, 6)."""
-    mean_a, mean_b = _blur(a), _blur(b)
-    covariance = _blur(a * b) - mean_a * mean_b
-    variances = _blur(a * a + b * b) - (mean_a**2 + mean_b**2)  # the sum of both
-    luminance = 1 - (mean_a - mean_b) ** 2
-    ssim = (1 - luminance * (2 * covariance + SSIM_C2) / (variances + SSIM_C2)).clamp(min=0)
-    edges = (1 + (b - mean_b).abs()) / (1 + (a - mean_a).abs()) - 1
-    maps = [x.flatten(2) for x in (ssim, edges.clamp(min=0), (-edges).clamp(min=0))]
-    squares = [x.square() for x in maps]
-    fourths = torch.stack([torch.linalg.vecdot(x, x) for x in squares], 2) / squares[0].shape[2]
-    norms = (fourths + FLOOR) ** 0.25 - FLOOR**0.25
-    return torch.cat([torch.stack([x.mean(2) for x in maps], 2), norms], 2)
+def _luminance(mean_a: Tensor, mean_b: Tensor) -> Tensor:
+    return (mean_a - mean_b).square_().neg_().add_(1)
+
+
+def _norm(x: Tensor) -> Tensor:
+    """The 4-norm of maps (B, 3, H, W), divided by the fourth root of their size: (B, 3)."""
+    squares = x.square().flatten(2)
+    return (torch.linalg.vecdot(squares, squares) / squares.shape[2] + FLOOR) ** 0.25 - FLOOR**0.25

@@ -45,7 +45,7 @@ class Scale(nn.Module):
         self.register_buffer("deviation", torch.ones(stage.channels))
         self.usual = nn.Parameter(torch.zeros(outputs))
         self.reduce = nn.Conv2d(stage.channels, stage.hidden, 1)
-        self.spatial = nn.Conv2d(stage.hidden, stage.hidden, 3, padding=1)
+        self.spatial = nn.Conv2d(stage.hidden, stage.hidden, 3, padding=1, groups=stage.groups)
         self.quality = nn.Linear(6, 2 * stage.hidden)
         self.out = nn.Conv2d(stage.hidden, outputs, 1)
         for part in (self.quality, self.out):
