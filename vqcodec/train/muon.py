@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from vqcodec import precision
 from vqcodec.train.process import sum_over_processes
 
 ADAM_SCALE = 0.2  # root mean square of Adam's updates, about
@@ -72,9 +73,10 @@ def _share_work(updates: Tensor) -> Tensor:
 def orthogonalise(x: Tensor) -> Tensor:
     """Set the singular values of matrices (B, m, n) to about 1 (0.7 to 1.2; tiny ones stay smaller).
 
-    A quintic Newton-Schulz iteration in bfloat16 with the coefficients of Jordan et al., which are steep at zero.
+    A quintic Newton-Schulz iteration with the coefficients of Jordan et al., which are steep at zero; in bfloat16 where
+    that is fast.
     """
-    y = x.bfloat16()
+    y = x.bfloat16() if precision.bfloat16_pays(x.device) else x
     tall = y.shape[1] > y.shape[2]
     if tall:
         y = y.mT
