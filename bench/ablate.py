@@ -1,12 +1,12 @@
 """Short training runs that differ in one thing: what does it bring?
 
-    python -m bench.ablate PICTURES... [--variants photo,d1] [--minutes 5] [-o out/ablate] [--jobs 1]
+    python -m bench.ablate PICTURES... [--variants photo,d1] [--minutes 5] [--from WEIGHTS] [-o out/ablate] [--jobs 1]
 
-Every variant trains for the same minutes, from the same seed, on the same pictures, in a process of one thread, and is
-validated on the same crops (`vqcodec train` sets them aside). Printed: steps and minutes, bits per pixel, PSNR and
-SSIMULACRA2 at five qualities, and the cost, the geometric mean over these qualities of bpp + lambda * squared error.
-Runs whose weights are there already are not repeated. Nothing else should keep the machine busy: the clock ends the
-runs. On a busy machine, `--crops` gives all of them the same number of crops instead.
+Every variant trains for the same minutes, from the same seed or weights, on the same pictures, in a process of one
+thread, and is validated on the same crops (`vqcodec train` sets them aside). Printed: steps and minutes, bits per
+pixel, PSNR and SSIMULACRA2 at five qualities, and the cost, the geometric mean over these qualities of bpp + lambda *
+squared error. Runs whose weights are there already are not repeated. Nothing else should keep the machine busy: the
+clock ends the runs. On a busy machine, `--crops` gives all of them the same number of crops instead.
 """
 
 import argparse
@@ -65,6 +65,9 @@ def _without_top() -> Config:
 # Rounding to the end: transforms, steps and estimates learn, and bits are those of what stands in for the prior.
 ROUNDING = Schedule(prior_at=1.0, joint_at=1.0, polish_from=1.0, rate_rise=0.6)
 
+# The same from weights (`--from`): the rate counts in full, and transforms learn at half of their rate, falling to 1 %.
+ONWARD = replace(ROUNDING, rounding_rate=0.5, joint_rate=0.02, rate_start=1.0, large_from=1.0)
+
 VARIANTS = {
     "photo": Variant("as shipped"),
     # The quantiser
@@ -104,10 +107,19 @@ VARIANTS = {
     "batch-4": Variant("batches of 4", schedule=Schedule(batch=4)),
     "batch-16": Variant("batches of 16", schedule=Schedule(batch=16)),
     "crops-128": Variant("four times as many crops, of 128", schedule=Schedule(batch=32, crop=128, large_crop=192)),
+    # From weights
+    "onward": Variant("rounding to the end, from weights", schedule=ONWARD),
+    "onward-batch-4": Variant(
+        "the same in batches of 4", schedule=replace(ONWARD, batch=4, rate=7e-4, average_decay=0.9995)
+    ),
+    "onward-double-rate": Variant("the same at twice the rate", schedule=replace(ONWARD, rate=2e-3)),
+    "onward-muon": Variant("the same, kernels by Muon", schedule=replace(ONWARD, kernel_rate=2e-3)),
 }
 
 
-def run(name: str, pictures: list[Path], minutes: float, crops: int | None, folder: Path) -> None:
+def run(
+    name: str, pictures: list[Path], minutes: float, crops: int | None, start_from: Path | None, folder: Path
+) -> None:
     """Train one variant in this process."""
     variant = VARIANTS[name]
     process.keep_memory()
@@ -119,6 +131,7 @@ def run(name: str, pictures: list[Path], minutes: float, crops: int | None, fold
         minutes=math.inf if crops else minutes,
         crops=crops,
         device="cpu",
+        start_from=start_from,
     )
 
 
@@ -140,9 +153,10 @@ def row(name: str, folder: Path) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pictures", nargs="+", type=Path, help="pictures to train on, or folders of them")
-    parser.add_argument("--variants", default="photo,scalar", help=f"some of {', '.join(VARIANTS)}, or all")
+    parser.add_argument("--variants", default="photo,d1", help=f"some of {', '.join(VARIANTS)}, or all")
     parser.add_argument("--minutes", type=float, default=5.0, help="of each run")
     parser.add_argument("--crops", type=int, help="of each run, however long they take")
+    parser.add_argument("--from", dest="start_from", type=Path, help="weights that every run begins with")
     parser.add_argument("-o", "--output", type=Path, default=Path("out/ablate"))
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time: at most one a core")
     options = parser.parse_args(arguments)
@@ -159,12 +173,14 @@ def main(arguments: list[str] | None = None) -> int:
             "name": name,
             "minutes": options.minutes,
             "crops": options.crops,
+            "from": str(options.start_from.resolve()) if options.start_from else None,
             "folder": str(options.output.resolve()),
         }
         call["pictures"] = [str(p.resolve()) for p in options.pictures]
         program = (
             "import json, sys; from pathlib import Path; from bench import ablate; c = json.loads(sys.argv[1]);"
-            "ablate.run(c['name'], [Path(p) for p in c['pictures']], c['minutes'], c['crops'], Path(c['folder']))"
+            "ablate.run(c['name'], [Path(p) for p in c['pictures']], c['minutes'], c['crops'],"
+            " c['from'] and Path(c['from']), Path(c['folder']))"
         )
         subprocess.run(
             [sys.executable, "-c", program, json.dumps(call)],
