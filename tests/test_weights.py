@@ -239,10 +239,10 @@ def test_no_pickle(tmp_path: Path, data: bytes, monkeypatch: pytest.MonkeyPatch)
 def test_other_safetensors_files(tmp_path: Path) -> None:
     path = tmp_path / "other.safetensors"
     save_file({"x": torch.zeros(3)}, path)
-    with pytest.raises(WeightsError, match="not a vqcodec weights file: format None"):
+    with pytest.raises(WeightsError, match="not a vqcodec weights file: its metadata say format None"):
         weights.load(path)
     save_file({"x": torch.zeros(3)}, path, {"format": "pt"})
-    with pytest.raises(WeightsError, match="not a vqcodec weights file: format 'pt'"):
+    with pytest.raises(WeightsError, match="not a vqcodec weights file: its metadata say format 'pt'"):
         weights.load(path)
 
 
@@ -250,8 +250,10 @@ def test_metadata_that_does_not_fit(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "bad.safetensors"
     path.write_bytes(with_metadata(data))
     weights.load(path)
-    for version in (1, 2):
-        refused(path, with_metadata(data, format=f"vqcodec weights {version}"), "not a vqcodec weights file")
+    for version in (1, 2, 4):
+        expected = f"a vqcodec weights file of format {version}, and this version reads format 3"
+        refused(path, with_metadata(data, format=f"vqcodec weights {version}"), expected)
+    refused(path, with_metadata(data, format="vqcodec weights x"), "not a vqcodec weights file")
     refused(path, with_metadata(data, config=None), "not a model configuration")
     refused(path, with_metadata(data, config="{"), "not a model configuration")
     wider = json.loads(TINY.to_json())

@@ -57,8 +57,12 @@ def read(path: Path, expected: str = FORMAT) -> WeightsFile:
         metadata, shapes = _header(data)
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         raise WeightsError(f"cannot read weights {path}: not a safetensors file") from None
-    if metadata.get("format") != expected:
-        raise WeightsError(f"{path} is not a {expected[:-2]} file: format {metadata.get('format')!r}, not {expected!r}")
+    found = metadata.get("format")
+    if found != expected:
+        (kind, _, version), (of, _, other) = expected.rpartition(" "), str(found).rpartition(" ")
+        if of == kind and other.isdecimal():
+            raise WeightsError(f"{path} is a {kind} file of format {other}, and this version reads format {version}")
+        raise WeightsError(f"{path} is not a {kind} file: its metadata say format {found!r}")
     config = Config.from_json(metadata.get("config", ""))
     return WeightsFile(path, data, metadata, config, id_of(data), shapes)
 
