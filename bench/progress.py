@@ -1,0 +1,110 @@
+"""What a run has learned since the weights it began with, in a file that is small enough to keep in a repository.
+
+    python -m bench.progress pack weights/photo.safetensors run/photo.ckpt weights/photo.ckpt
+    python -m bench.progress unpack weights/photo.safetensors weights/photo.ckpt next/photo.safetensors
+    vqcodec train PICTURES -o better.safetensors --from next/photo.safetensors
+
+It is for runs that have not ended and go on elsewhere, without the checkpoint of twenty times the size. Kept are the
+averaged transforms while rounding stands in for codebooks and prior: their differences to the weights', in eight bits
+with a unit for every row. What stands in for the prior is kept in half precision, by its names in a checkpoint. The
+optimisers begin anew.
+"""
+
+import argparse
+import copy
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vqcodec import weights
+from vqcodec.errors import TrainingError, VqcodecError
+from vqcodec.models.vqvae import VQVAE
+from vqcodec.train import checkpoint
+from vqcodec.train.schedule import Phase
+
+TRANSFORMS = "average.vqvae."
+DIFFERENCE, UNIT = "since.", "unit."
+
+
+def pack(start: Path, run: Path, output: Path) -> None:
+    """Write what a run has learned.
+
+    Args:
+        start: the weights that the run began with, or earlier ones. run: its checkpoint. output: the small file.
+
+    Raises:
+        VqcodecError: the files cannot be read, do not fit, or rounding is over.
+    """
+    model, saved = weights.load(start), checkpoint.read(run)
+    if saved.config != model.config or saved.facts.phase != Phase.ROUNDING:
+        raise TrainingError(f"{run} is not of a run of the configuration of {start} that is rounding")
+    tensors = {k: v.half() for k, v in saved.tensors.items() if k.startswith(checkpoint.ROUNDING)}
+    for name, before in _transforms(model.vqvae).items():
+        change = (saved.tensors[TRANSFORMS + name].float() - before).reshape(_rows(before), -1)
+        unit = (change.abs().amax(1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+        tensors[DIFFERENCE + name] = (change / unit).round().to(torch.int8)
+        tensors[UNIT + name] = unit
+    facts = {"weights": model.id.hex(), "crops": str(saved.facts.crops)}
+    save_file({k: v.contiguous() for k, v in tensors.items()}, output, facts)
+
+
+def unpack(start: Path, packed: Path, output: Path) -> None:
+    """Write weights to train on from, and beside them a checkpoint of what stood in for the prior.
+
+    Args:
+        start: the weights of `pack`. packed: the small file. output: of the weights, .safetensors.
+
+    Raises:
+        VqcodecError: the files cannot be read or do not fit.
+    """
+    model = weights.load(start)
+    vqvae, prior = copy.deepcopy(model.vqvae), copy.deepcopy(model.prior)
+    try:
+        with safe_open(packed, framework="pt") as file:
+            found = (file.metadata() or {}).get("weights")
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise TrainingError(f"cannot read {packed}: {error}") from None
+    if found != model.id.hex():
+        raise TrainingError(f"{packed} is of weights {found}, {start} are {model.id.hex()}")
+    for name, tensor in _transforms(vqvae).items():
+        tensor += (tensors[DIFFERENCE + name] * tensors[UNIT + name]).reshape(tensor.shape)
+    prior.thaw()
+    weights.save_model(output, model.config, vqvae, prior, {"from": model.id.hex()})
+    learned = {k: v for k, v in tensors.items() if k.startswith(checkpoint.ROUNDING)}
+    save_file(learned, checkpoint.path_of(output))
+
+
+def _transforms(vqvae: VQVAE) -> dict[str, Tensor]:
+    """What a run changes while it rounds: all but the codebooks, by name."""
+    return {name: tensor for name, tensor in vqvae.state_dict().items() if ".codebook." not in name}
+
+
+def _rows(tensor: Tensor) -> int:
+    return len(tensor) if tensor.dim() > 1 else 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("pack", "unpack"))
+    parser.add_argument("weights", type=Path)
+    parser.add_argument("file", type=Path, help="the checkpoint of the run, or what was packed")
+    parser.add_argument("output", type=Path)
+    given = parser.parse_args(arguments)
+    try:
+        (pack if given.action == "pack" else unpack)(given.weights, given.file, given.output)
+    except (VqcodecError, OSError) as error:
+        print(f"progress: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps({"file": str(given.output), "bytes": given.output.stat().st_size}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
