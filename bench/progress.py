@@ -72,8 +72,11 @@ def unpack(start: Path, packed: Path, output: Path) -> None:
         raise TrainingError(f"cannot read {packed}: {error}") from None
     if found != model.id.hex():
         raise TrainingError(f"{packed} is of weights {found}, {start} are {model.id.hex()}")
-    for name, tensor in _transforms(vqvae).items():
-        tensor += (tensors[DIFFERENCE + name] * tensors[UNIT + name]).reshape(tensor.shape)
+    try:
+        for name, tensor in _transforms(vqvae).items():
+            tensor += (tensors[DIFFERENCE + name] * tensors[UNIT + name]).reshape(tensor.shape)
+    except (LookupError, RuntimeError):
+        raise TrainingError(f"{packed} lacks what {start} needs: {DIFFERENCE}{name}") from None
     prior.thaw()
     weights.save_model(output, model.config, vqvae, prior, {"from": model.id.hex()})
     learned = {k: v for k, v in tensors.items() if k.startswith(checkpoint.ROUNDING)}

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from trainer import SMALL, checkpoint_of, log_of, make_pictures, run, small_runs
 
 from bench import progress
@@ -62,7 +64,11 @@ def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path, capsys: pyte
     assert call("pack", first, folder / "second.ckpt", packed) == 0
     with small_runs():
         run(folder / "pictures", tmp_path / "other.safetensors", 0.2, schedule=Schedule(crop=64, large_crop=64))
+    with safe_open(packed, "pt") as file:
+        whole = {name: file.get_tensor(name) for name in file.keys() if not name.endswith("log_steps")}  # noqa: SIM118
+        save_file(whole, tmp_path / "partial", file.metadata())
     cases = {
+        "lacks": ("unpack", first, tmp_path / "partial", tmp_path / "no"),
         "is of weights": ("unpack", tmp_path / "other.safetensors", packed, tmp_path / "no"),
         "rounding": ("pack", first, tmp_path / "other.ckpt", tmp_path / "no"),
         "cannot resume from": ("pack", first, tmp_path / "none.ckpt", tmp_path / "no"),
