@@ -3,7 +3,10 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
+from vqcodec.models.recipes import PHOTO
+from vqcodec.train.job import choose_schedule
 from vqcodec.train.schedule import LOOK, SCHEDULES, Schedule
 
 
@@ -63,6 +66,15 @@ def test_large_batches_learn_faster() -> None:
     plan = Schedule(batch=8, rate=1e-3)
     rates = [(plan.with_batch(batch).batch, plan.with_batch(batch).rate) for batch in (4, 8, 18, 64)]
     assert rates == [(8, 1e-3), (8, 1e-3), (18, pytest.approx(1.5e-3)), (64, pytest.approx(2e-3))]
+
+
+def test_every_process_has_a_batch() -> None:
+    """Of the usual schedule; what somebody asks for is taken at its word."""
+    cpu = torch.device("cpu")
+    plans = [choose_schedule(None, PHOTO, cpu, world, look=False, distortion=None) for world in (1, 2, 8)]
+    assert [plan.batch for plan in plans] == [8, 16, 64]
+    assert [plan.crops_a_step(256, world) for plan, world in zip(plans, (1, 2, 8), strict=True)] == [8, 8, 8]
+    assert choose_schedule(Schedule(batch=4), PHOTO, cpu, 2, look=False, distortion=None).batch == 4
 
 
 def test_rate_weight_reaches_one_and_stays() -> None:

@@ -94,8 +94,8 @@ def choose_schedule(
         ValueError: no such distortion.
     """
     schedule = asked or (LOOK if look else SCHEDULES.get(config.name, Schedule()))
-    if device.type == "cuda" and not asked:
-        schedule = schedule.with_batch(GPU_BATCH * world)
+    if not asked:
+        schedule = schedule.with_batch((GPU_BATCH if device.type == "cuda" else schedule.batch) * world)
     if distortion is not None:
         schedule = schedule.with_distortion(distortion)
     if not config.joint:  # the prior has its own part of the time already
