@@ -243,7 +243,7 @@ def _vqcodec(
         ".vqz",
         f"weights {path.name}, id {weights_id}",
         f"vqcodec {vqcodec.__version__}",
-        (1, 15, 30, 45, 60, 75, 90, 100) if effort == 1 else (10, 35, 60, 85),
+        (1, 15, 30, 45, 60, 75, 90, 100) if effort == 1 else (10, 30, 50, 70, 90),
         range(1, 101),
         encode,
         decode,
@@ -256,6 +256,9 @@ _MAKERS: dict[str, Callable[[Path | None, str, int], Codec]] = {
     "vqcodec-natural": functools.partial(_vqcodec, key="vqcodec-natural", title="vqcodec, natural", look="natural"),
     "vqcodec-effort-3": functools.partial(_vqcodec, key="vqcodec-effort-3", title="vqcodec, effort 3", effort=3),
     "vqcodec-effort-9": functools.partial(_vqcodec, key="vqcodec-effort-9", title="vqcodec, effort 9", effort=9),
+    "vqcodec-psnr-effort-9": functools.partial(
+        _vqcodec, key="vqcodec-psnr-effort-9", title="vqcodec, tune psnr, effort 9", effort=9, tune="psnr"
+    ),
     "jpeg": _jpeg,
     "webp": _webp,
     "jpeg2000": _jpeg2000,
@@ -265,4 +268,4 @@ _MAKERS: dict[str, Callable[[Path | None, str, int], Codec]] = {
 }
 KEYS = tuple(_MAKERS)
 # Without what is too slow to be measured unasked.
-USUAL = tuple(key for key in KEYS if not key.startswith("vqcodec-effort-"))
+USUAL = tuple(key for key in KEYS if "-effort-" not in key)

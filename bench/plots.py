@@ -21,6 +21,7 @@ COLOURS = {
     "vqcodec-natural": "#f59e0b",
     "vqcodec-effort-3": "#9a3412",
     "vqcodec-effort-9": "#7c2d12",
+    "vqcodec-psnr-effort-9": "#881337",
     "jpeg": "#6b7280",
     "webp": "#15803d",
     "jpeg2000": "#a16207",

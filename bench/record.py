@@ -206,11 +206,15 @@ def jpeg_table(record: Record) -> str:
 
 
 def effort_table(record: Record) -> str:
-    """Searches of different length against none, BD-rates."""
-    keys = [key for key in record if key.startswith("vqcodec-effort-")]
+    """Searches of different length against none and against the best opponents, BD-rates."""
+    keys = [key for key in record if "-effort-" in key]
     measures = [key for key in MEASURES if any(_curve(record, k, key) for k in keys)]
-    rows = [[record[key].title, *(_percent(record, key, "vqcodec", measure) for measure in measures)] for key in keys]
-    return _table(["against effort 1", *(MEASURES[key].title for key in measures)], rows)
+    rows = [
+        [record[key].title, record[anchor].title, *(_percent(record, key, anchor, measure) for measure in measures)]
+        for key in keys
+        for anchor in (key.partition("-effort-")[0], "jxl", "avif")
+    ]
+    return _table(["BD-rate of", "against", *(MEASURES[key].title for key in measures)], rows)
 
 
 def natural_table(record: Record) -> str:

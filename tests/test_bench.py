@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import models
@@ -31,7 +30,6 @@ from models import TINY
 from bench import (
     codecs,
     curves,
-    effort,
     launches,
     measures,
     plots,
@@ -241,6 +239,7 @@ def test_classic_codecs_give_more_for_more(key: str) -> None:
         ("vqcodec-psnr", "vqcodec, tune psnr", 1, "psnr"),
         ("vqcodec-effort-3", "vqcodec, effort 3", 3, None),
         ("vqcodec-effort-9", "vqcodec, effort 9", 9, None),
+        ("vqcodec-psnr-effort-9", "vqcodec, tune psnr, effort 9", 9, "psnr"),
     ],
 )
 def test_variants_of_the_own_codec(
@@ -572,46 +571,13 @@ def test_reuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         rate_distortion.main([*arguments[:-1], "jpeg=20,60,91", "--reuse"])
 
 
-def test_effort_and_targets_report(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One line for each effort and each target; what was measured is not measured again."""
+def test_targets_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line for each target."""
     Image.fromarray(models.picture(64, 80, 3)).save(tmp_path / "a.png")
-    output = tmp_path / "effort.json"
-    arguments = [str(tmp_path / "a.png"), "--efforts", "1,2", "--qualities", "20,60", "-o", str(output)]
-    assert effort.main(arguments) == 0
-    first = capsys.readouterr().out
-    assert [re.sub(r"[+-]\d.*", "", line) for line in first.splitlines()] == ["effort 1: ", "effort 2: "]
-    assert first.startswith("effort 1: +0.00 %")
-    monkeypatch.setattr(effort, "_measure", None)
-    assert effort.main(arguments) == 0 and capsys.readouterr().out == first
     assert targets.main([str(tmp_path / "a.png"), "--targets", "psnr=31,max=3000"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["psnr=31", "max=3000"]
     assert all("out of range 0" in line for line in lines)
-
-
-def test_effort_measures_other_weights_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What has the same name but other bytes, or other weights, is measured; the same bytes elsewhere are not."""
-    measured: list[Path] = []
-
-    def measure(arguments: tuple[Path, int, int]) -> dict[str, float]:
-        measured.append(arguments[0])
-        return {"bpp": 1.0, "psnr": 30.0, "seconds": 0.1}
-
-    monkeypatch.setattr(effort, "_measure", measure)
-    monkeypatch.setattr(effort, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
-    pictures = [tmp_path / folder / "a.png" for folder in ("one", "two", "copy")]
-    for path, content in zip(pictures, (b"1", b"2", b"1"), strict=True):
-        path.parent.mkdir()
-        path.write_bytes(content)
-    arguments = ["--efforts", "1", "--qualities", "50", "-o", str(tmp_path / "effort.json")]
-    for path in (*pictures, pictures[0]):
-        assert effort.main([str(path), *arguments]) == 0
-    assert measured == pictures[:2]
-    monkeypatch.setattr("vqcodec.weights_file.describe", lambda _: {"id": "new"})
-    assert effort.main([str(pictures[0]), *arguments]) == 0
-    assert measured == [*pictures[:2], pictures[0]]
 
 
 def test_targets_out_of_range_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from models import Pixels, picture
 from torch import Tensor
 
 from vqcodec import coding, precision, search, synthesis, tuning, weights
-from vqcodec.encoder import encode
+from vqcodec.encoder import choose, encode
 from vqcodec.entropy import Table
 from vqcodec.frame import Frame
 from vqcodec.models.model import Context, Estimate, Model, walk
@@ -256,54 +256,46 @@ def cost_of(model: Model, codes: list[Tensor], pixels: Pixels, quality: int, wha
     return bits_of(model, codes, quality) + what.weight * distortion_of(model, codes, pixels, quality, what)
 
 
-def evaluated(model: Model, codes: list[Tensor], pixels: Pixels, quality: int, what: Importance) -> search._Point:
-    return search._evaluate(model, models.batch(pixels), [c[0].long() for c in codes], quality, what)
-
-
 @pytest.mark.parametrize("visual", [False, True], ids=["psnr", "visual"])
-@pytest.mark.parametrize("quality", [10, 60])  # at higher ones symbols occur that are too rare to be evaluated in full
+@pytest.mark.parametrize("quality", [10, 60])
 def test_what_the_search_evaluates(quality: int, visual: bool, model: Model, single: None) -> None:
-    """Bits are the cross-entropy of the range coder's counts, and the distortion is that of decoded pixels."""
+    """The distortion is that of decoded pixels, and decoded latents are those of the codes."""
     pixels = picture(*SHAPE, seed=6)
     what = importance(model, pixels, quality, visual)
     with coding.exact(model):
         _, codes = encode(model, Frame(SHAPE[1], SHAPE[0], quality), pixels[None], what)
-    bits = bits_of(model, codes, quality)
-    distortion = distortion_of(model, codes, pixels, quality, what)
-    for weight in (0.0, what.weight):
-        found = evaluated(model, codes, pixels, quality, replace(what, weight=weight)).total
-        assert found == pytest.approx(bits + weight * distortion, rel=2e-4)
+    found, slices = search._decode(model, codes, models.batch(pixels), quality, what)
+    assert float(found.detach()) == pytest.approx(
+        what.weight * distortion_of(model, codes, pixels, quality, what), rel=2e-4
+    )
+    estimate = Estimate(model.vqvae, torch.tensor([quality]), *SHAPE)
+    with coding.exact(model):
+        for one, piece in zip(slices, walk(model.levels, estimate), strict=True):
+            estimate.add(piece.vectors(codes[piece.level][..., piece.planes].long()))
+            torch.testing.assert_close(one.latents, estimate.here, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("visual", [False, True], ids=["psnr", "visual"])
-def test_slopes_are_differences(visual: bool, model: Model, single: None) -> None:
+def test_gradients_are_differences(visual: bool, model: Model, single: None) -> None:
     """What a small change of a slice's vectors does to the distortion is what its gradient says."""
     pixels, quality = picture(*SHAPE, seed=6), 60
     what = importance(model, pixels, quality, visual)
     with coding.exact(model):
         _, codes = encode(model, Frame(SHAPE[1], SHAPE[0], quality), pixels[None], what)
-    point = evaluated(model, codes, pixels, quality, what)
-    shapes = [s.vectors.shape for s in point.symbols]
-    planes = [s.indices.shape[1] for s in point.symbols]
-    slopes = [s.by_decoder for s in search._slopes(point)]
-    for number, slope in enumerate(slopes):
+    distortion, slices = search._decode(model, codes, models.batch(pixels), quality, what)
+    gradients = torch.autograd.grad(distortion, [one.vectors for one in slices])
+    for number, gradient in enumerate(gradients):
         # Along the gradient itself, of which no sum of chances can make nothing.
-        direction = slope / slope.square().mean().sqrt()
-        step = as_map(direction, shapes[number], planes[number])
+        direction = gradient / gradient.square().mean().sqrt()
 
-        def at(size: float, number: int = number, step: Tensor = step) -> float:
-            errors = [size * step if index == number else torch.zeros(s) for index, s in enumerate(shapes)]
+        def at(size: float, number: int = number, step: Tensor = direction) -> float:
+            errors = [size * step if index == number else torch.zeros_like(g) for index, g in enumerate(gradients)]
             return what.weight * distortion_of(model, codes, pixels, quality, what, errors)
 
         # The visual distance bends more sharply: in so short a step its roundings count, up to a tenth of a bit.
         size, accuracy, noise = (0.004, 0.02, 25) if visual else (0.02, 0.001, 0)
         difference = (at(size) - at(-size)) / (2 * size)
-        assert float((slope * direction).sum()) == pytest.approx(difference, rel=accuracy, abs=noise)
-
-
-def as_map(rows: Tensor, shape: torch.Size, planes: int) -> Tensor:
-    """Rows (N, P, D) as a map (1, P D, h, w)."""
-    return rows.reshape(shape[2], shape[3], planes, -1).permute(2, 3, 0, 1).reshape(shape)
+        assert float((gradient * direction).sum()) == pytest.approx(difference, rel=accuracy, abs=noise)
 
 
 @pytest.mark.parametrize("visual", [False, True], ids=["psnr", "visual"])
@@ -314,9 +306,11 @@ def test_the_search_lowers_what_it_says(
     pixels, quality = picture(*SHAPE, seed=7), 60
     frame, what = Frame(SHAPE[1], SHAPE[0], quality), importance(model, pixels, quality, visual)
     with coding.exact(model):
-        _, codes = encode(model, frame, pixels[None], what)
+        latents = synthesis.analyse(model, pixels[None], torch.tensor([quality]))
     monkeypatch.setattr(search, "WINDOW", 64)
     monkeypatch.setattr(search, "MARGIN", 32)
-    before = cost_of(model, codes, pixels, quality, what)
-    after = cost_of(model, search.improve(model, frame, pixels, codes, 6, what), pixels, quality, what)
-    assert after < before
+    found = search.improve(model, frame, pixels, latents, 6, what)
+    with coding.exact(model):
+        before, after = (choose(model, frame, z, what) for z in (latents, found))
+    costs = [cost_of(model, codes, pixels, quality, what) for codes in (before, after)]
+    assert costs[1] < costs[0] or (costs[1] == costs[0] and not model.config.joint)

@@ -8,8 +8,7 @@ import pytest
 import torch
 from models import picture, tiny_model
 
-from vqcodec import precision, search
-from vqcodec.encoder import encode
+from vqcodec import precision, search, synthesis
 from vqcodec.frame import Frame
 
 CPU = torch.device("cpu")
@@ -51,8 +50,8 @@ def test_the_search_asks(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     frame = Frame(64, 64, 50)
     pixels = picture(64, 64)
-    _, codes = encode(model, frame, pixels[None])
+    latents = synthesis.analyse(model, pixels[None], torch.tensor([50]))
     monkeypatch.setattr(precision, "bfloat16_pays", lambda device: pays)
     monkeypatch.setattr(torch.nn.functional, "conv2d", watched)
-    search.improve(model, frame, pixels, codes, 1)
+    search.improve(model, frame, pixels, latents, 1)
     assert (True in seen) == pays

@@ -363,25 +363,19 @@ def test_gradients_of_bits_by_parameters_are_finite_differences(planes: int, dim
 @pytest.mark.parametrize(("planes", "dim", "codes"), SHAPES)
 @pytest.mark.parametrize("limit", [rates_module.CHUNK, 1])
 def test_blocks_of_symbols(planes: int, dim: int, codes: int, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Log2 probabilities of all codes for some symbols, plane after plane, by either rate model."""
+    """Log2 probabilities of all codes for some symbols, plane after plane."""
     monkeypatch.setattr(rates_module, "CHUNK", limit)
     mask = torch.rand(planes, 50) < 0.4
     mask[-1] = False
     mask[0, :3] = True
-    for table in (0, TABLE):
-        book, _ = book_and_rows(planes, dim, codes, table=table)
-        if table:
-            rates: Rates | RowRates = by_rows(book)
-            expected = bits_by_rows(book, rates)  # type: ignore[arg-type]
-        else:
-            rates = by_parameters(book)
-            parts = (t.detach().double() for t in (rates.theta, rates.zero, book.bias))
-            expected = sum(bits_by_parameters(book, *parts), torch.zeros(())).clamp(max=24)
-        found = torch.zeros(int(mask.sum()), codes)
-        for block, own_planes, logp in rates.some(mask).blocks(book, mask.sum(1).tolist()):
-            found[block] = logp.detach()
-            assert [plane for plane, _, _ in own_planes] == sorted({plane for plane, _, _ in own_planes})
-        torch.testing.assert_close(-found.double(), expected.transpose(0, 1)[mask], rtol=1e-5, atol=1e-4)
+    book, _ = book_and_rows(planes, dim, codes, table=TABLE)
+    rates = by_rows(book)
+    expected = bits_by_rows(book, rates)
+    found = torch.zeros(int(mask.sum()), codes)
+    for block, own_planes, logp in rates.some(mask).blocks(mask.sum(1).tolist()):
+        found[block] = logp.detach()
+        assert [plane for plane, _, _ in own_planes] == sorted({plane for plane, _, _ in own_planes})
+    torch.testing.assert_close(-found.double(), expected.transpose(0, 1)[mask], rtol=1e-5, atol=1e-4)
 
 
 def slopes_by_rows(table: Tensor, given: Tensor, indices: Tensor) -> Tensor:

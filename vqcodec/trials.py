@@ -54,14 +54,15 @@ class Trials:
     def file(self, setting: Setting) -> tuple[bytes, bytes]:
         """The file, and `digest` of the codes in it."""
         if setting not in self._files:
-            frame, coders = self.frame_of(setting.quality), None
+            frame = self.frame_of(setting.quality)
             if self._closest is not None and self._closest[0] == setting:
                 codes = self._closest[1]
+                with coding.exact(self.model):
+                    (segments,) = coding.encode(self.model, frame, codes)
             else:
-                coders = None if self.rounds else coding.new_coders(self.model, frame, 1)
+                coders = coding.new_coders(self.model, frame, 1)
                 codes = self._choose(setting, coders)
-            with coding.exact(self.model):
-                (segments,) = coding.in_file_order(coders) if coders else coding.encode(self.model, frame, codes)
+                (segments,) = coding.in_file_order(coders)
             self._files[setting] = self.write(frame, segments), digest(codes)
         return self._files[setting]
 
@@ -86,13 +87,14 @@ class Trials:
         return self._likenesses[setting]
 
     def _choose(self, setting: Setting, coders: coding.Coders | None = None) -> list[Tensor]:
-        """The codes. Without a search they can go to coders at once."""
+        """The codes, which also go to coders if there are any."""
         frame, importance = self.frame_of(setting.quality), self._importance(setting)
         with coding.exact(self.model):
-            codes = encoder.choose(self.model, frame, self._latents_at(setting.quality), importance, coders)
+            latents = self._latents_at(setting.quality)
         if self.rounds:
-            codes = search.improve(self.model, frame, self.pixels, codes, self.rounds, importance, self.on_progress)
-        return codes
+            latents = search.improve(self.model, frame, self.pixels, latents, self.rounds, importance, self.on_progress)
+        with coding.exact(self.model):
+            return encoder.choose(self.model, frame, latents, importance, coders)
 
     def _latents_at(self, quality: int) -> list[Tensor]:
         """The latents at a quality; those of the last KEPT qualities are kept."""

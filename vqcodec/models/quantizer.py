@@ -257,7 +257,7 @@ class Codebook(nn.Module):
             # One row for each symbol, plane after plane.
             some, members = symbols[mask], mask.sum(1).tolist()
             chosen = []
-            for _, parts, scores in rates.some(mask).first(count).blocks(self, members):
+            for _, parts, scores in rates.some(mask).first(count).blocks(members):
                 for plane, part, here in parts:
                     scores[here].addmm_(some[part], codes[plane, :, :count], beta=rate_factor)
                 chosen.append(scores.max(-1)[1])

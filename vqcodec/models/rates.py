@@ -1,7 +1,7 @@
 """The rate model of symbols: what their codes' probabilities are, by parameters or by rows of a stored table.
 
-`Rates` and `RowRates` answer the same questions. K-wide tensors are the largest of the codec: they are made for some
-symbols at a time, sorted by plane so that each plane's part is one matrix product.
+K-wide tensors are the largest of the codec: for rows of a table they are made for some symbols at a time, sorted by
+plane so that each plane's part is one matrix product.
 """
 
 import math
@@ -47,29 +47,6 @@ class Rates:
 
     theta: Tensor
     zero: Tensor
-
-    def some(self, mask: Tensor) -> "Rates":
-        """The symbols where the mask, bool (P, N), says so, plane after plane: theta (M, D + 2) and zero (M,)."""
-        return Rates(self.theta.transpose(0, 1)[mask], self.zero.T[mask])
-
-    def blocks(self, book: RateParameters, members: list[int]) -> Iterator[tuple[slice, Parts, Tensor]]:
-        """Probabilities of the codes of M symbols that `some` picked, in blocks that fit the cache.
-
-        Args:
-            book: the codebook. members: number of symbols of each plane.
-
-        Yields:
-            A block and its planes as `plane_blocks` does, and log2 probabilities of all codes, at least -MOST_BITS,
-            (rows of the block, K).
-        """
-        features, biases = book.features(), book.bias.detach()
-        for block, parts in plane_blocks(members, CHUNK // features.shape[1]):
-            logits = torch.empty(
-                block.stop - block.start, features.shape[1], dtype=features.dtype, device=features.device
-            )
-            for plane, part, here in parts:
-                torch.addmm(biases[plane], self.theta[part], features[plane].T, out=logits[here])
-            yield block, parts, _normalise(logits, self.zero[block, None])
 
     def bits(self, book: RateParameters, indices: Tensor) -> Tensor:
         """The bits of codes, int64 (N, P): float32 (N, P), with gradients for parameters and the codebook's bias."""
@@ -139,7 +116,7 @@ class RowRates:
         return odds[self.row]
 
     def some(self, mask: Tensor) -> "RowRates":
-        """See `Rates.some`."""
+        """The symbols where the mask, bool (P, N), says so, plane after plane: given (M,)."""
         return RowRates(self.given.T[mask], self.table)
 
     def first(self, count: int) -> "RowRates":
@@ -147,8 +124,16 @@ class RowRates:
         logp, slope = (part[:, :count].contiguous() for part in (self.table.logp, self.table.slope))
         return RowRates(self.given, RowTable(logp, slope))
 
-    def blocks(self, book: RateParameters, members: list[int]) -> Iterator[tuple[slice, Parts, Tensor]]:
-        """See `Rates.blocks`."""
+    def blocks(self, members: list[int]) -> Iterator[tuple[slice, Parts, Tensor]]:
+        """Probabilities of the codes of M symbols that `some` picked, in blocks that fit the cache.
+
+        Args:
+            members: number of symbols of each plane.
+
+        Yields:
+            A block and its planes as `plane_blocks` does, and log2 probabilities of all codes, at least -MOST_BITS,
+            (rows of the block, K).
+        """
         logp, row = self.table.logp.detach(), self.row
         for block, parts in plane_blocks(members, CHUNK // logp.shape[1]):
             yield block, parts, logp.index_select(0, row[block])

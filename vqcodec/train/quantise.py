@@ -95,7 +95,7 @@ def _chosen_blocks(
     """
     vectors = book.vectors.detach()
     lengths = vectors.square().sum(-1)
-    for block, parts, logp in rates.blocks(book, members):
+    for block, parts, logp in rates.blocks(members):
         distances = torch.empty_like(logp)
         for plane, part, here in parts:
             torch.addmm(-lengths[plane], v[part], vectors[plane].T, alpha=2, out=distances[here])
