@@ -34,9 +34,9 @@ DIGITS = 5
 BLOCK = re.compile(r"(<!-- record: ([a-z-]+) -->\n).*?(<!-- end of record -->)", re.DOTALL)
 
 LOOKS = (30, 45, 60, 70, 80)  # SSIMULACRA2, points
-LOOKS_CODECS = ("jpeg", "webp", "jxl", "avif", "vqcodec")
+LOOKS_CODECS = ("jpeg", "webp", "jxl", "avif", "vqcodec", "vqcodec-effort-9")
 DECIBELS = (28, 30, 32, 34, 36)  # PSNR
-DECIBELS_CODECS = ("jpeg", "webp", "jxl", "avif", "avif-psnr", "vqcodec-psnr")
+DECIBELS_CODECS = ("jpeg", "webp", "jxl", "avif", "avif-psnr", "vqcodec-psnr", "vqcodec-psnr-effort-9")
 OPPONENTS = ("jpeg", "webp", "jxl", "avif", "avif-psnr")
 NATURAL_RATES = (0.08, 0.15, 0.3, 0.5)  # bits per pixel
 NATURAL_MEASURES = ("psnr", "ssimulacra2", "lpips", "gmsd", "haarpsi")
@@ -142,13 +142,20 @@ def saving(record: Record) -> str:
         percent = _percent(record, key, anchor, measure)
         return f"{percent[1:]} {'smaller' if percent.startswith('-') else 'larger'} than {record[anchor].title}"
 
-    looks, squares = (
+    looks, squares, searched, searched_squares = (
         [against(key, anchor, measure) for anchor in ("jpeg", "jxl", "avif")]
-        for key, measure in (("vqcodec", "ssimulacra2"), ("vqcodec-psnr", "psnr"))
+        for key, measure in (
+            ("vqcodec", "ssimulacra2"),
+            ("vqcodec-psnr", "psnr"),
+            ("vqcodec-effort-9", "ssimulacra2"),
+            ("vqcodec-psnr-effort-9", "psnr"),
+        )
     )
     text = (
-        f"At equal looks (SSIMULACRA2, BD-rates on Kodak) files are {looks[0]}, {looks[1]} and {looks[2]}."
-        f" At equal PSNR, with `--tune psnr`, they are {squares[0]}, {squares[1]} and {squares[2]}."
+        f"At equal looks (SSIMULACRA2, BD-rates on Kodak) files are {looks[0]}, {looks[1]} and {looks[2]}; with"
+        f" `--effort 9` they are {searched[0]}, {searched[1]} and {searched[2]}. At equal PSNR, with `--tune psnr`, they"
+        f" are {squares[0]}, {squares[1]} and {squares[2]}; with `--effort 9` {searched_squares[0]},"
+        f" {searched_squares[1]} and {searched_squares[2]}."
     )
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 

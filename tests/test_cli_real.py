@@ -99,8 +99,8 @@ def test_a_target_out_of_reach(photo: NDArray[np.uint8]) -> None:
 
 
 def test_effort(photo: NDArray[np.uint8]) -> None:
-    fast, slow = compressed(), compressed("--effort", "4")
-    assert slow == codec.compress(photo, effort=4, weights=WEIGHTS[1])
+    fast, slow = compressed(), compressed("--effort", "9")
+    assert slow == codec.compress(photo, effort=9, weights=WEIGHTS[1])
     assert slow != fast
     assert run("decompress", "--test", "photo.vqz", *WEIGHTS).exit_code == 0
 
