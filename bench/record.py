@@ -153,9 +153,9 @@ def saving(record: Record) -> str:
     )
     text = (
         f"At equal looks (SSIMULACRA2, BD-rates on Kodak) files are {looks[0]}, {looks[1]} and {looks[2]}; with"
-        f" `--effort 9` they are {searched[0]}, {searched[1]} and {searched[2]}. At equal PSNR, with `--tune psnr`, they"
-        f" are {squares[0]}, {squares[1]} and {squares[2]}; with `--effort 9` {searched_squares[0]},"
-        f" {searched_squares[1]} and {searched_squares[2]}."
+        f" `--effort 9` they are {searched[0]}, {searched[1]} and {searched[2]}."
+        f" At equal PSNR, with `--tune psnr`, they are {squares[0]}, {squares[1]} and {squares[2]}; with `--effort 9`"
+        f" {searched_squares[0]}, {searched_squares[1]} and {searched_squares[2]}."
     )
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
