@@ -52,7 +52,7 @@ def test_first_figures_of_the_readme() -> None:
     assert own is not None
     (sentence,) = re.findall(r"At equal looks .*?\. ", text, re.DOTALL)
     for title, key in (("JPEG", "jpeg"), ("JPEG\nXL|JPEG XL", "jxl"), ("AVIF", "avif")):
-        found = re.search(rf"([0-9.]+)\s%\ssmaller\sthan\s(?:{title})(?:,|\sand|\.)", sentence)
+        found = re.search(rf"([0-9.]+)\s%\ssmaller\sthan\s(?:{title})(?:,|\sand|;)", sentence)
         anchor = curves[key]
         assert found and anchor is not None
         saved = bd_rate(anchor, own)
