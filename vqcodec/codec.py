@@ -1,7 +1,7 @@
 """The public API: compress and decompress, one picture or many.
 
     compress      picture -> pad -> latents -> per slice: estimate, choose codes, range-code -> container
-                  with effort: codes -> search -> range-code -> container
+                  with effort: latents -> search -> latents -> per slice, as above
     decompress    container -> per tile: range-decode codes -> per slice: estimate + codes -> pixels -> crop
 
 Entropy coding works tile by tile, with integers and codes only (coding.py). The float networks work on the grids of the

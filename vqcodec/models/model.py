@@ -288,17 +288,6 @@ class Context:
         """Note the slice. The prior runs only when its context is asked for."""
         self.piece = piece
 
-    def prepare(self) -> Tensor:
-        """Compute the context of the slice's symbols from all slices before: (B, 2 C, h, w)."""
-        assert self.piece is not None and self.piece.prior is not None and self.state is not None
-        self.state, context = self.piece.prior.prepare(self.state, self.quality)
-        return context
-
-    def absorb(self, inputs: Tensor) -> None:
-        """Add the slice's codes, as the prior sees them, (B, 2 P D, h, w), to the state."""
-        assert self.piece is not None and self.piece.prior is not None and self.state is not None
-        self.state = self.piece.prior.update(self.state, inputs)
-
     def take_codes(self) -> Tensor:
         """Hand over the slice's codes after its passes, int64 (B, h, w, P): many contexts need not keep theirs."""
         assert self._codes is not None
@@ -316,9 +305,9 @@ class Context:
             given: int64 (B, h, w, P), the codes, if they are already known (teacher forcing). A prior in raster order
                 then takes one pass instead of one for each position.
         """
-        assert self.piece is not None and self.piece.prior is not None
+        assert self.piece is not None and self.piece.prior is not None and self.state is not None
         prior, table = self.piece.prior, self.piece.inputs()
-        context = self.prepare()
+        self.state, context = prior.prepare(self.state, self.quality)  # of all slices before
         batch, _, height, width = context.shape
         planes, _, features = table.shape
         self._codes = codes = torch.zeros(batch, height, width, planes, dtype=torch.int64, device=context.device)
@@ -348,4 +337,4 @@ class Context:
                 if torch.is_grad_enabled():
                     inputs = inputs.clone()  # autograd needs the old values
                 write(one, inputs)
-        self.absorb(inputs)
+        self.state = prior.update(self.state, inputs)
