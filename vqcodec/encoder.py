@@ -60,14 +60,14 @@ def choose(
 
     def choose_in(piece: Slice, batch: coding.Tiles) -> None:
         """Choose the codes of a slice in a batch of tiles."""
-        step_cost = piece.error_weight(importance.weight, quality) * importance.of_planes(piece.level, piece.planes)
+        costs = step_costs(piece, quality, importance)
         whole = latents[piece.level][:, piece.channels]
         v = (batch.cut(whole) - batch.cut(estimate.here)) / estimate.step
         finest = piece.level == len(latents) - 1
         factors = [importance.of_places(finest, place) for place in batch.places]
         for one in batch.passes(_nearest(piece, v)):
             if one.codes is None:
-                one.codes = _choose(piece, one, v, step_cost, factors, model.config.rate_factor)
+                one.codes = _choose(piece, one, v, costs, factors, model.config.rate_factor)
             if coders is not None:
                 own = [coders[picture][number][piece.config.layer] for picture, number in batch.members]
                 coding.put(own, piece, one)
@@ -84,6 +84,14 @@ def choose(
     return codes
 
 
+def step_costs(piece: Slice, quality: Tensor, importance: Importance) -> Tensor:
+    """What a squared step costs in the planes of a slice, but for `Importance.places`: bits, float (1, P).
+
+    quality: (1,), 1..100.
+    """
+    return piece.error_weight(importance.weight, quality) * importance.of_planes(piece.level, piece.planes)
+
+
 def _nearest(piece: Slice, v: Tensor) -> Tensor | None:
     """The codes nearest to v, int64 (B, h, w, P), for a prior in raster order; None for any other.
 
@@ -97,14 +105,14 @@ def _nearest(piece: Slice, v: Tensor) -> Tensor | None:
 
 @timed("choice")
 def _choose(
-    piece: Slice, one: Pass, v: Tensor, step_cost: Tensor, factors: list[Tensor | None], rate_factor: float
+    piece: Slice, one: Pass, v: Tensor, costs: Tensor, factors: list[Tensor | None], rate_factor: float
 ) -> Tensor:
     """Choose the codes of one pass by bits and weighted error.
 
     Args:
         piece: the slice. one: the pass.
         v: float (B, P D, h, w), the residuals of the tiles in steps.
-        step_cost: float (1, P), bits per squared step.
+        costs: from `step_costs`.
         factors: what the error of each position is multiplied by, float (n, h, w) for n tiles each, or None for 1.
         rate_factor: see `Codebook.choose`.
 
@@ -112,7 +120,7 @@ def _choose(
         int64 (N, P).
     """
     target = rows(v[(slice(None), slice(None), *one.places)], piece.config.planes)
-    costs = step_cost.expand(len(target), -1)
+    costs = costs.expand(len(target), -1)
     known = [here[(slice(None), *one.places)].flatten() for here in factors if here is not None]
     if known:
         costs = costs * torch.cat(known)[:, None]

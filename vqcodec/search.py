@@ -129,7 +129,8 @@ def _improve(
         with coding.exact(model):
             codes = encoder.choose(model, frame, latents, importance, coders)
         bits = 8 * sum(map(len, coding.in_file_order(coders)[0]))
-        distortion, slices = _decode(model, codes, pixels, frame.quality, importance)
+        with torch.set_grad_enabled(count < rounds):
+            distortion, slices = _decode(model, codes, pixels, frame.quality, importance)
         cost = bits + float(distortion.detach())
         if cost < least:
             least = cost
@@ -143,11 +144,13 @@ def _improve(
     return best
 
 
-@torch.enable_grad()
 def _decode(
     model: Model, codes: list[Tensor], pixels: Tensor, quality: int, importance: Importance
 ) -> tuple[Tensor, list[_Decoded]]:
-    """lambda * distortion of codes in bits, a scalar with its graph, and what the slices become, in coding order."""
+    """lambda * distortion of codes in bits, a scalar with a graph where gradients are enabled, and what slices become.
+
+    The slices are in coding order.
+    """
     at = torch.tensor([quality], device=pixels.device)
     height, width = pixels.shape[2:]
     slices: list[_Decoded] = []
@@ -157,8 +160,7 @@ def _decode(
             indices = codes[piece.level][..., piece.planes].to(pixels.device, torch.int64)
             vectors = piece.vectors(indices).detach().requires_grad_()
             estimate.add(vectors)
-            cost = piece.error_weight(importance.weight, at)[0] * importance.of_planes(piece.level, piece.planes)
-            cost = cost.repeat_interleave(piece.config.dim)[None, :, None, None]
+            cost = encoder.step_costs(piece, at, importance).repeat_interleave(piece.config.dim, 1)[:, :, None, None]
             places = importance.places if piece.level == len(codes) - 1 else None
             cost = cost if places is None else cost * places[:, None]
             slices.append(_Decoded(piece, estimate.step.detach(), cost, vectors, estimate.here.detach()))
