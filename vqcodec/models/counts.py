@@ -198,8 +198,7 @@ class RowTables(nn.Module):
     @functools.cached_property
     def rates(self) -> RowTable:
         """What the range coder makes of the counts, for the choice of codes. Cached as `table`."""
-        with torch.inference_mode(False):  # autograd refuses inference tensors
-            return RowTable.of_probabilities(torch.log2((self.counts + 1) / TOTAL))
+        return RowTable.of_probabilities(torch.log2((self.counts + 1) / TOTAL))
 
     @torch.no_grad()
     def fill(self, book: Codebook) -> None:

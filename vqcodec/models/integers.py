@@ -95,8 +95,7 @@ class IntegerConv(nn.Conv2d):
     def _scaled_weight(self) -> Tensor:
         """The frozen weights times 2^(bits - exponent), which is exact; made once."""
         if self._scaled is None:
-            with torch.inference_mode(False):  # autograd refuses inference tensors
-                self._scaled = self.weight.detach() * self.powers[self.exponent.long()][:, None, None, None]
+            self._scaled = self.weight.detach() * self.powers[self.exponent.long()][:, None, None, None]
         return self._scaled
 
     def _integers(self) -> tuple[Tensor, Tensor]:
