@@ -62,6 +62,22 @@ def test_noisy_bits_pull_values_towards_their_mean() -> None:
     assert scale.grad.mean(0).sign().tolist() == [-1, 1, 1, -1]
 
 
+def test_noise_changes_bits_little_and_their_mean_not_at_all() -> None:
+    """The mean over the whole interval, with less than half of the variance that a single noise has."""
+    generator = torch.Generator().manual_seed(0)
+    v = torch.linspace(-2, 2, 41).repeat(4000, 1)
+    torch.manual_seed(0)
+    for scale in (0.1, 0.5, 2.0):
+        scales = torch.full_like(v, scale)
+        _, bits = round_off(v, scales, torch.ones_like(v), bias=0, noisy=True)
+        at = v + torch.rand(v.shape, generator=generator) - 0.5
+        mass = torch.sigmoid((0.5 - at.abs()) / scale) - torch.sigmoid((-0.5 - at.abs()) / scale)
+        single = -torch.log2(mass.clamp(min=2**-MOST_BITS))
+        error = (single.var(0) / len(v)).sqrt()
+        assert ((bits.mean(0) - single.mean(0)).abs() < 5 * error + 1e-4).all()
+        assert (bits.var(0) < 0.5 * single.var(0)).all()
+
+
 def test_everything_but_codebooks_and_prior_learns() -> None:
     model = RateDistortion(TINY)
     model.rounding = Rounding(TINY)
