@@ -143,11 +143,16 @@ def save(model: RateDistortion, path: Path) -> Path:
 
 
 @functools.cache
-def tiny_weights() -> Path:
-    """The weights file of `tiny()`, made once."""
+def tiny_weights(shake: float = 1.0) -> Path:
+    """The weights file of `tiny(shake=shake)`, made once."""
     folder = tempfile.TemporaryDirectory(prefix="vqcodec-tests-")
     atexit.register(folder.cleanup)
-    return save(tiny(), Path(folder.name) / "tiny.safetensors")
+    return save(tiny(shake=shake), Path(folder.name) / "tiny.safetensors")
+
+
+def shaken_weights() -> Path:
+    """Weights whose decoder adds what its encoder does not know of, so that a search finds much better latents."""
+    return tiny_weights(30.0)
 
 
 def tiny_model() -> Model:
@@ -168,9 +173,9 @@ def visual_tuning(config: Config = TINY) -> Tuning:
     )
 
 
-def tuned_weights(folder: Path) -> Path:
-    """A copy of `tiny_weights` with `visual_tuning` beside it."""
-    path = Path(shutil.copy(tiny_weights(), folder / "tuned.safetensors"))
+def tuned_weights(folder: Path, plain: Path | None = None) -> Path:
+    """A copy of weights, by default `tiny_weights`, with `visual_tuning` beside it."""
+    path = Path(shutil.copy(plain or tiny_weights(), folder / "tuned.safetensors"))
     visual_tuning().save(path_of(path), weights.load(path).id)
     return path
 

@@ -19,25 +19,22 @@ QUALITY = 60
 
 
 def compress(pixels: np.ndarray, effort: int = 1, quality: int = QUALITY, **more: object) -> bytes:
-    return codec.compress(pixels, quality=quality, effort=effort, weights=models.tiny_weights(), **more)  # type: ignore[arg-type]
+    return codec.compress(pixels, quality=quality, effort=effort, weights=models.shaken_weights(), **more)  # type: ignore[arg-type]
 
 
 def cost(pixels: np.ndarray, data: bytes) -> float:
     """Bits + lambda * squared error, per pixel, of a real file."""
-    restored = np.asarray(codec.decompress(data, weights=models.tiny_weights())).astype(float)
+    restored = np.asarray(codec.decompress(data, weights=models.shaken_weights())).astype(float)
     distortion = models.tiny_model().config.lambda_of((QUALITY - 1) / 99)
     bits = 8 * sum(len(part or b"") for part in bitstream.read(data).segments)
     return bits / pixels[:, :, 0].size + distortion * float(np.square(restored - pixels).mean())
 
 
-@pytest.mark.parametrize("shape", [(96, 128), (50, 70), (1, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(96, 128), (50, 70)], ids=str)
 def test_effort_pays(shape: tuple[int, int]) -> None:
     pixels = picture(*shape, seed=4)
     costs = [cost(pixels, compress(pixels, effort)) for effort in (1, 3, 6)]
-    if shape == (1, 1):
-        assert costs[2] <= 1.001 * costs[0], "the search computes in half precision"
-    else:
-        assert costs[2] < costs[1] < costs[0]
+    assert costs[1] < 0.9 * costs[0] and costs[2] < 0.97 * costs[1]
 
 
 def test_files_are_ordinary_and_repeatable() -> None:
@@ -110,7 +107,7 @@ def test_costs_of_steps_weigh_planes_and_places() -> None:
 @pytest.mark.parametrize("shape", [(96, 128), (1, 1)], ids=str)
 def test_effort_with_a_visual_tuning(shape: tuple[int, int], tmp_path: Path) -> None:
     """Files are ordinary, repeatable and others than without."""
-    pixels, weights = picture(*shape, seed=4), models.tuned_weights(tmp_path)
+    pixels, weights = picture(*shape, seed=4), models.tuned_weights(tmp_path, models.shaken_weights())
     data = codec.compress(pixels, quality=QUALITY, effort=4, weights=weights, verify=True)
     assert data == codec.compress(pixels, quality=QUALITY, effort=4, weights=weights)
     assert codec.compress(pixels, quality=QUALITY, effort=4, weights=weights, tune="psnr") == compress(pixels, 4)
