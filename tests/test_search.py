@@ -37,6 +37,15 @@ def test_effort_pays(shape: tuple[int, int]) -> None:
     assert costs[1] < 0.9 * costs[0] and costs[2] < 0.97 * costs[1]
 
 
+@pytest.mark.parametrize("effort", [1, 3])
+def test_padding_costs_next_to_nothing(effort: int) -> None:
+    """Codes of positions that lie outside of the picture are cheap, whatever the padding looks like."""
+    pixels = picture(64, 68, seed=4)
+    codes_of = [bitstream.read(compress(part, effort)).segments for part in (pixels[:, :64], pixels)]
+    sizes = [sum(len(part or b"") for part in segments) for segments in codes_of]
+    assert sizes[1] < 1.22 * sizes[0], "nine columns of positions, of twelve, have a part of the picture; eight before"
+
+
 def test_files_are_ordinary_and_repeatable() -> None:
     pixels = picture(100, 60, seed=5)
     data = compress(pixels, 4, verify=True)

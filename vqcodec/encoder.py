@@ -57,12 +57,15 @@ def choose(
     codes = coding.no_codes(model.config, frame, pictures)
     estimate = synthesis.GridEstimate(model, frame, pictures)
     batches = coding.batches_of(model, frame, coding.every_tile(frame, pictures))
+    covered = [_covered(model, frame, stage.stride) for stage in model.config.levels]
 
     def choose_in(piece: Slice, batch: coding.Tiles) -> None:
         """Choose the codes of a slice in a batch of tiles."""
         costs = step_costs(piece, quality, importance)
         whole = latents[piece.level][:, piece.channels]
         v = (batch.cut(whole) - batch.cut(estimate.here)) / estimate.step
+        if (cover := covered[piece.level]) is not None:
+            v = v * batch.cut(cover.expand(pictures, -1, -1, -1))
         finest = piece.level == len(latents) - 1
         factors = [importance.of_places(finest, place) for place in batch.places]
         for one in batch.passes(_nearest(piece, v)):
@@ -90,6 +93,18 @@ def step_costs(piece: Slice, quality: Tensor, importance: Importance) -> Tensor:
     quality: (1,), 1..100.
     """
     return piece.error_weight(importance.weight, quality) * importance.of_planes(piece.level, piece.planes)
+
+
+def _covered(model: Model, frame: Frame, stride: int) -> Tensor | None:
+    """Which positions of a grid have a part of the picture: 1 or 0, float (1, 1, h, w); None where all have.
+
+    The others are padding alone: what their latents are does not matter, so that they may be what they are estimated.
+    """
+    rows, columns = (
+        torch.arange(whole // stride, device=model.device) * stride < length
+        for length, whole in zip((frame.height, frame.width), frame.padded(model.config.multiple), strict=True)
+    )
+    return None if rows.all() and columns.all() else (rows[:, None] & columns)[None, None].float()
 
 
 def _nearest(piece: Slice, v: Tensor) -> Tensor | None:

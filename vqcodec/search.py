@@ -100,9 +100,13 @@ def improve(
                 on_round((number + count / rounds) / len(parts))
 
         boxes = [synthesis.finer(outer, unit // stage.stride) for stage in model.config.levels]
-        seen = synthesis.cut(model, pixels[None], outer, unit)
         places = importance.of_places(True, (slice(None), *boxes[-1][2:]))
-        window = Frame(seen.shape[3], seen.shape[2], frame.quality)
+        height, width = (
+            min(span.stop * unit, length) - span.start * unit
+            for span, length in zip(outer, (frame.height, frame.width), strict=True)
+        )
+        window = Frame(width, height, frame.quality)
+        seen = synthesis.cut(model, pixels[None], outer, unit)[:, :, :height, :width]  # errors in the padding are none
         given = [z[box].clone() for z, box in zip(latents, boxes, strict=True)]
         improved = _improve(model, window, seen, given, replace(importance, places=places), rounds, done)
         for level, stage in enumerate(model.config.levels):
@@ -154,7 +158,7 @@ def _decode(
     at = torch.tensor([quality], device=pixels.device)
     height, width = pixels.shape[2:]
     slices: list[_Decoded] = []
-    estimate = Estimate(model.vqvae, at, height, width)
+    estimate = Estimate(model.vqvae, at, *Frame(width, height, quality).padded(model.config.multiple))
     with precision.autocast(pixels.device):
         for piece in walk(model.levels, estimate):
             indices = codes[piece.level][..., piece.planes].to(pixels.device, torch.int64)
@@ -164,7 +168,7 @@ def _decode(
             places = importance.places if piece.level == len(codes) - 1 else None
             cost = cost if places is None else cost * places[:, None]
             slices.append(_Decoded(piece, estimate.step.detach(), cost, vectors, estimate.here.detach()))
-        restored = estimate.pixels()
+        restored = estimate.pixels()[:, :, :height, :width]
     error = (restored - pixels).square().sum() / 3
     if importance.visual and min(height, width) >= SMALLEST:
         distance = height * width * visual_distance(restored, pixels).sum()
