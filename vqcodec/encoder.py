@@ -101,10 +101,11 @@ def _covered(model: Model, frame: Frame, stride: int) -> Tensor | None:
     The others are padding alone: what their latents are does not matter, so that they may be what they are estimated.
     """
     rows, columns = (
-        torch.arange(whole // stride, device=model.device) * stride < length
+        torch.arange(whole // stride) * stride < length
         for length, whole in zip((frame.height, frame.width), frame.padded(model.config.multiple), strict=True)
     )
-    return None if rows.all() and columns.all() else (rows[:, None] & columns)[None, None].float()
+    covered = (rows[:, None] & columns)[None, None]
+    return None if covered.all() else covered.float().to(model.device)
 
 
 def _nearest(piece: Slice, v: Tensor) -> Tensor | None:
