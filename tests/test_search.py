@@ -30,11 +30,14 @@ def cost(pixels: np.ndarray, data: bytes) -> float:
     return bits / pixels[:, :, 0].size + distortion * float(np.square(restored - pixels).mean())
 
 
-@pytest.mark.parametrize("shape", [(96, 128), (50, 70)], ids=str)
+@pytest.mark.parametrize("shape", [(96, 128), (50, 70), (1, 1)], ids=str)
 def test_effort_pays(shape: tuple[int, int]) -> None:
     pixels = picture(*shape, seed=4)
     costs = [cost(pixels, compress(pixels, effort)) for effort in (1, 3, 6)]
-    assert costs[1] < 0.9 * costs[0] and costs[2] < 0.97 * costs[1]
+    if shape == (1, 1):
+        assert costs[2] <= 1.001 * costs[0], "the search computes in half precision"
+    else:
+        assert costs[1] < 0.9 * costs[0] and costs[2] < 0.97 * costs[1]
 
 
 @pytest.mark.parametrize("effort", [1, 3])
@@ -125,7 +128,7 @@ def test_effort_with_a_visual_tuning(shape: tuple[int, int], tmp_path: Path) -> 
 
 
 def test_a_visual_tuning_of_the_smallest_pictures(tmp_path: Path) -> None:
-    """Where strides are so short that padded pictures have less than 8 pixels a side, squared error is all there is."""
+    """Of pictures with less than 8 pixels a side squared error is all there is, padded or not."""
     stage = StageConfig(4, 48, 16, 1, 1, (SliceConfig(planes=48, dim=1, codes=32, layer=0, rows=30),))
     config = Config("small", (stage,), prior=PriorConfig(channels=16, embedding=16))
     weights = models.save(models.tiny(config), tmp_path / "small.safetensors")

@@ -106,7 +106,7 @@ def improve(
             for span, length in zip(outer, (frame.height, frame.width), strict=True)
         )
         window = Frame(width, height, frame.quality)
-        seen = synthesis.cut(model, pixels[None], outer, unit)[:, :, :height, :width]  # errors in the padding are none
+        seen = synthesis.cut(model, pixels[None], outer, unit)[:, :, :height, :width]  # without padding
         given = [z[box].clone() for z, box in zip(latents, boxes, strict=True)]
         improved = _improve(model, window, seen, given, replace(importance, places=places), rounds, done)
         for level, stage in enumerate(model.config.levels):
