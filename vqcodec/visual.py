@@ -6,17 +6,21 @@ Everything is computed in float32, whatever autocast says.
 """
 
 import functools
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from vqcodec.ssimulacra2 import BLUR, OPSIN, OPSIN_BIAS, SCALE, SCALES, SMALLEST, SSIM_C2, WEIGHTS
 
 # Added under the fourth root, whose gradient is infinite at zero: the fourth power of 1e-6.
 FLOOR = 1e-24
+BIAS = float(OPSIN_BIAS)
+# Planes whose weights add up to less are left out: of the finest scale of a photo all but brightness. Scores change by
+# less than 0.02.
+LEAST = 0.01
 REACH = len(BLUR) - 1  # of the blur, in pixels
 BLOCK = 32  # pixels of a line that are blurred at a time
 
@@ -36,17 +40,19 @@ def visual_distance(distorted: Tensor, original: Tensor) -> Tensor:
     """
     if distorted.shape != original.shape or min(distorted.shape[2:]) < SMALLEST:
         raise ValueError(f"pictures of one shape, at least 8 x 8, expected: {distorted.shape} and {original.shape}")
+    side = min(distorted.shape[2:])
+    count = sum(-(-side >> max(0, scale - 1)) >= SMALLEST for scale in range(SCALES))  # the last may be half as small
     with torch.autocast(distorted.device.type, enabled=False):
         a, b = _linear(original.detach().float()), _linear(distorted.float())
-        errors = []  # (B, 3, 6) of every scale
-        for scale in range(SCALES):
-            if min(a.shape[2:]) < SMALLEST:
-                break
+        total = torch.zeros(len(a), device=a.device)
+        for scale in range(count):
             if scale:
                 a, b = _halve(a), _halve(b)
-            errors.append(_ScaleErrors.apply(_positive_xyb(a), _positive_xyb(b)))  # type: ignore[no-untyped-call]
-        table = torch.stack(errors, 2).flatten(1)  # (B, 3 * scales * 6)
-        return table @ _weights(table.device)[: table.shape[1]] * SCALE
+            if planes := _planes(scale, count):
+                pair = _positive_xyb(a, planes), _positive_xyb(b, planes)
+                errors = _ScaleErrors.apply(*pair)  # type: ignore[no-untyped-call]
+                total = total + (errors * _weights(scale, count, a.device)).sum((1, 2))
+        return total
 
 
 def _linear(pixels: Tensor) -> Tensor:
@@ -64,24 +70,47 @@ def _power(x: Tensor, exponent: float) -> Tensor:
 def _halve(planes: Tensor) -> Tensor:
     """Average 2 x 2 blocks; an odd last row or column counts twice."""
     height, width = planes.shape[2:]
-    return functional.avg_pool2d(functional.pad(planes, (0, width % 2, 0, height % 2), mode="replicate"), 2)
+    if height % 2 or width % 2:
+        planes = functional.pad(planes, (0, width % 2, 0, height % 2), mode="replicate")
+    return functional.avg_pool2d(planes, 2)
 
 
-def _positive_xyb(linear: Tensor) -> Tensor:
-    mixed = torch.einsum("oc,bchw->bohw", _opsin(linear.device), linear) + float(OPSIN_BIAS)
-    mixed = _power(mixed, 1 / 3) - float(OPSIN_BIAS) ** (1 / 3)
-    x, y = (mixed[:, 0] - mixed[:, 1]) / 2, (mixed[:, 0] + mixed[:, 1]) / 2
-    return torch.stack([x * 14 + 0.42, y + 0.01, mixed[:, 2] - y + 0.55], 1)
+def _positive_xyb(linear: Tensor, planes: tuple[int, ...]) -> Tensor:
+    """Linear RGB (B, 3, H, W) -> planes of XYB, numbered 0 to 2, made positive."""
+    cones = 3 if 2 in planes else 2
+    mixed = torch.einsum("oc,bchw->bohw", _opsin(linear.device)[:cones], linear) + BIAS
+    root = _power(mixed, 1 / 3) - BIAS ** (1 / 3)
+    y = (root[:, 0] + root[:, 1]) / 2
+    found = []
+    if 0 in planes:
+        found.append((root[:, 0] - root[:, 1]) * 7 + 0.42)
+    if 1 in planes:
+        found.append(y + 0.01)
+    if 2 in planes:
+        found.append(root[:, 2] - y + 0.55)
+    return torch.stack(found, 1)
 
 
 # Constants are cached on their device because a recorded step (train/recording.py) must not copy from the host. They
 # are made outside inference mode because autograd refuses inference tensors.
 
 
+def _row(plane: int, scale: int, scales: int) -> tuple[float, ...]:
+    """The weights of a plane of one of so many scales. A smaller picture takes the first ones, as the metric does."""
+    return tuple(itertools.chain(*WEIGHTS))[6 * (plane * scales + scale) :][:6]
+
+
+def _planes(scale: int, scales: int) -> tuple[int, ...]:
+    """The planes that count at a scale."""
+    return tuple(plane for plane in range(3) if sum(_row(plane, scale, scales)) > LEAST)
+
+
 @functools.cache
 @torch.inference_mode(False)
-def _weights(device: torch.device) -> Tensor:
-    return torch.tensor(WEIGHTS, dtype=torch.float32, device=device).flatten()
+def _weights(scale: int, scales: int, device: torch.device) -> Tensor:
+    """Those of the planes that count at a scale: (P, 6)."""
+    rows = [_row(plane, scale, scales) for plane in _planes(scale, scales)]
+    return torch.tensor(rows, dtype=torch.float32, device=device) * SCALE
 
 
 @functools.cache
@@ -110,7 +139,7 @@ def _blurred(planes: Tensor) -> Tensor:
 
 
 class _ScaleErrors(torch.autograd.Function):
-    """The error terms of the six columns of WEIGHTS at one scale: planes (B, 3, H, W) of two pictures -> (B, 3, 6).
+    """The error terms of the six columns of WEIGHTS at one scale: planes (B, P, H, W) of two pictures -> (B, P, 6).
 
     The gradient, of the second picture alone, is written by hand: autograd's takes twice as long and keeps every map.
     The blur is symmetric, so its gradient is blurred the same way.
@@ -132,7 +161,6 @@ class _ScaleErrors(torch.autograd.Function):
         return torch.cat([torch.stack([x.mean((2, 3)) for x in maps], 2), norms], 2)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
         a, b, mean_a, mean_b, variances, structure, ssim, detail, edges, norms = ctx.saved_tensors
         area = a.shape[2] * a.shape[3]
@@ -157,6 +185,6 @@ def _luminance(mean_a: Tensor, mean_b: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor) -> Tensor:
-    """The 4-norm of maps (B, 3, H, W), divided by the fourth root of their size: (B, 3)."""
+    """The 4-norm of maps (B, P, H, W), divided by the fourth root of their size: (B, P)."""
     squares = x.square().flatten(2)
     return (torch.linalg.vecdot(squares, squares) / squares.shape[2] + FLOOR) ** 0.25 - FLOOR**0.25
