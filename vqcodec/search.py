@@ -13,7 +13,9 @@ times this curvature. The root slows down latents that swing (Duchi, Hazan & Sin
 methods"). The rate falls to zero, and the faster the more rounds have found nothing better: close latents may have
 different codes, so that only small steps settle.
 
-Every round counts the bits that the range coder writes. The latents of the least bits + lambda * distortion are kept.
+Every round but the last counts the bits that the range coder writes. If bits + lambda * distortion fell to the end, the
+result is that of the last round, which is not looked at: with its smaller step it has hardly ever been worse. Else it is
+the best so far.
 """
 
 import math
@@ -127,34 +129,30 @@ def _improve(
     """Search in one window: pixels float (1, 3, H, W). Overwrites the latents."""
     rate = VISUAL_RATE if importance.visual else RATE
     swings = [torch.zeros_like(z) for z in latents]
-    best, least = [z.clone() for z in latents], math.inf
-    for count in range(rounds + 1):
+    best, least, falling = [z.clone() for z in latents], math.inf, True
+    for count in range(rounds):
         coders = coding.new_coders(model, frame, 1)
         with coding.exact(model):
             codes = encoder.choose(model, frame, latents, importance, coders)
         bits = 8 * sum(map(len, coding.in_file_order(coders)[0]))
-        with torch.set_grad_enabled(count < rounds):
-            distortion, slices = _decode(model, codes, pixels, frame.quality, importance)
+        distortion, slices = _decode(model, codes, pixels, frame.quality, importance)
         cost = bits + float(distortion.detach())
-        if cost < least:
+        falling = cost < least
+        if falling:
             least = cost
             for kept, z in zip(best, latents, strict=True):
                 kept.copy_(z)
         else:
             rate *= ON_NOTHING
-        if count < rounds:
-            _move(latents, swings, distortion, slices, rate * (1 - count / rounds) ** 2)
-            on_round(count + 1)
-    return best
+        _move(latents, swings, distortion, slices, rate * (1 - count / rounds) ** 2)
+        on_round(count + 1)
+    return latents if falling else best
 
 
 def _decode(
     model: Model, codes: list[Tensor], pixels: Tensor, quality: int, importance: Importance
 ) -> tuple[Tensor, list[_Decoded]]:
-    """lambda * distortion of codes in bits, a scalar with a graph where gradients are enabled, and what slices become.
-
-    The slices are in coding order.
-    """
+    """lambda * distortion of codes in bits, a scalar, and what slices become, in coding order."""
     at = torch.tensor([quality], device=pixels.device)
     height, width = pixels.shape[2:]
     slices: list[_Decoded] = []
