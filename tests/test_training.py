@@ -3,6 +3,7 @@
 Crops and batches are small here, but for the slow tests.
 """
 
+import copy
 import csv
 import dataclasses
 import hashlib
@@ -624,13 +625,51 @@ def test_on_a_gpu(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """All phases, each recorded; a CPU decodes what comes of it, and goes on with it."""
     output = tmp_path / "mine.safetensors"
     plan = dataclasses.replace(SMALL, kernel_rate=None, prior_at=0.6, joint_at=0.8, polish_from=0.9)
-    monkeypatch.setattr(step, "COMPILING_PAYS", 0.0)
+    monkeypatch.setattr(step, "COMPILING_PAYS", {"cuda": 0.0})
     run(pictures, output, 150, config=TINY, device="cuda", schedule=plan)  # about a minute of it compiles
     rows = log_of(output)
     assert rows[-1]["cost"] < rows[0]["cost"]
     codec.compress(models.picture(40, 40), weights=output, verify=True, device="cpu")
     run(pictures, output, 155, config=TINY, device="cpu", schedule=plan, resume=True)
     assert log_of(output)[-1]["step"] > rows[-1]["step"]
+
+
+@pytest.fixture
+def compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps on a CPU are compiled however short the run is."""
+    monkeypatch.setattr(step, "COMPILING_PAYS", {"cpu": -math.inf})
+    monkeypatch.setattr(step, "PACE_STEPS", 1)
+
+
+@pytest.mark.slow
+def test_steps_can_be_compiled_on_a_cpu(pictures: Path, tmp_path: Path, compiling: None) -> None:
+    """Rounding compiled, and the phases after it as they are."""
+    output, told = tmp_path / "mine.safetensors", list[str]()
+    run(pictures, output, 150, config=TINY, schedule=ROUNDING, on_warning=told.append)  # most of it compiles
+    assert told == []
+    rows = log_of(output)
+    assert rows[-1]["cost"] < rows[0]["cost"] and rows[-1]["step"] > 20
+    codec.compress(models.picture(40, 40), weights=output, verify=True)
+
+
+def test_a_run_needs_no_compiler(
+    pictures: Path, tmp_path: Path, compiling: None, unmeasured: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without one it says so once, and goes on."""
+
+    def compile_nothing(model: torch.nn.Module, **_: object) -> torch.nn.Module:
+        def fail(*_: object, **__: object) -> None:
+            raise RuntimeError("no C++ compiler\nsecond line")
+
+        broken = copy.copy(model)
+        broken.forward = fail  # type: ignore[method-assign]
+        return broken
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    told: list[str] = []
+    seen = run(pictures, tmp_path / "mine.safetensors", 1, schedule=ROUNDING, on_warning=told.append)
+    assert told == ["steps cannot be compiled: no C++ compiler"]
+    assert seen[-1].step > 3
 
 
 # Phases

@@ -90,8 +90,8 @@ class ResidualBlock(nn.Module):
             return self._at_one_quality(x, cond, overwrite)
         gain, shift = self.quality(cond.basis)[:, :, None, None].chunk(2, 1)
         size = torch.maximum(self.deviation, cond.unit[:, None])
-        y = functional.leaky_relu(self.reduce(x * (1 / size)[:, :, None, None].to(x.dtype)), 0.1)
-        y = functional.leaky_relu(torch.addcmul(shift, self.spatial(y), 1 + gain), 0.1)
+        y = functional.leaky_relu_(self.reduce(x * (1 / size)[:, :, None, None].to(x.dtype)), 0.1)
+        y = functional.leaky_relu_(torch.addcmul(shift, self.spatial(y), 1 + gain), 0.1)
         y = self.expand(y)
         if self.training:
             energy, mean = _Moments.apply(y)  # type: ignore[no-untyped-call]

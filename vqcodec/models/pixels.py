@@ -96,11 +96,11 @@ class Renderer(nn.Module):
         normalised = cells * (1 / torch.maximum(self.detail, unit[:, None]))[:, :, None, None]
         own = functional.pixel_shuffle(self.features(x), self.ratio)
         gain, shift = self.modulation(functional.leaky_relu(x, 0.1))[:, :, :, None, :, None].chunk(2, 1)
-        y = functional.leaky_relu(self.reduce(torch.cat([normalised.to(own.dtype), own], 1)), 0.1)
+        y = functional.leaky_relu_(self.reduce(torch.cat([normalised.to(own.dtype), own], 1)), 0.1)
         y = self.mix(y)
         shape = y.shape
         y = y.view(*shape[:2], x.shape[2], self.ratio, x.shape[3], self.ratio)  # the cells of each patch
-        y = functional.leaky_relu(torch.addcmul(shift, y, 1 + gain), 0.1).view(shape)
+        y = functional.leaky_relu_(torch.addcmul(shift, y, 1 + gain), 0.1).view(shape)
         y = _pointwise(self.expand(y), self.basis.T) * unit[:, None, None, None]
         return pixels + functional.pixel_shuffle(y, CELL)
 

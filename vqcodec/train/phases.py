@@ -15,7 +15,7 @@ def enter(run: Run, phase: Phase) -> None:
     run.trained = run.model  # free of the hooks that DistributedDataParallel has on the parameters
     if phase is not Phase.ROUNDING and run.model.rounding is not None:
         _end_rounding(run)
-    run.phase, run.recording = phase, None
+    run.phase, run.recording, run.compiled = phase, None, False
     model, vqvae, books = run.model, run.model.vqvae, books_of(run.model.vqvae)
     rate_model = [parameter for book in books for parameter in book.rate_parameters()]
     if run.job.look_of:
@@ -32,7 +32,7 @@ def enter(run: Run, phase: Phase) -> None:
         _learn_only(model, (vqvae, model.prior))
         for book in books:
             book.vectors.requires_grad_(book.learn == "gradient")
-    run.trained = _distributed(run)
+    run.trained = distributed(run, model)
 
 
 def _end_rounding(run: Run) -> None:
@@ -52,10 +52,10 @@ def _learn_only(model: nn.Module, parts: Iterable[nn.Module | Tensor]) -> None:
         part.requires_grad_(True)
 
 
-def _distributed(run: Run) -> nn.Module:
-    """The model, under several processes with shared gradients of what is trainable."""
+def distributed(run: Run, model: nn.Module) -> nn.Module:
+    """The model of a run, under several processes with shared gradients of what is trainable."""
     if run.job.world == 1:
-        return run.model
+        return model
     ids = [run.job.device.index] if run.job.device.type == "cuda" else None
     unused = not run.job.config.joint
-    return nn.parallel.DistributedDataParallel(run.model, device_ids=ids, find_unused_parameters=unused)
+    return nn.parallel.DistributedDataParallel(model, device_ids=ids, find_unused_parameters=unused)

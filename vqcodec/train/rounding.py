@@ -56,8 +56,8 @@ class Scale(nn.Module):
     def forward(self, estimate: Tensor, cond: Condition) -> Tensor:
         """The estimate (B, C, h, w) -> log of the scale in latent units, float32 (B, outputs, h, w)."""
         gain, shift = self.quality(cond.basis)[:, :, None, None].chunk(2, 1)
-        y = functional.leaky_relu(self.reduce(estimate / self.deviation[:, None, None]), 0.1)
-        y = functional.leaky_relu(torch.addcmul(shift, self.spatial(y), 1 + gain), 0.1)
+        y = functional.leaky_relu_(self.reduce(estimate / self.deviation[:, None, None]), 0.1)
+        y = functional.leaky_relu_(torch.addcmul(shift, self.spatial(y), 1 + gain), 0.1)
         return self.out(y).float() + self.usual[:, None, None]
 
 
