@@ -13,9 +13,8 @@ times this curvature. The root slows down latents that swing (Duchi, Hazan & Sin
 methods"). The rate falls to zero, and the faster the more rounds have found nothing better: close latents may have
 different codes, so that only small steps settle.
 
-Every round but the last counts the bits that the range coder writes. If bits + lambda * distortion fell to the end, the
-result is that of the last round, which is not looked at: with its smaller step it has hardly ever been worse. Else it is
-the best so far.
+Every round begins with counting bits as the range coder writes them. If bits + lambda * distortion fell to the end, the
+last round's latents are taken without a look: with its small step they are hardly ever worse. Else the best ones are.
 """
 
 import math

@@ -172,7 +172,6 @@ def _learn(run: Run) -> None:
     In the end the checkpoint is saved.
     """
     job, schedule = run.job, run.job.schedule
-    phases.enter(run, run.phase)
     torch.manual_seed(job.seed + 1000 * job.rank + run.step)  # every process and every sitting draws noise of its own
     begun = time.monotonic() - run.spent
     reported = saved = validated = time.monotonic()
@@ -194,7 +193,8 @@ def _learn(run: Run) -> None:
                 phases.enter(run, schedule.phase(share))
             if side != schedule.crop_side(share, job.config.multiple):
                 side = schedule.crop_side(share, job.config.multiple)
-                stream, run.recording = crops.stream(job, run.pictures, side, run.step), None
+                stream = crops.stream(job, run.pictures, side, run.step)
+                phases.enter(run, run.phase)  # what is recorded or compiled is so for one size of crops
             step.take(run, next(stream), share)
             if job.rank:
                 continue  # the first process reports, saves and validates

@@ -46,7 +46,7 @@ class Run:
             device, so that no step waits for numbers.
         lost: how many steps in a row, up to the last one, had a loss that is not finite; on the device as well.
         recording: of a step on a GPU, for this phase and size of crops.
-        compiled: whether compiling has been tried in this phase, on a CPU.
+        compiled: whether compiling has been tried, on a CPU, for this phase and size of crops.
         judge: LPIPS, for the log alone.
         before: validation crops as the model restored them before all training, uint8 (H, W, 3).
     """

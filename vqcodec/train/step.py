@@ -1,6 +1,7 @@
 """One optimisation step: gradients, optimisers, averages."""
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -127,10 +128,12 @@ def _compile(run: Run, crops: Tensor, quality: Tensor) -> None:
     Without a compiler the run goes on as it is.
     """
     run.trained, run.compiled = run.model, True  # free of hooks, see phases.py
-    compiled: nn.Module = torch.compile(run.model, dynamic=False)  # type: ignore[assignment]
-    run.trained = phases.distributed(run, compiled)
     try:
-        _gradients(run, crops, quality, torch.tensor(1.0))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's of itself
+            compiled: nn.Module = torch.compile(run.model, dynamic=False)  # type: ignore[assignment]
+            run.trained = phases.distributed(run, compiled)
+            _gradients(run, crops, quality, torch.tensor(1.0))
     except (RuntimeError, OSError) as error:
         run.trained = run.model
         run.trained = phases.distributed(run, run.model)
