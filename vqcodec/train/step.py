@@ -19,7 +19,7 @@ from vqcodec.train.state import PACE_STEPS, Run
 # Where codebooks come from data: dead codes are moved every so many steps, in this share of the time before the prior's
 # turn.
 REVIVE_STEPS, REVIVE_SHARE = 50, 0.5
-# Seconds of rounding to come from which compiling pays, by the type of device: it takes one minute, three to five on a CPU.
+# Seconds of rounding to come from which compiling pays, by the type of device. It takes one minute, on a CPU three.
 COMPILING_PAYS = {"cuda": 180.0, "cpu": 1800.0}
 COMPILED_BLOCKS = 64  # more than there are sizes, types and layouts of what residual blocks get
 RECENT = 0.02  # what the last step counts in moving averages of bits per pixel and PSNR

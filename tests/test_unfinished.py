@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from trainer import SMALL, checkpoint_of, log_of, make_pictures, run, small_runs
 
-from bench import progress
+from bench import unfinished
 from vqcodec import weights
 from vqcodec.train.schedule import Schedule
 
@@ -20,7 +20,7 @@ ROUNDING = replace(SMALL, prior_at=0.9, joint_at=0.95)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights `first.safetensors` of a run that began with rounding, and one from them that still rounds, `second`."""
-    folder = tmp_path_factory.mktemp("progress")
+    folder = tmp_path_factory.mktemp("unfinished")
     pictures = make_pictures(folder / "pictures", 3, 80, 96)
     with small_runs():
         run(pictures, folder / "first.safetensors", 0.5, schedule=ROUNDING)
@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(*arguments: str | Path) -> int:
-    return progress.main([str(argument) for argument in arguments])
+    return unfinished.main([str(argument) for argument in arguments])
 
 
 def test_a_run_goes_on_with_what_it_has_learned(folder: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """What a run has learned since the weights it began with, in a file that is small enough to keep in a repository.
 
-    python -m bench.progress pack weights/photo.safetensors run/photo.ckpt weights/photo.ckpt
-    python -m bench.progress unpack weights/photo.safetensors weights/photo.ckpt next/photo.safetensors
+    python -m bench.unfinished pack weights/photo.safetensors run/photo.ckpt weights/photo.ckpt
+    python -m bench.unfinished unpack weights/photo.safetensors weights/photo.ckpt next/photo.safetensors
     vqcodec train PICTURES -o better.safetensors --from next/photo.safetensors
 
 It is for runs that have not ended and go on elsewhere, without the checkpoint of twenty times the size. Kept are the
@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         (pack if given.action == "pack" else unpack)(given.weights, given.file, given.output)
     except (VqcodecError, OSError) as error:
-        print(f"progress: {error}", file=sys.stderr)
+        print(f"unfinished: {error}", file=sys.stderr)
         return 1
     print(json.dumps({"file": str(given.output), "bytes": given.output.stat().st_size}))
     return 0
