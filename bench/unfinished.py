@@ -1,13 +1,12 @@
-"""What a run has learned since the weights it began with, in a file that is small enough to keep in a repository.
+"""What a run has learned since earlier weights, in a file that is small enough to keep in a repository.
 
     python -m bench.unfinished pack weights/photo.safetensors run/photo.ckpt weights/photo.ckpt
     python -m bench.unfinished unpack weights/photo.safetensors weights/photo.ckpt next/photo.safetensors
     vqcodec train PICTURES -o better.safetensors --from next/photo.safetensors
 
-It is for runs that have not ended and go on elsewhere, without the checkpoint of twenty times the size. Kept are the
-averaged transforms while rounding stands in for codebooks and prior: their differences to the weights', in eight bits
-with a unit for every row. What stands in for the prior is kept in half precision, by its names in a checkpoint. The
-optimisers begin anew.
+It is for runs that go on elsewhere, without the checkpoint of twenty times the size. Kept are the averaged transforms:
+their differences to the weights', in eight bits with a unit for every row. What stands in for the prior while rounding
+is kept in half precision, by its names in a checkpoint. Codebooks, prior and optimisers begin anew.
 """
 
 import argparse
@@ -25,7 +24,6 @@ from vqcodec import weights
 from vqcodec.errors import TrainingError, VqcodecError
 from vqcodec.models.vqvae import VQVAE
 from vqcodec.train import checkpoint
-from vqcodec.train.schedule import Phase
 
 TRANSFORMS = "average.vqvae."
 DIFFERENCE, UNIT = "since.", "unit."
@@ -38,12 +36,12 @@ def pack(start: Path, run: Path, output: Path) -> None:
         start: the weights that the run began with, or earlier ones. run: its checkpoint. output: the small file.
 
     Raises:
-        VqcodecError: the files cannot be read, do not fit, or rounding is over.
+        VqcodecError: the files cannot be read or do not fit, or the run did not begin with rounding.
     """
     model, saved = weights.load(start), checkpoint.read(run)
-    if saved.config != model.config or saved.facts.phase != Phase.ROUNDING:
-        raise TrainingError(f"{run} is not of a run of the configuration of {start} that is rounding")
     tensors = {k: v.half() for k, v in saved.tensors.items() if k.startswith(checkpoint.ROUNDING)}
+    if saved.config != model.config or not tensors:
+        raise TrainingError(f"{run} is not of a run of the configuration of {start} that began with rounding")
     for name, before in _transforms(model.vqvae).items():
         change = (saved.tensors[TRANSFORMS + name].float() - before).reshape(_rows(before), -1)
         unit = (change.abs().amax(1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)

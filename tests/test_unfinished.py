@@ -12,7 +12,6 @@ from trainer import SMALL, checkpoint_of, log_of, make_pictures, run, small_runs
 
 from bench import unfinished
 from vqcodec import weights
-from vqcodec.train.schedule import Schedule
 
 ROUNDING = replace(SMALL, prior_at=0.9, joint_at=0.95)
 
@@ -63,7 +62,7 @@ def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path, capsys: pyte
     first, packed = folder / "first.safetensors", tmp_path / "packed"
     assert call("pack", first, folder / "second.ckpt", packed) == 0
     with small_runs():
-        run(folder / "pictures", tmp_path / "other.safetensors", 0.2, schedule=Schedule(crop=64, large_crop=64))
+        run(folder / "pictures", tmp_path / "other.safetensors", 0.2, schedule=SMALL)
     with safe_open(packed, "pt") as file:
         whole = {name: file.get_tensor(name) for name in file.keys() if not name.endswith("log_steps")}  # noqa: SIM118
         save_file(whole, tmp_path / "partial", file.metadata())
