@@ -98,7 +98,7 @@ def test_trials_do_what_the_target_asks_for(options: dict[str, Any], measured: s
     calls.patch.setattr(trials_module.Trials, "_choose", lambda *a: trials.append(a[1]) or choose(*a))
     codec.compress(models.picture(64, 96), weights=models.tiny_weights(), verify=False, **options)
     seen = calls.seen
-    searched = search.ROUNDS[1] + 1 if "effort" in options else 0  # codes that a search chooses and counts the bits of
+    searched = search.ROUNDS[1] if "effort" in options else 0  # codes that a search chooses and counts the bits of
     assert len(trials) == len(set(trials)) > 2
     assert seen["choose"] == len(trials) * (1 + searched)
     qualities = len({setting.quality for setting in trials})
