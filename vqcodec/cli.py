@@ -109,7 +109,7 @@ def main(debug: bool) -> None:
     type=click.IntRange(1, 9),
     default=1,
     show_default=True,
-    help="How long to search for better codes. 3 takes about five times as long as 1, 9 about thirty times.",
+    help="How long to search for better codes. 3 takes about six times as long as 1, 9 about forty times.",
 )
 @click.option(
     "--tune",

@@ -1,7 +1,6 @@
 """One optimisation step: gradients, optimisers, averages."""
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from vqcodec import precision
 from vqcodec.models.layers import ResidualBlock
 from vqcodec.models.quantizer import Codebook
+from vqcodec.pictures.caught import caught_warnings
 from vqcodec.train import codebooks, phases, process
 from vqcodec.train.loss import RateDistortion
 from vqcodec.train.optimisers import set_learning_rates
@@ -129,8 +129,7 @@ def _compile(run: Run, crops: Tensor, quality: Tensor) -> None:
     """
     run.trained, run.compiled = run.model, True  # free of hooks, see phases.py
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's of itself
+        with caught_warnings():  # torch's of itself
             compiled: nn.Module = torch.compile(run.model, dynamic=False)  # type: ignore[assignment]
             run.trained = phases.distributed(run, compiled)
             _gradients(run, crops, quality, torch.tensor(1.0))
