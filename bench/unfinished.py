@@ -5,8 +5,9 @@
     vqcodec train PICTURES -o better.safetensors --from next/photo.safetensors
 
 It is for runs that go on elsewhere, without the checkpoint of twenty times the size. Kept are the averaged transforms:
-their differences to the weights', in eight bits with a unit for every row. What stands in for the prior while rounding
-is kept in half precision, by its names in a checkpoint. Codebooks, prior and optimisers begin anew.
+their differences to the weights', in eight bits with a unit for every row, and in half precision what the weights do
+not have. What stands in for the prior while rounding is kept in half precision as well, by its names in a checkpoint.
+Codebooks, prior and optimisers begin anew.
 """
 
 import argparse
@@ -22,11 +23,13 @@ from torch import Tensor
 
 from vqcodec import weights
 from vqcodec.errors import TrainingError, VqcodecError
+from vqcodec.models.config import Config
 from vqcodec.models.vqvae import VQVAE
 from vqcodec.train import checkpoint
+from vqcodec.train.job import differences, grown
 
 TRANSFORMS = "average.vqvae."
-DIFFERENCE, UNIT = "since.", "unit."
+DIFFERENCE, UNIT, NEW = "since.", "unit.", "new."
 
 
 def pack(start: Path, run: Path, output: Path) -> None:
@@ -40,14 +43,19 @@ def pack(start: Path, run: Path, output: Path) -> None:
     """
     model, saved = weights.load(start), checkpoint.read(run)
     tensors = {k: v.half() for k, v in saved.tensors.items() if k.startswith(checkpoint.ROUNDING)}
-    if saved.config != model.config or not tensors:
+    if differences(saved.config, grown(model.config, saved.config)) or not tensors:
         raise TrainingError(f"{run} is not of a run of the configuration of {start} that began with rounding")
-    for name, before in _transforms(model.vqvae).items():
-        change = (saved.tensors[TRANSFORMS + name].float() - before).reshape(_rows(before), -1)
+    known = model.vqvae.state_dict()
+    for name in _transforms(VQVAE(saved.config)):
+        learned = saved.tensors[TRANSFORMS + name].float()
+        if name not in known:
+            tensors[NEW + name] = learned.half()
+            continue
+        change = (learned - known[name]).reshape(_rows(learned), -1)
         unit = (change.abs().amax(1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
         tensors[DIFFERENCE + name] = (change / unit).round().to(torch.int8)
         tensors[UNIT + name] = unit
-    facts = {"weights": model.id.hex(), "crops": str(saved.facts.crops)}
+    facts = {"weights": model.id.hex(), "crops": str(saved.facts.crops), "config": saved.config.to_json()}
     save_file({k: v.contiguous() for k, v in tensors.items()}, output, facts)
 
 
@@ -61,22 +69,27 @@ def unpack(start: Path, packed: Path, output: Path) -> None:
         VqcodecError: the files cannot be read or do not fit.
     """
     model = weights.load(start)
-    vqvae, prior = copy.deepcopy(model.vqvae), copy.deepcopy(model.prior)
     try:
         with safe_open(packed, framework="pt") as file:
-            found = (file.metadata() or {}).get("weights")
+            facts = file.metadata() or {}
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise TrainingError(f"cannot read {packed}: {error}") from None
-    if found != model.id.hex():
-        raise TrainingError(f"{packed} is of weights {found}, {start} are {model.id.hex()}")
+    if facts.get("weights") != model.id.hex():
+        raise TrainingError(f"{packed} is of weights {facts.get('weights')}, {start} are {model.id.hex()}")
+    config = Config.from_json(facts.get("config", ""))
+    vqvae, prior = VQVAE(config), copy.deepcopy(model.prior)
+    vqvae.load_state_dict(model.vqvae.state_dict(), strict=False)
     try:
         for name, tensor in _transforms(vqvae).items():
-            tensor += (tensors[DIFFERENCE + name] * tensors[UNIT + name]).reshape(tensor.shape)
+            if NEW + name in tensors:
+                tensor.copy_(tensors[NEW + name])
+            else:
+                tensor += (tensors[DIFFERENCE + name] * tensors[UNIT + name]).reshape(tensor.shape)
     except (LookupError, RuntimeError):
         raise TrainingError(f"{packed} lacks what {start} needs: {DIFFERENCE}{name}") from None
     prior.thaw()
-    weights.save_model(output, model.config, vqvae, prior, {"from": model.id.hex()})
+    weights.save_model(output, config, vqvae, prior, {"from": model.id.hex()})
     learned = {k: v for k, v in tensors.items() if k.startswith(checkpoint.ROUNDING)}
     save_file(learned, checkpoint.path_of(output))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vqcodec import coding, weights
 from vqcodec.bitstream import Header
-from vqcodec.models.config import Config, PriorConfig, SliceConfig, StageConfig
+from vqcodec.models.config import CellConfig, Config, PriorConfig, SliceConfig, StageConfig
 from vqcodec.models.integers import QualityBias
 from vqcodec.models.layers import ResidualBlock
 from vqcodec.models.model import Model
@@ -47,6 +47,7 @@ TINY = Config(
             lapped=True,
             renderer=16,
             groups=2,
+            cells=CellConfig(8, 2, 1, 1, 2),
         ),
         StageConfig(32, 12, 16, 1, 1, (SliceConfig(planes=12, dim=1, codes=512, layer=0, rows=60),)),
     ),

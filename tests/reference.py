@@ -345,6 +345,11 @@ class Renderer:
         features, x = x, shuffle(self.conv(f"{name}.synthesis", x), r)
         if stage["lapped"]:
             x = self.unlap(x, r)
+        for block in range((stage.get("cells") or {"decoder_blocks": 0})["decoder_blocks"]):
+            basis = self.tensor(f"{name}.cell_decoder.basis")
+            cells = np.tensordot(basis, unshuffle(x, 4), 1)
+            added = self.block(f"{name}.cell_decoder.blocks.{block}", cells) - cells
+            x = x + shuffle(np.tensordot(basis.T, added, 1), 4)
         if stage["renderer"]:
             x = self.render(x, features)
         return x

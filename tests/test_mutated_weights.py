@@ -61,6 +61,9 @@ def slices(count: int) -> list[dict[str, int]]:
     return [{"planes": 1, "dim": 1, "codes": 3, "layer": 0, "rows": 2} for _ in range(count)]
 
 
+CELLS = {"hidden": 8, "encoder_blocks": 1, "decoder_blocks": 1}
+
+
 @pytest.mark.parametrize(
     ("path", "value", "named"),
     [
@@ -69,6 +72,9 @@ def slices(count: int) -> list[dict[str, int]]:
         (("stages", 0, "channels"), 8192, "slices cover 24 of 8192 channels"),
         (("stages", 0, "stride"), 16, "stages.0.analysis.weight"),
         (("stages", 0, "renderer"), 8192, "stages.0.renderer.modulation.weight"),
+        (("stages", 0, "cells", "hidden"), 8192, "stages.0.cell_encoder.blocks.0.reduce.weight"),
+        (("stages", 0, "cells", "encoder_blocks"), 256, "stages.0.cell_encoder.blocks.2.reduce.weight"),
+        (("stages", 0, "cells", "decoder_groups"), 1, "stages.0.cell_decoder.blocks.0.spatial.weight"),
         (("stages", 1, "hidden"), 8192, "stages.1.encoder.0.reduce.weight"),
         (("stages", 1, "encoder_blocks"), 256, "stages.1.encoder.1.reduce.weight"),
         (("stages", 0, "decoder_blocks"), 256, "stages.0.decoder.1.reduce.weight"),
@@ -96,6 +102,7 @@ def test_a_configuration_is_compared_with_the_file_before_networks_are_made(
     [
         (("stages", 0, "renderer"), 8192, "stages.0.renderer.features.weight"),
         (("stages", 0, "lapped"), True, "stages.0.lap.weight"),
+        (("stages", 0, "cells"), CELLS, "stages.0.cell_encoder.blocks.0.reduce.weight"),
         (("stages", 1, "slices", 0, "codes"), 32768, "slices.0.0.codebook.vectors"),
         (("prior", "layers"), 256, "prior.levels.0.slices.0.layers.2.vertical.weight"),
         (("prior", "layers"), 0, "needs rows"),
@@ -104,7 +111,7 @@ def test_a_configuration_is_compared_with_the_file_before_networks_are_made(
 def test_a_configuration_that_asks_for_more_than_the_file_has(
     path: tuple[Any, ...], value: Any, named: str, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a model in raster order without a lap and a renderer."""
+    """Of a model in raster order without a lap, a renderer and blocks on cells."""
     model = models.raster(layers=2)
     models.save(model, file)
     with safe_open(file, framework="pt") as opened:

@@ -838,6 +838,24 @@ def test_the_configuration_comes_with_the_weights(
     assert weights.load(third).config == expected
 
 
+def test_blocks_on_cells_can_be_added(pictures: Path, tmp_path: Path, untuned: None) -> None:
+    """To weights that have none, if the configuration has: they begin by adding nothing, and then learn."""
+    finest = dataclasses.replace(TINY.stages[0], cells=None)
+    plain = dataclasses.replace(TINY, stages=(finest, *TINY.stages[1:]))
+    first = models.save(models.tiny(plain), tmp_path / "first.safetensors")
+    second, third = tmp_path / "second.safetensors", tmp_path / "third.safetensors"
+    run(pictures, second, 0.5, start_from=first, config=TINY, schedule=ROUNDING)
+    run(pictures, third, 0.1, start_from=first, config=None, schedule=ROUNDING)
+    assert (weights.load(second).config, weights.load(third).config) == (TINY, plain)
+    assert log_of(second)[0]["cost"] == pytest.approx(log_of(third)[0]["cost"], rel=1e-4)
+    stage = weights.load(second).vqvae.stage(0)
+    for part in (stage.cell_encoder, stage.cell_decoder):
+        assert part is not None
+        assert all(block.expand.weight.any() for block in part.blocks)
+    with pytest.raises(TrainingError, match="differing in stages"):
+        run(pictures, third, 0.1, start_from=second, config=plain)
+
+
 def test_what_stood_in_for_the_prior_goes_on(
     taken_over: Run, pictures: Path, tmp_path: Path, unmeasured: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,8 +4,10 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import models
 import pytest
 import torch
+from models import TINY
 from safetensors import safe_open
 from safetensors.torch import save_file
 from trainer import SMALL, checkpoint_of, log_of, make_pictures, run, small_runs
@@ -56,6 +58,22 @@ def test_a_run_goes_on_with_what_it_has_learned(folder: Path, tmp_path: Path) ->
     with small_runs():
         run(folder / "pictures", tmp_path / "third.safetensors", 0.3, schedule=ROUNDING, start_from=unpacked)
     assert math.isfinite(log_of(tmp_path / "third")[-1]["cost"])
+
+
+def test_a_run_that_has_more_than_its_weights(folder: Path, tmp_path: Path) -> None:
+    """Blocks on cells that the weights do not have are kept as well."""
+    plain = replace(TINY, stages=(replace(TINY.stages[0], cells=None), *TINY.stages[1:]))
+    first = models.save(models.tiny(plain), tmp_path / "first.safetensors")
+    packed, unpacked = tmp_path / "packed", tmp_path / "next.safetensors"
+    with small_runs():
+        options = {"schedule": ROUNDING, "start_from": first, "config": TINY, "crops": 4000}
+        run(folder / "pictures", tmp_path / "second.safetensors", 0.5, **options)
+    assert call("pack", first, tmp_path / "second.ckpt", packed) == 0
+    assert call("unpack", first, packed, unpacked) == 0
+    model, learned = weights.load(unpacked), checkpoint_of(tmp_path / "second")
+    assert model.config == TINY
+    cells = {name: tensor for name, tensor in model.vqvae.state_dict().items() if ".cell_" in name}
+    assert cells and all(torch.equal(t, learned[f"average.vqvae.{name}"].half()) for name, t in cells.items())
 
 
 def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

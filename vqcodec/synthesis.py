@@ -198,7 +198,7 @@ class GridEstimate(Estimate):
         scale = self.scale
         side = self.model.config.stages[0].stride // scale  # of the pixels that a position becomes
         kernel = self.model.reduced(scale) if scale > 1 else None
-        local = self.vqvae.local_reach() if kernel is None else 1
+        local = self.vqvae.local_reach(decoder=True) if kernel is None else 1
         asked = _pixels(self.frame, self.region, scale)
         own = _coarser(asked, side)
         pixels = np.empty((self.pictures, *((s.stop - s.start) * side for s in own), 3), np.uint8)
@@ -269,18 +269,18 @@ def analyse(model: Model, pixels: NDArray[np.uint8], quality: Tensor) -> list[Te
     Returns:
         For each level, coarse first, float (B, C, h, w) over the padded pictures.
     """
-    return model.vqvae.encode(_transform(model, pixels), quality)
+    return model.vqvae.encode(_transform(model, pixels, quality), quality)
 
 
-def _transform(model: Model, pixels: NDArray[np.uint8]) -> Tensor:
+def _transform(model: Model, pixels: NDArray[np.uint8], quality: Tensor) -> Tensor:
     """`VQVAE.transform` of the padded pictures: float (B, C, h, w)."""
     finest, unit = model.config.stages[0], model.config.multiple
     height, width = (-(-side // unit) * unit // finest.stride for side in pixels.shape[1:3])
     x = _empty((len(pixels), finest.channels, height, width), model.device)
-    reach = model.vqvae.local_reach()
+    reach = model.vqvae.local_reach(decoder=False)
     for band, around, own in _bands(x.shape, slice(0, height), finest.stride, reach, model.device):
         part = cut(model, pixels, (around, slice(0, width)), finest.stride)
-        x[:, :, band] = model.vqvae.transform(part)[:, :, own]
+        x[:, :, band] = model.vqvae.transform(part, quality)[:, :, own]
     return x
 
 

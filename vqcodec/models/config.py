@@ -89,6 +89,31 @@ class SliceConfig:
 
 
 @dataclass(frozen=True)
+class CellConfig:
+    """Residual blocks at the pixels, in cells of 4 x 4 (`pixels.CellBlocks`).
+
+    Attributes:
+        hidden: channels within a block.
+        encoder_blocks, decoder_blocks: number of blocks on each side.
+        encoder_groups, decoder_groups: groups of their 3x3 convolutions; divisors of `hidden`.
+    """
+
+    hidden: int
+    encoder_blocks: int
+    decoder_blocks: int
+    encoder_groups: int = 1
+    decoder_groups: int = 1
+
+    def __post_init__(self) -> None:
+        _check_range(self, 1, "hidden", high=MOST_CHANNELS)
+        _check_range(self, 0, "encoder_blocks", "decoder_blocks", high=MOST_BLOCKS)
+        _check_range(self, 1, "encoder_groups", "decoder_groups", high=self.hidden)
+        for name in ("encoder_groups", "decoder_groups"):
+            if self.hidden % getattr(self, name):
+                raise ValueError(f"{name} must divide hidden, {self.hidden}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """One resolution of the encoder and the decoder.
 
@@ -102,6 +127,7 @@ class StageConfig:
         renderer: hidden channels of the network that refines pixels after the finest stage (`pixels.Renderer`); 0 for
             none.
         groups: groups of the 3x3 convolutions of residual blocks; a divisor of `hidden`, which makes them depthwise.
+        cells: residual blocks before the finest stage's transform and behind its inverse; None for none.
     """
 
     stride: int
@@ -113,6 +139,7 @@ class StageConfig:
     lapped: bool = False
     renderer: int = 0
     groups: int = 1
+    cells: CellConfig | None = None
 
     def __post_init__(self) -> None:
         _check_range(self, 1, "stride", high=MAX_STRIDE)
@@ -203,8 +230,10 @@ class Config:
         if MAX_STRIDE % self.multiple:
             raise ValueError(f"the coarsest stride must divide {MAX_STRIDE}, got {self.multiple}")
         finest = self.stages[0]
-        if any(stage.renderer for stage in self.stages[1:]) or (finest.renderer and finest.stride % CELL):
-            raise ValueError(f"a renderer needs the finest stage, with a stride that {CELL} divides")
+        for name in ("renderer", "cells"):
+            elsewhere = any(getattr(stage, name) for stage in self.stages[1:])
+            if elsewhere or (getattr(finest, name) and finest.stride % CELL):
+                raise ValueError(f"{name} need the finest stage, with a stride that {CELL} divides")
         if any(stage.lapped for stage in self.stages[1:]):
             raise ValueError("only the finest stage can be lapped")
         _check_number("commitment", self.commitment, 0, 1e6)
@@ -267,12 +296,16 @@ class Config:
         """
         try:
             fields: dict[str, Any] = json.loads(text)
-            stages = tuple(
-                StageConfig(**{**s, "slices": tuple(SliceConfig(**p) for p in s["slices"])})
-                for s in fields.pop("stages")
-            )
+            stages = tuple(_stage(s) for s in fields.pop("stages"))
             prior = PriorConfig(**fields.pop("prior"))
             fields["lambda_range"] = tuple(fields["lambda_range"])
             return Config(stages=stages, prior=prior, **fields)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise WeightsError(f"not a model configuration: {error}") from None
+
+
+def _stage(fields: dict[str, Any]) -> StageConfig:
+    """A stage from what JSON says of it."""
+    slices = tuple(SliceConfig(**piece) for piece in fields["slices"])
+    cells = fields.get("cells")
+    return StageConfig(**{**fields, "slices": slices, "cells": None if cells is None else CellConfig(**cells)})

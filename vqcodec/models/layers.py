@@ -7,8 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vqcodec.models.config import StageConfig
-
 # Factor on the energy of the mean over all positions of what a block adds (`ResidualBlock.energy`). The mean carries no
 # information on the picture, but gradient noise lets it drift.
 COMMON = 20.0
@@ -58,6 +56,9 @@ class ResidualBlock(nn.Module):
     channels as well as strong ones, but its output is never larger than the next block's usual input, which keeps
     chains of blocks stable. Outside training the sum is in float32, because latents are large compared to their steps.
 
+    Args:
+        channels: of the map, C. hidden: channels within the block. groups: of the 3x3 convolution.
+
     Attributes:
         deviation: float (C,), standard deviations of the input channels.
         energy: float (B,), set in training: mean over positions of the squares that the last call added, summed over
@@ -67,12 +68,11 @@ class ResidualBlock(nn.Module):
     deviation: Tensor
     energy: Tensor
 
-    def __init__(self, config: StageConfig) -> None:
+    def __init__(self, channels: int, hidden: int, groups: int = 1) -> None:
         super().__init__()
-        channels, hidden = config.channels, config.hidden
         self.register_buffer("deviation", torch.ones(channels))
         self.reduce = nn.Conv2d(channels, hidden, 1)
-        self.spatial = nn.Conv2d(hidden, hidden, 3, padding=1, groups=config.groups)
+        self.spatial = nn.Conv2d(hidden, hidden, 3, padding=1, groups=groups)
         self.expand = nn.Conv2d(hidden, channels, 1)
         self.quality = nn.Linear(6, 2 * hidden)
         for weight in (self.expand.weight, self.expand.bias, self.quality.weight, self.quality.bias):
@@ -87,7 +87,7 @@ class ResidualBlock(nn.Module):
             overwrite: x is not needed any more: the result may take its place in memory.
         """
         if len(cond.unit) == 1 and not self.training:
-            return self._at_one_quality(x, cond, overwrite)
+            return self.at_one_quality(x, cond, overwrite)
         gain, shift = self.quality(cond.basis)[:, :, None, None].chunk(2, 1)
         size = torch.maximum(self.deviation, cond.unit[:, None])
         y = functional.leaky_relu_(self.reduce(x * (1 / size)[:, :, None, None].to(x.dtype)), 0.1)
@@ -99,10 +99,16 @@ class ResidualBlock(nn.Module):
             self.energy = cond.unit.square() * energy + (COMMON - 1) * common
         return x + (cond.unit[:, None, None, None] * y).to(x.dtype)
 
-    def _at_one_quality(self, x: Tensor, cond: Condition, overwrite: bool) -> Tensor:
+    def at_one_quality(
+        self, x: Tensor, cond: Condition, overwrite: bool = False, basis: Tensor | None = None
+    ) -> Tensor:
         """`forward` for pictures of one quality, with the modulation folded into the kernels.
 
         Without gradients it processes strips of rows. If they fit the cache, that is twice as fast at stride 4.
+
+        Args:
+            x, cond, overwrite: as of `forward`.
+            basis: orthonormal rows, (C, C), by which x becomes the map that the block refines; None where it is that.
         """
         gain, shift = self.quality(cond.basis)[0].chunk(2)
         reduce = self.reduce.weight / torch.maximum(self.deviation, cond.unit)[:, None, None]
@@ -110,6 +116,9 @@ class ResidualBlock(nn.Module):
         expand = self.expand.weight * cond.unit
         assert self.spatial.bias is not None and self.expand.bias is not None
         spatial_bias, expand_bias = self.spatial.bias * (1 + gain) + shift, self.expand.bias * cond.unit
+        if basis is not None:
+            reduce = torch.einsum("hcyx,cd->hdyx", reduce, basis)
+            expand, expand_bias = torch.einsum("chyx,cd->dhyx", expand, basis), expand_bias @ basis
 
         def added(start: int, stop: int) -> Tensor:
             above = min(start, 1)

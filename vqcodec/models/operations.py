@@ -9,7 +9,7 @@ Shapes = Mapping[str, Sequence[int]]  # of the tensors in a weights file, by nam
 
 _LEARNED = {"weight", "bias", "vectors", "family", "log_steps"}
 _CURVE = 4  # coefficients of each channel of an `integers.QualityBias`, of which files hold a table
-_SIDE = {"lap": "encoder", "analysis": "encoder", "encoder": "encoder"}  # all other parts of a stage decode
+_SIDE = dict.fromkeys(("cell_encoder", "lap", "analysis", "encoder"), "encoder")  # all other parts of a stage decode
 
 
 def parameters(shapes: Shapes) -> int:
@@ -49,7 +49,7 @@ def _of_stage(stride: int, path: list[str], shape: Sequence[int]) -> float:
     """How often a picture pixel needs a weight of this tensor of a stage, on average."""
     if path in (["lap", "weight"], ["unlap", "weight"]):  # `pixels.SeparableLap`: along rows and columns, 3 channels
         return 2 * shape[0] * 3 / stride**2
-    if path[0] == "renderer" and path[1] in ("reduce", "mix", "expand"):
+    if path[0].startswith("cell_") or (path[0] == "renderer" and path[1] in ("reduce", "mix", "expand")):
         return 1 / CELL**2
     return 1 / stride**2
 

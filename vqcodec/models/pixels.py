@@ -1,9 +1,9 @@
-"""Cheap pixel-domain layers around a coarse finest stage: a separable lapped filter and a renderer.
+"""Cheap pixel-domain layers around a coarse finest stage: residual blocks, a separable lapped filter and a renderer.
 
 Networks at stride 16 are cheap, but their transform works on separate patches. The lap removes the borders between
-patches. The renderer refines each cell of 4 x 4 pixels with pointwise layers that
-the features of its patch modulate (Jia et al. 2026, "PULSE", section 2, "Synthesis transform"; modulation as in Peebles
-& Xie 2023, "Scalable diffusion models with transformers", adaptive layer norm).
+patches. Residual blocks on cells of 4 x 4 pixels treat edges alike wherever in a patch they lie. The renderer refines
+each cell with pointwise layers that the features of its patch modulate (Jia et al. 2026, "PULSE", section 2, "Synthesis
+transform"; modulation as in Peebles & Xie 2023, "Scalable diffusion models with transformers", adaptive layer norm).
 """
 
 import itertools
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vqcodec.models.config import CELL, FEATURES
+from vqcodec.models.layers import Condition, ResidualBlock
 
 STRIP = 1536  # cells that a CPU processes at a time
 
@@ -44,6 +45,45 @@ class SeparableLap(nn.Module):
                 inner = torch.matmul(self.weight, lines).flatten(2, 3)
                 x = torch.cat([x[:, :, :half], inner, x[:, :, -half:]], 2)
         return x
+
+
+class CellBlocks(nn.Module):
+    """Residual blocks on the cells of a picture, which are maps of their principal components.
+
+    Args:
+        count: number of blocks. hidden: channels within a block. groups: of their 3x3 convolutions.
+
+    Attributes:
+        basis: float (48, 48), principal components of the pixels of a cell as orthonormal rows.
+    """
+
+    basis: Tensor
+
+    def __init__(self, count: int, hidden: int, groups: int) -> None:
+        super().__init__()
+        channels = 3 * CELL**2
+        self.register_buffer("basis", torch.eye(channels))
+        self.blocks = nn.ModuleList([ResidualBlock(channels, hidden, groups) for _ in range(count)])
+
+    def forward(self, pixels: Tensor, cond: Condition) -> Tensor:
+        """Refine pixels, float (B, 3, H, W), centred and scaled to about unit range."""
+        cells = functional.pixel_unshuffle(pixels, CELL)
+        if len(cond.unit) == 1 and not self.training:
+            cells = cells.contiguous(memory_format=torch.channels_last)
+            for block in self.blocks:
+                assert isinstance(block, ResidualBlock)
+                cells = block.at_one_quality(cells, cond, overwrite=True, basis=self.basis)
+            return functional.pixel_shuffle(cells, CELL)
+        x = components = _pointwise(cells, self.basis)
+        for block in self.blocks:
+            x = block(x, cond)
+        # Not the components themselves: weights files round the basis, so that these are not quite the pixels.
+        return pixels + functional.pixel_shuffle(_pointwise(x - components, self.basis.T), CELL)
+
+    @property
+    def energy(self) -> Tensor:
+        """The sum of all blocks' `ResidualBlock.energy`, (B,)."""
+        return torch.stack([block.energy for block in self.blocks if isinstance(block, ResidualBlock)]).sum(0)
 
 
 class Renderer(nn.Module):

@@ -4,10 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from vqcodec.errors import WeightsError
-from vqcodec.models.config import Config, PriorConfig, SliceConfig, StageConfig
+from vqcodec.models.config import CellConfig, Config, PriorConfig, SliceConfig, StageConfig
 
-# All residual blocks are at strides 16 and 64, a renderer of pointwise layers works on the pixels, and probabilities
-# come from stored tables.
+# Most residual blocks are at strides 16 and 64, and four of a few channels at stride 4. A renderer of pointwise layers
+# works on the pixels, and probabilities come from stored tables.
 PHOTO = Config(
     name="photo",
     stages=(
@@ -25,6 +25,7 @@ PHOTO = Config(
             lapped=True,
             renderer=64,
             groups=8,
+            cells=CellConfig(hidden=64, encoder_blocks=3, decoder_blocks=1, decoder_groups=4),
         ),
         StageConfig(
             stride=64,

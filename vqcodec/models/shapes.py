@@ -6,7 +6,7 @@ networks that pass the comparison take a small multiple of the memory that their
 
 from collections.abc import Iterator
 
-from vqcodec.models.config import CELL, FEATURES, Config, StageConfig
+from vqcodec.models.config import CELL, FEATURES, CellConfig, Config
 
 NamedShapes = Iterator[tuple[str, tuple[int, ...]]]
 
@@ -25,16 +25,28 @@ def large_tensors(config: Config) -> NamedShapes:
             yield f"{name}.renderer.mix.weight", (stage.renderer, stage.renderer, 1, 1)
         for part, count in (("encoder", stage.encoder_blocks), ("decoder", stage.decoder_blocks)):
             for block in range(count):
-                yield from _block(f"{name}.{part}.{block}", stage)
+                yield from _block(f"{name}.{part}.{block}", stage.channels, stage.hidden, stage.groups)
+        yield from _cells(name, stage.cells)
         channels, stride = stage.channels, stage.stride
     for level in range(len(config.levels)):
         yield from _level(config, level)
 
 
-def _block(name: str, stage: StageConfig) -> NamedShapes:
+def _block(name: str, channels: int, hidden: int, groups: int) -> NamedShapes:
     """Of a residual block."""
-    yield f"{name}.reduce.weight", (stage.hidden, stage.channels, 1, 1)
-    yield f"{name}.spatial.weight", (stage.hidden, stage.hidden // stage.groups, 3, 3)
+    yield f"{name}.reduce.weight", (hidden, channels, 1, 1)
+    yield f"{name}.spatial.weight", (hidden, hidden // groups, 3, 3)
+
+
+def _cells(name: str, cells: CellConfig | None) -> NamedShapes:
+    """Of the residual blocks on cells of a stage."""
+    if cells is not None:
+        for side, count, groups in (
+            ("encoder", cells.encoder_blocks, cells.encoder_groups),
+            ("decoder", cells.decoder_blocks, cells.decoder_groups),
+        ):
+            for block in range(count):
+                yield from _block(f"{name}.cell_{side}.blocks.{block}", 3 * CELL**2, cells.hidden, groups)
 
 
 def _level(config: Config, level: int) -> NamedShapes:
@@ -42,7 +54,7 @@ def _level(config: Config, level: int) -> NamedShapes:
     width, stage = config.prior.channels, config.levels[level]
     for index, piece in enumerate(stage.slices):
         if level or index:
-            yield from _block(f"vqvae.slices.{level}.{index}.refine", stage)
+            yield from _block(f"vqvae.slices.{level}.{index}.refine", stage.channels, stage.hidden, stage.groups)
         yield f"vqvae.slices.{level}.{index}.codebook.vectors", (piece.planes, piece.codes, piece.dim)
         tables, prior = f"tables.levels.{level}.{index}", f"prior.levels.{level}.slices.{index}"
         if piece.rows:

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vqcodec.models.config import Config, StageConfig
+from vqcodec.models.config import CELL, CellConfig, Config, StageConfig
 from vqcodec.models.layers import STRIP, Condition, Linear1x1, ResidualBlock
-from vqcodec.models.pixels import Renderer, SeparableLap
+from vqcodec.models.pixels import CellBlocks, Renderer, SeparableLap
 from vqcodec.models.quantizer import Codebook
 
 # Pixels are centred and scaled to about unit range; latents are orthonormal combinations of such pixels.
@@ -57,12 +57,15 @@ class Stage(nn.Module):
         self.ratio = config.stride // (finer.stride if finer else 1)
         channels = finer.channels if finer else 3
         inputs = channels * self.ratio**2
+        cells = config.cells or CellConfig(1, 0, 0)
+        self.cell_encoder = _cell_blocks(cells.encoder_blocks, cells.hidden, cells.encoder_groups)
         self.lap = SeparableLap(config.stride) if config.lapped else None
         self.analysis = Linear1x1(inputs, config.channels)
-        self.encoder = nn.ModuleList([ResidualBlock(config) for _ in range(config.encoder_blocks)])
-        self.decoder = nn.ModuleList([ResidualBlock(config) for _ in range(config.decoder_blocks)])
+        self.encoder = nn.ModuleList([_block(config) for _ in range(config.encoder_blocks)])
+        self.decoder = nn.ModuleList([_block(config) for _ in range(config.decoder_blocks)])
         self.synthesis = Linear1x1(config.channels, inputs)
         self.unlap = SeparableLap(config.stride) if config.lapped else None
+        self.cell_decoder = _cell_blocks(cells.decoder_blocks, cells.hidden, cells.decoder_groups)
         self.renderer = Renderer(config.channels, config.renderer, config.stride) if config.renderer else None
 
     def analyse(self, x: Tensor) -> Tensor:
@@ -90,12 +93,22 @@ class Stage(nn.Module):
     def synthesise(self, x: Tensor, cond: Condition) -> Tensor:
         """(B, C, h, w) -> the next finer stage's features (B, C', h * ratio, w * ratio), or pixels."""
         finer = self.linear(x)
+        if self.cell_decoder is not None:
+            finer = self.cell_decoder(finer, cond)
         return finer if self.renderer is None else self.renderer(finer, x, cond.unit)
 
     def linear(self, x: Tensor) -> Tensor:
         """The linear part of `synthesise`."""
         finer = functional.pixel_shuffle(self.synthesis(x), self.ratio)
         return finer if self.unlap is None else self.unlap(finer)
+
+
+def _block(config: StageConfig) -> ResidualBlock:
+    return ResidualBlock(config.channels, config.hidden, config.groups)
+
+
+def _cell_blocks(count: int, hidden: int, groups: int) -> CellBlocks | None:
+    return CellBlocks(count, hidden, groups) if count else None
 
 
 class SliceQuantizer(nn.Module):
@@ -113,7 +126,7 @@ class SliceQuantizer(nn.Module):
         self.stop = self.start + piece.channels
         self.planes, self.dim = piece.planes, piece.dim
         first = stage is config.levels[0] and index == 0
-        self.refine = None if first else ResidualBlock(stage)
+        self.refine = None if first else _block(stage)
         self.codebook = Codebook(piece, config.codebook)
         steps = START_STEP * usual_step(config, torch.arange(KNOTS, dtype=torch.float32) / (KNOTS - 1))
         self.log_steps = nn.Parameter(steps.log()[:, None].repeat(1, piece.planes))
@@ -177,11 +190,12 @@ class VQVAE(nn.Module):
         Returns:
             For each level, coarse first, float (B, C, h, w).
         """
-        return self.encode(self.transform(pixels), quality)
+        return self.encode(self.transform(pixels, quality), quality)
 
-    def transform(self, pixels: Tensor) -> Tensor:
-        """The first step of `analyse`, linear and local: pixels -> (B, C, h, w) of the finest stage."""
-        return self.stage(0).analyse((pixels - PIXEL_CENTRE) / PIXEL_SCALE)
+    def transform(self, pixels: Tensor, quality: Tensor) -> Tensor:
+        """The first step of `analyse`, which is local: pixels -> (B, C, h, w) of the finest stage."""
+        stage, x = self.stage(0), (pixels - PIXEL_CENTRE) / PIXEL_SCALE
+        return stage.analyse(x if stage.cell_encoder is None else stage.cell_encoder(x, self.condition(quality)))
 
     def encode(self, x: Tensor, quality: Tensor) -> list[Tensor]:
         """The other steps of `analyse`: what `transform` gives, which is overwritten -> the latents of every level."""
@@ -259,7 +273,8 @@ class VQVAE(nn.Module):
 
     def renderer(self) -> dict[str, nn.Module]:
         """The modules, by name, that only decode the finest level's estimate to pixels: what a look replaces."""
-        named = ((name, getattr(self.stage(0), name)) for name in ("decoder", "synthesis", "unlap", "renderer"))
+        names = ("decoder", "synthesis", "unlap", "cell_decoder", "renderer")
+        named = ((name, getattr(self.stage(0), name)) for name in names)
         return {f"stages.0.{name}": part for name, part in named if part is not None}
 
     def added_error(self) -> Tensor:
@@ -273,18 +288,28 @@ class VQVAE(nn.Module):
             blocks = [*stage.encoder, *stage.decoder, *(piece.refine for piece in self.level_slices(level))]
             energy = sum(block.energy for block in blocks if isinstance(block, ResidualBlock))
             total = total + energy * PIXEL_SCALE**2 / (3 * config.stride**2)
+            for cells in (stage.cell_encoder, stage.cell_decoder):
+                if cells is not None:
+                    total = total + cells.energy * PIXEL_SCALE**2 / (3 * CELL**2)
         return total
 
     def decoder_reach(self, level: int) -> int:
         """The reach of `descend`: how many pixels away its result still depends on a position of a level's estimate."""
         c = self.config.levels[level]
-        return c.decoder_blocks * c.stride + c.lapped * c.stride // 2
+        return c.decoder_blocks * c.stride + self._local_pixels(level, decoder=True)
 
     def refinement_reach(self, level: int) -> int:
         """The reach of all refinement of a level: how many pixels away its final estimate depends on its first one."""
         blocks = sum(piece.refine is not None for piece in self.level_slices(level))
         return blocks * self.config.levels[level].stride
 
-    def local_reach(self) -> int:
-        """The reach of `transform` and of `render`, in positions of the finest stage."""
-        return int(self.config.stages[0].lapped)
+    def local_reach(self, decoder: bool) -> int:
+        """The reach of `transform`, or of `render`, in positions of the finest stage."""
+        pixels = self._local_pixels(len(self.config.levels) - 1, decoder)
+        return -(-pixels // self.config.stages[0].stride)
+
+    def _local_pixels(self, level: int, decoder: bool) -> int:
+        """The reach in pixels of a level's lap and blocks on cells."""
+        c = self.config.levels[level]
+        blocks = 0 if c.cells is None else c.cells.decoder_blocks if decoder else c.cells.encoder_blocks
+        return c.lapped * c.stride // 2 + CELL * blocks

@@ -57,7 +57,8 @@ def configuration(asked: str | Path | Config | None, given: Model | None, source
             file. look: whether another look of them is trained.
 
     Raises:
-        TrainingError: the weights differ from what was asked for in more than the commitment, or a look has none.
+        TrainingError: the weights differ from what was asked for in more than the commitment and blocks on cells that
+            they lack, or a look has none.
         WeightsError: unknown configuration.
     """
     config = asked if isinstance(asked, Config) else load_config(str(asked or "photo"))
@@ -69,9 +70,19 @@ def configuration(asked: str | Path | Config | None, given: Model | None, source
         return config
     if asked is None:
         return given.config
-    if fields := differences(config, given.config):
+    if fields := differences(config, grown(given.config, config)):
         raise TrainingError(f"{source} has another configuration than {config.name!r}, differing in {fields}")
     return config
+
+
+def grown(given: Config, asked: Config) -> Config:
+    """The configuration of weights with the residual blocks on cells that are asked for, if they have none."""
+    finest = given.stages[0]
+    if finest.cells is not None:
+        return given
+    return dataclasses.replace(
+        given, stages=(dataclasses.replace(finest, cells=asked.stages[0].cells), *given.stages[1:])
+    )
 
 
 def differences(asked: Config, given: Config) -> str:

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from vqcodec.models.layers import Linear1x1
+from vqcodec.models.pixels import CellBlocks
 from vqcodec.train.loss import RateDistortion
 from vqcodec.train.muon import Muon
 from vqcodec.train.schedule import Schedule
@@ -21,9 +22,12 @@ def optimisers_of(model: RateDistortion, schedule: Schedule) -> Optimisers:
     known = {id(p) for p in [*klt, *kernels]}
     prior = [p for p in model.prior.parameters() if id(p) not in known]
     known |= {id(p) for p in prior}
+    cells = [p for m in model.modules() if isinstance(m, CellBlocks) for p in m.parameters() if id(p) not in known]
+    known |= {id(p) for p in cells}
     others = [p for p in model.parameters() if id(p) not in known]
     groups = [
         {"params": others, "peak": schedule.rate},
+        {"params": cells, "peak": schedule.cell_rate},
         {"params": klt, "peak": schedule.klt_rate},
         {"params": prior, "peak": schedule.prior_rate},
     ]

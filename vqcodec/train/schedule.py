@@ -36,8 +36,10 @@ class Schedule:
         large_crop, large_from: from this share of the time on, the side of the crops; batches keep their pixels.
         mirror: whether half of the crops are mirrored.
         kernel_rate: Muon's peak learning rate for convolution kernels; None leaves them to Adam.
-        rate: Adam's peak learning rate for all other weights but the prior's.
+        rate: Adam's peak learning rate for all other weights but those below.
         prior_rate: Adam's peak learning rate for the prior.
+        cell_rate: Adam's peak learning rate for residual blocks on cells of pixels. They have few weights, which every
+            place of a crop teaches.
         klt_rate: Adam's peak learning rate for the KLT matrices. Their inputs are large: at the full rate a few steps
             would destroy them.
         warm_up_steps: optimiser steps over which learning rates rise from 0.
@@ -65,6 +67,7 @@ class Schedule:
     kernel_rate: float | None = None
     rate: float = 1e-3
     prior_rate: float = 3e-3
+    cell_rate: float = 4e-3
     klt_rate: float = 3e-5
     warm_up_steps: int = 100
     prior_at: float = 0.6

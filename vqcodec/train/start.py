@@ -28,7 +28,8 @@ def start_from_pictures(vqvae: VQVAE, pixels: Tensor) -> None:
         vqvae: a new network, on the CPU. pixels: training crops, float (B, 3, H, W), 0..255, H and W multiples of
             `Config.multiple`.
     """
-    picture = x = (pixels - PIXEL_CENTRE) / PIXEL_SCALE
+    x = (pixels - PIXEL_CENTRE) / PIXEL_SCALE
+    start_cells(vqvae, pixels)
     for index, config in enumerate(vqvae.config.stages):
         stage = vqvae.stage(index)
         if stage.lap is not None and stage.unlap is not None:
@@ -49,16 +50,41 @@ def start_from_pictures(vqvae: VQVAE, pixels: Tensor) -> None:
             energy = deviation[piece.start : piece.stop].reshape(piece.planes, piece.dim).mean(1)
             middle = piece.steps(torch.tensor([50]))[0]
             piece.codebook.spread.copy_(torch.exp2((energy / middle / 2).clamp(min=1).log2().round()))
-        typical = deviation + 0.05 * deviation.max() / math.sqrt(len(deviation)) + 1e-4
+        typical = _typical(deviation)
         for block in blocks:
             assert isinstance(block, ResidualBlock)
             block.deviation.copy_(typical)
         if stage.renderer is not None:
             stage.renderer.deviation.copy_(typical)
-            cells = functional.pixel_unshuffle(picture, CELL)
-            stage.renderer.basis.copy_(principal_components(cells, cells.shape[1]))
-            components = functional.conv2d(cells, stage.renderer.basis[:, :, None, None])
-            stage.renderer.detail.copy_(components.square().mean((0, 2, 3)).sqrt())
+
+
+@torch.no_grad()
+def start_cells(vqvae: VQVAE, pixels: Tensor) -> None:
+    """Set the bases and deviations of what works on cells of 4 x 4 pixels.
+
+    Args:
+        vqvae, pixels: as of `start_from_pictures`.
+    """
+    stage = vqvae.stage(0)
+    if stage.renderer is None and stage.cell_encoder is None and stage.cell_decoder is None:
+        return
+    cells = functional.pixel_unshuffle((pixels - PIXEL_CENTRE) / PIXEL_SCALE, CELL)
+    basis = principal_components(cells, cells.shape[1])
+    deviation = functional.conv2d(cells, basis[:, :, None, None]).square().mean((0, 2, 3)).sqrt()
+    if stage.renderer is not None:
+        stage.renderer.basis.copy_(basis)
+        stage.renderer.detail.copy_(deviation)
+    for part in (stage.cell_encoder, stage.cell_decoder):
+        if part is not None:
+            part.basis.copy_(basis)
+            for block in part.blocks:
+                assert isinstance(block, ResidualBlock)
+                block.deviation.copy_(_typical(deviation))
+
+
+def _typical(deviation: Tensor) -> Tensor:
+    """The deviations (C,) that a residual block divides its input by: none is much smaller than the others."""
+    return deviation + 0.05 * deviation.max() / math.sqrt(len(deviation)) + 1e-4
 
 
 def lapped_filter(size: int) -> Tensor:
