@@ -1,4 +1,4 @@
-"""The separable lap and the renderer of a model whose finest stage is coarse, and such a model as a codec."""
+"""What works on the pixels of a model whose finest stage is coarse, and such a model as a codec."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +18,9 @@ from vqcodec.encoder import encode
 from vqcodec.frame import Frame
 from vqcodec.models import pixels as pixels_module
 from vqcodec.models.config import CELL, SliceConfig
+from vqcodec.models.layers import Condition, ResidualBlock
 from vqcodec.models.operations import macs_per_pixel
-from vqcodec.models.pixels import Renderer, SeparableLap
+from vqcodec.models.pixels import CellBlocks, Renderer, SeparableLap
 from vqcodec.models.recipes import PHOTO
 from vqcodec.models.vqvae import VQVAE
 from vqcodec.train.start import lapped_filter, start_from_pictures
@@ -49,6 +50,51 @@ def test_the_inverse_filter_takes_the_lap_back(size: tuple[int, int]) -> None:
     lapped = lap_of(lapped_filter(8).float())(x)
     assert torch.equal(lapped, x) == (size == (8, 8)), "a single patch has no borders"
     torch.testing.assert_close(lap_of(torch.linalg.inv(lapped_filter(8)).float())(lapped), x, atol=1e-4, rtol=1e-4)
+
+
+def cell_blocks() -> CellBlocks:
+    """With a basis that is rounded, as files round it."""
+    torch.manual_seed(0)
+    found = CellBlocks(count=2, hidden=8, groups=2).eval()
+    found.basis.copy_(torch.linalg.qr(torch.randn(48, 48))[0].half())
+    for block in found.blocks:
+        assert isinstance(block, ResidualBlock)
+        block.deviation.uniform_(0.1, 1)
+        for layer in (block.expand, block.quality):
+            nn.init.normal_(layer.weight, std=0.2)
+    return found
+
+
+def condition(*units: float) -> Condition:
+    return Condition(torch.linspace(-1, 1, 6 * len(units)).reshape(len(units), 6), torch.tensor(units))
+
+
+@torch.no_grad()
+def test_new_blocks_on_cells_change_nothing() -> None:
+    x = torch.randn(2, 3, 32, 48)
+    assert torch.equal(CellBlocks(2, 8, 2)(x, condition(0.2, 0.7)), x)
+
+
+@torch.no_grad()
+def test_blocks_on_cells_are_folded_for_one_quality() -> None:
+    """Pictures of one quality, whose bases are folded into the kernels, are as those among others."""
+    blocks, x = cell_blocks(), torch.randn(2, 3, 32, 48)
+    among_others, before = blocks(x, condition(0.2, 0.7)), x.clone()
+    for number, unit in enumerate((0.2, 0.7)):
+        own = replace(condition(0.2, 0.7), basis=condition(0.2, 0.7).basis[number, None], unit=torch.tensor([unit]))
+        torch.testing.assert_close(blocks(x[number, None], own), among_others[number, None], atol=2e-4, rtol=1e-4)
+    assert torch.equal(x, before), "what is given stays as it is"
+    assert (among_others - x).abs().mean() > 0.05
+
+
+@torch.no_grad()
+def test_the_reach_of_blocks_on_cells() -> None:
+    """A pixel changes those of its cell and of so many cells around it as there are blocks."""
+    x = torch.randn(1, 3, 64, 64)
+    moved = x.clone()
+    moved[:, :, 33, 30] += 1
+    changed = (cell_blocks()(x, condition(0.2)) != cell_blocks()(moved, condition(0.2))).any(1)[0].nonzero()
+    assert (changed.amin(0).tolist(), changed.amax(0).tolist()) == ([32 - 8, 28 - 8], [35 + 8, 31 + 8])
 
 
 def renderer() -> Renderer:
