@@ -12,6 +12,7 @@ from torch import Tensor
 from vqcodec import encoder, synthesis
 from vqcodec.bitstream import Header
 from vqcodec.models.config import Config
+from vqcodec.models.model import Estimate
 from vqcodec.models.quantizer import Codebook
 from vqcodec.train import loss
 from vqcodec.train.loss import RateDistortion, colour, pattern
@@ -71,6 +72,20 @@ def test_loss_and_what_the_codebook_learns_from(monkeypatch: pytest.MonkeyPatch)
             torch.testing.assert_close(piece.codebook.vectors.grad, gradient, rtol=1e-3, atol=1e-7)
     expected = expected + (0.02 * balance * weight * trained.vqvae.added_error()).mean()
     torch.testing.assert_close(losses.total.detach(), expected.detach(), rtol=1e-4, atol=0)
+
+
+def test_what_decoders_clip_costs_nothing() -> None:
+    """Values beyond 0 and 255 count as these, but have the gradients that they would have within."""
+    vqvae, quality = models.tiny().vqvae.eval(), torch.tensor([50])
+    estimate = Estimate(vqvae, quality, 64, 96)
+    estimate.values = (3 * torch.randn(1, 24, 8, 12)).requires_grad_()
+    beyond = vqvae.descend(1, estimate.values, quality)
+    assert bool((beyond < -1).any()) and bool((beyond > 256).any())
+    restored = estimate.pixels()
+    torch.testing.assert_close(restored, beyond.clamp(0, 255), atol=1e-4, rtol=0)
+    weight = torch.randn_like(beyond)
+    one, other = (torch.autograd.grad((weight * x).sum(), estimate.values)[0] for x in (restored, beyond))
+    torch.testing.assert_close(one, other)
 
 
 def test_colours() -> None:

@@ -238,8 +238,12 @@ class Estimate:
         self.values = torch.cat([self.values[:, :start], latents, self.values[:, stop:]], 1)
 
     def pixels(self) -> Tensor:
-        """Decode the finished estimate, after the walk: float32 (B, 3, H, W), about 0..255, not clipped."""
-        return self.vqvae.descend(len(self.vqvae.config.levels) - 1, self.values, self.quality).float()
+        """Decode the finished estimate, after the walk: float32 (B, 3, H, W), 0..255.
+
+        Values beyond are clipped, as in pictures, but their gradients pass.
+        """
+        x = self.vqvae.descend(len(self.vqvae.config.levels) - 1, self.values, self.quality).float()
+        return x + (x.clamp(0, 255) - x).detach()
 
     def _shape(self, level: Level) -> tuple[int, int, int, int]:
         height, width = self.size

@@ -55,7 +55,7 @@ class Losses:
         mse: (B,), mean squared error on the 0..255 scale.
         cost: (B,), bpp + lambda * mse.
         perceptual: (B,), perceptual distance; nan if it is not part of the loss.
-        reconstruction: pixels, float (B, 3, H, W), not clipped.
+        reconstruction: pixels, float (B, 3, H, W), 0..255.
     """
 
     total: Tensor
