@@ -56,7 +56,7 @@ def cell_blocks() -> CellBlocks:
     """With a basis that is rounded, as files round it."""
     torch.manual_seed(0)
     found = CellBlocks(count=2, hidden=8, groups=2).eval()
-    found.basis.copy_(torch.linalg.qr(torch.randn(48, 48))[0].half())
+    found.basis.copy_(torch.linalg.qr(torch.randn(48, 48)).Q.half())
     for block in found.blocks:
         assert isinstance(block, ResidualBlock)
         block.deviation.uniform_(0.1, 1)
@@ -75,14 +75,17 @@ def test_new_blocks_on_cells_change_nothing() -> None:
     assert torch.equal(CellBlocks(2, 8, 2)(x, condition(0.2, 0.7)), x)
 
 
-@torch.no_grad()
 def test_blocks_on_cells_are_folded_for_one_quality() -> None:
-    """Pictures of one quality, whose bases are folded into the kernels, are as those among others."""
+    """Pictures of one quality, whose bases are folded into the kernels without gradients, are as those among others."""
     blocks, x = cell_blocks(), torch.randn(2, 3, 32, 48)
-    among_others, before = blocks(x, condition(0.2, 0.7)), x.clone()
+    among_others, before = blocks(x, condition(0.2, 0.7)).detach(), x.clone()
     for number, unit in enumerate((0.2, 0.7)):
         own = replace(condition(0.2, 0.7), basis=condition(0.2, 0.7).basis[number, None], unit=torch.tensor([unit]))
-        torch.testing.assert_close(blocks(x[number, None], own), among_others[number, None], atol=2e-4, rtol=1e-4)
+        for gradients in (False, True):
+            with torch.set_grad_enabled(gradients):
+                one = blocks(x[number, None], own)
+            assert one.requires_grad == gradients
+            torch.testing.assert_close(one.detach(), among_others[number, None], atol=2e-4, rtol=1e-4)
     assert torch.equal(x, before), "what is given stays as it is"
     assert (among_others - x).abs().mean() > 0.05
 

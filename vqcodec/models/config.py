@@ -233,7 +233,7 @@ class Config:
         for name in ("renderer", "cells"):
             elsewhere = any(getattr(stage, name) for stage in self.stages[1:])
             if elsewhere or (getattr(finest, name) and finest.stride % CELL):
-                raise ValueError(f"{name} need the finest stage, with a stride that {CELL} divides")
+                raise ValueError(f"{name}: only the finest stage can have it, with a stride that {CELL} divides")
         if any(stage.lapped for stage in self.stages[1:]):
             raise ValueError("only the finest stage can be lapped")
         _check_number("commitment", self.commitment, 0, 1e6)
