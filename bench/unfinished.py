@@ -26,7 +26,7 @@ from vqcodec.errors import TrainingError, VqcodecError
 from vqcodec.models.config import Config
 from vqcodec.models.vqvae import VQVAE
 from vqcodec.train import checkpoint
-from vqcodec.train.job import differences, grown
+from vqcodec.train.job import differences, with_blocks
 
 TRANSFORMS = "average.vqvae."
 DIFFERENCE, UNIT, NEW = "since.", "unit.", "new."
@@ -43,7 +43,7 @@ def pack(start: Path, run: Path, output: Path) -> None:
     """
     model, saved = weights.load(start), checkpoint.read(run)
     tensors = {k: v.half() for k, v in saved.tensors.items() if k.startswith(checkpoint.ROUNDING)}
-    if differences(saved.config, grown(model.config, saved.config)) or not tensors:
+    if differences(saved.config, with_blocks(model.config, saved.config)) or not tensors:
         raise TrainingError(f"{run} is not of a run of the configuration of {start} that began with rounding")
     known = model.vqvae.state_dict()
     for name in _transforms(VQVAE(saved.config)):

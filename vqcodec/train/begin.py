@@ -10,7 +10,7 @@ from vqcodec import weights
 from vqcodec.models.layers import channels_last
 from vqcodec.models.model import Model
 from vqcodec.train import checkpoint, codebooks, crops, validation
-from vqcodec.train.start import start_cells, start_from_pictures
+from vqcodec.train.start import start_from_pictures
 from vqcodec.train.state import Run
 from vqcodec.train.step import maintaining
 
@@ -49,14 +49,14 @@ def with_weights(run: Run, given: Model, path: Path) -> None:
     """Go on from exported weights. The rate counts in full from the first step.
 
     Where rounding comes first, code vectors begin again as they do before all training. What stood in for the prior
-    when these weights were trained goes on, if their checkpoint still lies beside them and it fits. Residual blocks on
-    cells that the weights do not have add nothing at first.
+    when these weights were trained goes on, if their checkpoint still lies beside them and it fits. Residual blocks
+    that the weights do not have add nothing at first; those that only they have are left out.
 
     Args:
         given: the weights, and path: their file.
     """
-    if run.job.config.stages[0].cells != given.config.stages[0].cells:
-        start_cells(run.model.vqvae, _start_crops(run))
+    if run.job.config.stages != given.config.stages:
+        start_from_pictures(run.model.vqvae, _start_crops(run))
     run.model.vqvae.load_state_dict(given.vqvae.state_dict(), strict=False)
     prior = copy.deepcopy(given.prior)
     prior.thaw()

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from vqcodec.errors import TrainingError
-from vqcodec.models.config import Config
+from vqcodec.models.config import Config, StageConfig
 from vqcodec.models.model import Model
 from vqcodec.models.recipes import load_config
 from vqcodec.train.progress import Progress
@@ -57,8 +57,8 @@ def configuration(asked: str | Path | Config | None, given: Model | None, source
             file. look: whether another look of them is trained.
 
     Raises:
-        TrainingError: the weights differ from what was asked for in more than the commitment and blocks on cells that
-            they lack, or a look has none.
+        TrainingError: the weights differ from what was asked for in more than the commitment and numbers of residual
+            blocks, or a look has none.
         WeightsError: unknown configuration.
     """
     config = asked if isinstance(asked, Config) else load_config(str(asked or "photo"))
@@ -70,18 +70,27 @@ def configuration(asked: str | Path | Config | None, given: Model | None, source
         return config
     if asked is None:
         return given.config
-    if fields := differences(config, grown(given.config, config)):
+    if fields := differences(config, with_blocks(given.config, config)):
         raise TrainingError(f"{source} has another configuration than {config.name!r}, differing in {fields}")
     return config
 
 
-def grown(given: Config, asked: Config) -> Config:
-    """The configuration of weights with the residual blocks on cells that are asked for, if they have none."""
-    finest = given.stages[0]
-    if finest.cells is not None:
+def with_blocks(given: Config, asked: Config) -> Config:
+    """A configuration with the numbers of residual blocks of another one."""
+    if len(given.stages) != len(asked.stages):
         return given
+    stages = zip(given.stages, asked.stages, strict=True)
+    return dataclasses.replace(given, stages=tuple(_with_blocks(*pair) for pair in stages))
+
+
+def _with_blocks(given: StageConfig, asked: StageConfig) -> StageConfig:
+    cells = asked.cells
+    if cells is not None and given.cells is not None:
+        cells = dataclasses.replace(
+            given.cells, encoder_blocks=cells.encoder_blocks, decoder_blocks=cells.decoder_blocks
+        )
     return dataclasses.replace(
-        given, stages=(dataclasses.replace(finest, cells=asked.stages[0].cells), *given.stages[1:])
+        given, encoder_blocks=asked.encoder_blocks, decoder_blocks=asked.decoder_blocks, cells=cells
     )
 
 

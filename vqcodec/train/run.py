@@ -68,7 +68,8 @@ def train(
         pictures: files and folders. output: the weights file, .safetensors.
         config: a configuration, the name of one, or a JSON file; None for that of the checkpoint where a run is
             resumed, else that of `start_from`, else "photo". From a checkpoint and from `start_from` only the
-            commitment may differ, and weights may lack the blocks on cells.
+            commitment may differ, and from the latter numbers of residual blocks: new ones add nothing at first, those
+            that are too many are left out.
         minutes: budget of the whole run, earlier parts included.
         crops: length of the run in crops instead, over any number of sittings on any machines. Then `minutes` is that
             of this sitting, after which the run waits in its checkpoint to be resumed; inf lets it go on to the end.

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from vqcodec.models.config import CELL
 from vqcodec.models.layers import ResidualBlock
-from vqcodec.models.vqvae import PIXEL_CENTRE, PIXEL_SCALE, VQVAE
+from vqcodec.models.vqvae import PIXEL_CENTRE, PIXEL_SCALE, VQVAE, Stage
 
 # Of the lapped transform: 1 would be orthogonal. More compacts the energy better but spreads errors.
 LAP_SCALE = 1.3
@@ -29,7 +29,8 @@ def start_from_pictures(vqvae: VQVAE, pixels: Tensor) -> None:
             `Config.multiple`.
     """
     x = (pixels - PIXEL_CENTRE) / PIXEL_SCALE
-    start_cells(vqvae, pixels)
+    if vqvae.config.stages[0].stride % CELL == 0:
+        _start_cells(vqvae.stage(0), functional.pixel_unshuffle(x, CELL))
     for index, config in enumerate(vqvae.config.stages):
         stage = vqvae.stage(index)
         if stage.lap is not None and stage.unlap is not None:
@@ -58,17 +59,8 @@ def start_from_pictures(vqvae: VQVAE, pixels: Tensor) -> None:
             stage.renderer.deviation.copy_(typical)
 
 
-@torch.no_grad()
-def start_cells(vqvae: VQVAE, pixels: Tensor) -> None:
-    """Set the bases and deviations of what works on cells of 4 x 4 pixels.
-
-    Args:
-        vqvae, pixels: as of `start_from_pictures`.
-    """
-    stage = vqvae.stage(0)
-    if stage.renderer is None and stage.cell_encoder is None and stage.cell_decoder is None:
-        return
-    cells = functional.pixel_unshuffle((pixels - PIXEL_CENTRE) / PIXEL_SCALE, CELL)
+def _start_cells(stage: Stage, cells: Tensor) -> None:
+    """Set the bases and deviations of what works on cells of pixels, (B, 48, h, w)."""
     basis = principal_components(cells, cells.shape[1])
     deviation = functional.conv2d(cells, basis[:, :, None, None]).square().mean((0, 2, 3)).sqrt()
     if stage.renderer is not None:
