@@ -472,7 +472,7 @@ def build_report(
             [COMPARED_TEXT],
             rows=shots,
         ),
-        report.Section("Against JPEG, picture by picture", tables=[("", t) for t in _picture_tables(results, own)]),
+        report.Section("Picture by picture", tables=[("", t) for t in _picture_tables(results, own)]),
         report.Section(
             "All operating points",
             [f"Means over {len(pictures)} pictures. Times with {jobs} process(es), one thread each."],
@@ -488,21 +488,21 @@ def build_report(
 
 
 def _picture_tables(results: Sequence[Result], own: frozenset[str]) -> Iterator[report.Table]:
-    """BD-rate by PSNR against JPEG for every picture."""
+    """BD-rates by PSNR against JPEG, and against AVIF for PSNR, for every picture."""
     psnr = MEASURES["psnr"]
-    jpeg = next((result for result in results if result.key == "jpeg" and psnr.column in result.columns), None)
-    if jpeg is None:
-        return
-    others = [result for result in results if result is not jpeg]
-    rows: list[list[str | report.Cell]] = []
-    for picture in dict.fromkeys(row.picture for row in jpeg.rows):
-        anchor = jpeg.curve_of(picture, psnr)
-        line: list[str | report.Cell] = [picture]
-        for result in others:
-            curve = result.curve_of(picture, psnr)
-            line.append(_bd_cell(bd_rate(anchor, curve) if anchor and curve else None, psnr))
-        rows.append(line)
-    yield report.Table(["BD-rate by PSNR", *(result.title for result in others)], rows, own)
+    for anchor in results:
+        if anchor.key not in ("jpeg", "avif-psnr") or psnr.column not in anchor.columns:
+            continue
+        others = [result for result in results if result is not anchor]
+        rows: list[list[str | report.Cell]] = []
+        for picture in dict.fromkeys(row.picture for row in anchor.rows):
+            known = anchor.curve_of(picture, psnr)
+            line: list[str | report.Cell] = [picture]
+            for result in others:
+                curve = result.curve_of(picture, psnr)
+                line.append(_bd_cell(bd_rate(known, curve) if known and curve else None, psnr))
+            rows.append(line)
+        yield report.Table([f"By PSNR, against {anchor.title}", *(result.title for result in others)], rows, own)
 
 
 def _points_table(result: Result, chosen: Sequence[Measure]) -> report.Table:
