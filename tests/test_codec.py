@@ -215,7 +215,7 @@ def test_grey_with_alpha() -> None:
         (Target("size", 400), lambda data, _: math.log(len(data) / 400) / 0.011),
         (Target("bpp", 0.5), lambda data, _: math.log(8 * len(data) / (64 * 96) / 0.5) / 0.011),
         (Target("psnr", 32), lambda data, source: (psnr(source, decode(data).pixels) - 32) / 0.05),
-        (Target("ssimulacra2", 50), lambda data, source: (ssimulacra2(source, decode(data).pixels) - 50) / 0.5),
+        (Target("ssimulacra2", 70), lambda data, source: (ssimulacra2(source, decode(data).pixels) - 70) / 0.5),
     ],
 )
 def test_target(target: Target, reached: Callable[[bytes, Pixels], float]) -> None:
@@ -238,12 +238,12 @@ def test_a_size_between_those_of_two_qualities(effort: int) -> None:
 
 def test_max_size() -> None:
     source = picture(64, 96)
-    sizes = [len(compress(source, quality=q)) for q in (60, 61, 63)]
+    sizes = [len(compress(source, quality=q)) for q in (61, 62, 63)]
     limit = sizes[1]
     assert sizes[0] < limit < sizes[2]
     for options in ({}, {"quality": 90}, {"target": Target("size", 1.4 * limit)}):
         best = compress(source, max_size=limit, **options)
-        assert len(best) == limit and read_info(best).header.quality in (61, 62)
+        assert len(best) == limit and read_info(best).header.quality in (62, 63)
     between = (2 * limit + sizes[2]) // 3
     for options in ({}, {"quality": 90}, {"target": Target("psnr", 40)}, {"effort": 2}):
         best = compress(source, max_size=between, **options)
@@ -420,7 +420,7 @@ def test_partial_decoding_of_damaged_files_raises_or_says_so() -> None:
     data = small()
     whole = decode(data)
     told = 0
-    for place in range(4, len(data), 7):
+    for place in range(4, len(data), 5):
         damaged = data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :]
         try:
             found = decode(damaged, partial=True)

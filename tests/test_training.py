@@ -704,6 +704,9 @@ def test_rounding_comes_first(rounded: Run, taken_over: Run, pictures: Path, tmp
     assert psnr(source, codec.decode_picture(data, weights=output).pixels) > 20
 
 
+RENDERS = ("decoder", "cell_decoder", "renderer")
+
+
 def test_in_the_end_codes_stand_still(pictures: Path, tmp_path: Path, untuned: None) -> None:
     """Polishing from the first step on: encoder, estimates and codebooks stay as they are, decoder and prior learn."""
     output = tmp_path / "mine.safetensors"
@@ -713,7 +716,7 @@ def test_in_the_end_codes_stand_still(pictures: Path, tmp_path: Path, untuned: N
     assert rows[-1]["cost"] < rows[0]["cost"]
     learned = {name: tensor for name, tensor in checkpoint_of(output).items() if name.endswith("expand.weight")}
     for name, tensor in learned.items():  # zero at the start
-        renders = name.startswith(("model.vqvae.stages.0.decoder", "model.vqvae.stages.0.renderer"))
+        renders = name.startswith(tuple(f"model.vqvae.stages.0.{part}" for part in RENDERS))
         if name.startswith("model.vqvae"):
             assert bool(tensor.any()) == renders, name
 
