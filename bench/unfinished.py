@@ -78,6 +78,8 @@ def unpack(start: Path, packed: Path, output: Path) -> None:
     if facts.get("weights") != model.id.hex():
         raise TrainingError(f"{packed} is of weights {facts.get('weights')}, {start} are {model.id.hex()}")
     config = Config.from_json(facts.get("config", ""))
+    if fields := differences(config, with_blocks(model.config, config)):
+        raise TrainingError(f"{packed} is of another configuration than {start}, differing in {fields}")
     vqvae, prior = VQVAE(config), copy.deepcopy(model.prior)
     vqvae.load_state_dict(model.vqvae.state_dict(), strict=False)
     try:

@@ -32,12 +32,12 @@ def cost(pixels: np.ndarray, data: bytes) -> float:
 
 @pytest.mark.parametrize("shape", [(96, 128), (50, 70), (1, 1)], ids=str)
 def test_effort_pays(shape: tuple[int, int]) -> None:
-    pixels = picture(*shape, seed=4)
+    pixels = picture(*shape, seed=5)
     costs = [cost(pixels, compress(pixels, effort)) for effort in (1, 3, 6)]
     if shape == (1, 1):
         assert costs[2] <= 1.001 * costs[0], "the search computes in half precision"
     else:
-        assert costs[1] < 0.9 * costs[0] and costs[2] < 0.98 * costs[1]
+        assert costs[1] < 0.9 * costs[0] and costs[2] < 0.97 * costs[1]
 
 
 @pytest.mark.parametrize("effort", [1, 3])

@@ -15,7 +15,7 @@ PHOTO = Config(
             stride=16,
             channels=288,
             hidden=256,
-            encoder_blocks=8,
+            encoder_blocks=7,
             decoder_blocks=3,
             slices=(
                 SliceConfig(planes=56, dim=1, codes=256, layer=1, rows=128),

@@ -103,7 +103,7 @@ def measure(run: Run, model: RateDistortion, autocast: bool = True) -> dict[str,
 
 def _likeness(run: Run, losses: Losses, crops: Sequence[data.Pixels]) -> dict[str, float]:
     """Sums over crops of what says how alike restored pictures look, as 8-bit pictures."""
-    restored = losses.reconstruction.round().clamp(0, 255)
+    restored = losses.reconstruction.round()
     original = _pixels(run, crops)
     sums = visual_distance(restored, original).tolist()
     found = {
@@ -121,7 +121,7 @@ def _likeness(run: Run, losses: Losses, crops: Sequence[data.Pixels]) -> dict[st
 def restored(run: Run) -> list[data.Pixels]:
     """The crops of the sheet as the averaged weights restore them, uint8 (H, W, 3)."""
     losses = _forward(run, run.average, run.validation[:SHEET_PICTURES], SHEET_QUALITY, autocast=True)
-    return _pictures(losses.reconstruction.round().clamp(0, 255))
+    return _pictures(losses.reconstruction.round())
 
 
 def write_sheet(run: Run) -> None:
