@@ -637,7 +637,8 @@ def studio(picture: str | None, port: int | None, no_browser: bool, weights: str
     "start_from",
     metavar="FILE",
     type=options.WeightsPath(),
-    help="Start from these weights and keep their configuration; --config can only change the commitment.",
+    help="Start from these weights and keep their configuration; --config can change only the commitment and the numbers "
+    "of residual blocks.",
 )
 @click.option(
     "--natural",

@@ -68,7 +68,7 @@ def compress(
         device: "auto" (CUDA if there is one), "cpu" or "cuda".
         tile: side of the independently coded tiles in pixels: a multiple of 64 (and of the model's coarsest stride) up
             to 16320. 0 codes the picture as one tile.
-        effort: 1 (fast) to 9 (smallest): how long to search for better codes. See `search`.
+        effort: 1 (fast) to 9 (best): how long to search for better codes. See `search`.
         tune: "visual" chooses codes for what the eye sees, by SSIMULACRA2; "psnr" for squared error. None for "psnr" if
             the target is a PSNR, else for "visual" if the weights have a visual tuning (the packaged photo model has).
         verify: decode the file and compare the codes before returning.
