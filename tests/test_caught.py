@@ -36,6 +36,17 @@ def test_threads_that_overlap(first_in_leaves_first: bool) -> None:
     assert warnings.showwarning is show
 
 
+def test_a_body_within_a_body() -> None:
+    with caught_warnings() as outer:
+        with caught_warnings() as inner:
+            warnings.warn("of the inner", stacklevel=1)
+        warnings.warn("of the outer", stacklevel=1)
+    assert [[str(warning.message) for warning in found] for found in (outer, inner)] == [
+        ["of the outer"],
+        ["of the inner"],
+    ]
+
+
 def test_an_exception_leaves_nothing_behind() -> None:
     before, show = list(warnings.filters), warnings.showwarning
     with pytest.raises(ValueError, match="bad"), caught_warnings():

@@ -526,6 +526,15 @@ def test_rm(codec, photo, monkeypatch):
     assert tree() == ["photo.png", "photo.vqz"], "what is skipped stays"
 
 
+def test_rm_and_skip_existing_spare_the_only_copy(codec, photo):
+    """photo.vqz was made of photo.jpg, which is gone, so photo.png would take its name."""
+    Path("photo.vqz").write_bytes(b"of photo.jpg")
+    set_time("photo.vqz", 1000)
+    said = "vqcodec: photo.vqz: File exists, -f would overwrite it"
+    fails(run("compress", "photo.png", "--rm", "--skip-existing"), 1, said)
+    assert tree() == ["photo.png", "photo.vqz"] and Path("photo.vqz").read_bytes() == b"of photo.jpg"
+
+
 @pytest.mark.parametrize(
     ("broken", "said", "left"),
     [
@@ -895,16 +904,16 @@ def test_compare_equal_pictures(photo):
 
 
 @pytest.mark.parametrize(
-    ("side", "memory", "said", "note"),
+    ("side", "most", "said", "note"),
     [
-        (7, math.inf, "PSNR inf dB, MS-SSIM nan, SSIMULACRA2 nan", ""),
-        (40, 99_200, "PSNR inf dB, MS-SSIM 1.0000, SSIMULACRA2 100.0", ""),
-        (40, 99_199, "PSNR inf dB, MS-SSIM 1.0000, SSIMULACRA2 -", "no SSIMULACRA2, it would need 0.0 GB of memory"),
+        (7, 1600, "PSNR inf dB, MS-SSIM nan, SSIMULACRA2 nan", ""),
+        (40, 1600, "PSNR inf dB, MS-SSIM 1.0000, SSIMULACRA2 100.0", ""),
+        (40, 1599, "PSNR inf dB, MS-SSIM 1.0000, SSIMULACRA2 -", "no SSIMULACRA2, it would need 0.0 GB of memory"),
     ],
 )
-def test_compare_without_ssimulacra2(monkeypatch, side, memory, said, note):
+def test_compare_without_ssimulacra2(monkeypatch, side, most, said, note):
     """Of pictures that are too small for it, or too large for the memory."""
-    monkeypatch.setattr(cli, "SSIMULACRA2_MEMORY", memory)
+    monkeypatch.setattr("vqcodec.ssimulacra2.MOST_PIXELS", most)
     Image.new("RGB", (side, side)).save("a.png")
     ran = run("compare", "a.png", "a.png")
     assert (ran.exit_code, ran.stdout) == (0, f"{said}\n")
@@ -913,11 +922,17 @@ def test_compare_without_ssimulacra2(monkeypatch, side, memory, said, note):
     assert told["ssimulacra2"] == (100 if said.endswith(" 100.0") else None)
 
 
-def test_compare_failures(photo):
+def test_compare_failures(photo, monkeypatch):
     Image.new("RGB", (4, 5)).save("small.png")
     ran = run("compare", "photo.png", "small.png")
     fails(ran, 1, "vqcodec: small.png: the picture has 4 x 5 pixels, photo.png has 40 x 30")
     fails(run("compare", "no.png", "photo.png"), 1, "vqcodec: no.png: No such file or directory")
+
+    def too_much(*pictures):
+        raise MemoryError
+
+    monkeypatch.setattr("vqcodec.metrics.ms_ssim", too_much)
+    fails(run("compare", "photo.png", "photo.png"), 1, "vqcodec: photo.png: not enough memory")
 
 
 def pictures_of(page: str) -> list[dict]:
@@ -1109,12 +1124,10 @@ def test_train_failures(training, photo, monkeypatch):
         "vqcodec: w.safetensors: File exists, -f would overwrite it",
     )
     fails(run("train", "no.png", "-o", "x.safetensors"), 1, "vqcodec: no.png: No such file or directory")
-    Path("v.ckpt").touch()
-    fails(
-        run("train", "photo.png", "-o", "v.safetensors"),
-        1,
-        "vqcodec: v.ckpt: File exists, -f would overwrite it",
-    )
+    for beside in ("v.ckpt", "u.visual.json"):
+        Path(beside).touch()
+        said = f"vqcodec: {beside}: File exists, -f would overwrite it"
+        fails(run("train", "photo.png", "-o", f"{beside[0]}.safetensors"), 1, said)
     assert training.calls == []
     for option in ("--resume", "-f"):
         assert run("train", "photo.png", "-o", "w.safetensors", option).exit_code == 0
@@ -1287,6 +1300,12 @@ def test_streams_that_are_full_or_closed(redirections, arguments, status, said, 
     Image.new("RGB", (4, 4)).save("a.png")
     ran = redirected(redirections, *arguments, PYTHONUNBUFFERED=unbuffered)
     assert (ran.returncode, ran.stdout, ran.stderr) == (status, "", f"vqcodec: {said}\n" if said else "")
+
+
+def test_names_that_stdout_cannot_write():
+    write_vqz("日本.vqz")
+    ran = redirected("", "info", "日本.vqz", PYTHONIOENCODING="latin-1")
+    assert (ran.returncode, ran.stderr) == (0, "") and ran.stdout.startswith("\\u65e5\\u672c.vqz\n")
 
 
 def test_closed_streams_that_are_not_needed():

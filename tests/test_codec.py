@@ -278,6 +278,8 @@ def test_targets_that_are_none() -> None:
     for limit in (0, 1.5):
         with pytest.raises(ValueError, match="max_size must be an integer from 1, got"):
             compress(picture(8, 8), max_size=limit)
+    with pytest.raises(TargetError, match="SSIMULACRA2 needs 8 pixels a side, the picture has 9 x 7"):
+        compress(picture(7, 9), target=Target("ssimulacra2", 70))
 
 
 @pytest.mark.parametrize("quality", [0, 101, -5, True, 50.0, np.float32(50), "50"], ids=repr)

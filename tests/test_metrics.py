@@ -1,5 +1,6 @@
 import math
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -70,6 +71,20 @@ def test_ms_ssim_is_the_definition(make_photo, height, width, scales):
     photo = make_photo(height, width)
     other = noisy(photo, 15)
     assert metrics.ms_ssim(photo, other) == pytest.approx(naive_ms_ssim(photo, other, scales), abs=1e-9)
+
+
+def test_ms_ssim_of_large_pictures_takes_little_memory(make_photo):
+    """Strips are cut, and join to the same value."""
+    photo = make_photo(400, 300)
+    other = noisy(photo, 15)
+    tracemalloc.start()
+    value = metrics.ms_ssim(photo, other)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40 * 400 * 300
+    assert value == pytest.approx(
+        np.mean([metrics.ms_ssim(photo[:, :, [c] * 3], other[:, :, [c] * 3]) for c in range(3)])
+    )
 
 
 def test_ms_ssim_uses_five_scales_from_161_pixels_on(make_photo, monkeypatch):

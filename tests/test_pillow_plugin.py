@@ -64,6 +64,14 @@ def test_there_and_back(mode: str, tmp_path: Path) -> None:
         assert image.getpixel((0, 0)) == image.getpixel((29, 19))
 
 
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA"])
+def test_an_image_that_is_not_loaded_yet_is_compressed(mode: str) -> None:
+    data = saved(source(mode))
+    loaded = opened(data)
+    loaded.load()
+    assert codec.compress(opened(data)) == codec.compress(loaded)
+
+
 def test_an_image_is_like_others_once_it_is_loaded() -> None:
     image = opened(saved(source()))
     expected = np.asarray(opened(saved(source())))

@@ -105,6 +105,8 @@ def test_completion_starts_as_the_picture_does() -> None:
     [
         ({"height": 0}, "1 to 2048 pixels a side, got 256 x 0"),
         ({"width": 4000}, "1 to 2048 pixels a side, got 4000 x 256"),
+        ({"quality": 0}, "quality must be from 1 to 100, got 0"),
+        ({"quality": 101}, "quality must be from 1 to 100, got 101"),
         ({"temperature": -1.0}, "temperature must be a number from 0"),
         ({"temperature": math.nan}, "temperature must be a number from 0"),
     ],

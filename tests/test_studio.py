@@ -109,6 +109,28 @@ def test_metadata_count_for_the_file_but_not_for_its_rival(client, photo):
     assert described > plain + 4000 and same_rival == rival
 
 
+def test_a_grey_picture_with_notes(client, photo, recwarn):
+    """A rival of it is grey as well, and what the page says of it is no warning."""
+    number = opened(client, png_of((photo[:, :, 0].astype(np.uint16) << 8) + 7))
+    asked(client, "/render", number=number, **SETTINGS)
+    rival = asked(client, "/compare", number=number, rival="AVIF")
+    assert Image.open(BytesIO(client.get(rival["src"]).content)).mode == "L"
+    assert not [warning for warning in recwarn if warning.category is UserWarning]
+
+
+def test_a_rendering_that_fails_leaves_the_file_of_the_last_one(client, photo, monkeypatch):
+    number = opened(client, png_of(photo))
+    source = asked(client, "/render", number=number, **SETTINGS)["pictures"][1]["src"].replace(".png", ".vqz")
+    before = client.get(source).content
+
+    def fail(*arguments, **options):
+        raise VqcodecError("no room")
+
+    monkeypatch.setattr(codec, "decode_picture", fail)
+    answer = client.post("/render", json={"number": number, **SETTINGS, "quality": 20})
+    assert answer.status_code != 200 and client.get(source).content == before
+
+
 def test_a_target_size(client, photo):
     number = opened(client, png_of(photo))
     size = asked(client, "/render", number=number, **SETTINGS)["bytes"]

@@ -52,7 +52,7 @@ class Policy:
     Attributes:
         overwrite: whether existing files may be replaced.
         quiet: whether to print errors and warnings only.
-        skip_existing: leave out what is there and up to date; replace what is older.
+        skip_existing: leave out what is there and up to date; replace what is older, unless sources are removed.
         if_smaller: leave out what is not smaller than its source.
         preserve: give targets the times of their sources.
         remove: remove sources.
@@ -187,7 +187,8 @@ class _Batch:
         if self.policy.skip_existing and files.is_current(job):
             self._count(job, "skipped")
             return False
-        if self.policy.skip_existing and os.path.exists(job.target):
+        # Where sources are removed, a target may have been made of one that is gone: it is the only copy.
+        if self.policy.skip_existing and not self.policy.remove and os.path.exists(job.target):
             self.outdated.add(job)
         failure = _attempt(functools.partial(files.check, overwrite=self._may_replace(job)), job)
         if failure is not None:

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from vqcodec.image import Picture
 
 DEFAULT_MINUTES = 180.0  # of a training run
-SSIMULACRA2_MEMORY = 4e9  # bytes that `compare` spends on it
 
 
 class _Program(click.Group):
@@ -501,7 +500,7 @@ def compare(
     if report.failed:
         return report.status
     from vqcodec import metrics
-    from vqcodec.ssimulacra2 import BYTES_A_PIXEL, ssimulacra2
+    from vqcodec.ssimulacra2 import BYTES_A_PIXEL, MOST_PIXELS, ssimulacra2
 
     a, b = pictures
     height, width, _ = a.shape
@@ -510,18 +509,16 @@ def compare(
             f"vqcodec: {second}: the picture has {b.shape[1]} x {b.shape[0]} pixels, {first} has {width} x {height}"
         )
         return 1
-    memory = width * height * BYTES_A_PIXEL
-    if memory > SSIMULACRA2_MEMORY:
-        terminal.say(f"vqcodec: {second}: note: no SSIMULACRA2, it would need {memory / 1e9:.1f} GB of memory")
-    terminal.print_comparison(
-        width,
-        height,
-        sizes,
-        psnr=metrics.psnr(a, b),
-        ms_ssim=metrics.ms_ssim(a, b),
-        ssimulacra2=None if memory > SSIMULACRA2_MEMORY else ssimulacra2(a, b),
-        as_json=as_json,
-    )
+    too_large = width * height > MOST_PIXELS
+    if too_large:
+        memory = width * height * BYTES_A_PIXEL / 1e9
+        terminal.say(f"vqcodec: {second}: note: no SSIMULACRA2, it would need {memory:.1f} GB of memory")
+    with report.errors_of(second):
+        psnr, ms_ssim = metrics.psnr(a, b), metrics.ms_ssim(a, b)
+        score = None if too_large else ssimulacra2(a, b)
+    if report.failed:
+        return report.status
+    terminal.print_comparison(width, height, sizes, psnr=psnr, ms_ssim=ms_ssim, ssimulacra2=score, as_json=as_json)
     return 0
 
 
@@ -637,8 +634,8 @@ def studio(picture: str | None, port: int | None, no_browser: bool, weights: str
     "start_from",
     metavar="FILE",
     type=options.WeightsPath(),
-    help="Start from these weights and keep their configuration; --config can change only the commitment and the numbers "
-    "of residual blocks.",
+    help="Start from these weights and keep their configuration; --config can change only the commitment and the "
+    "numbers of residual blocks.",
 )
 @click.option(
     "--natural",
@@ -701,7 +698,7 @@ def train(
     for path, _ in found:
         with report.errors_of(path):
             files.check(files.Job(path, output), overwrite=force or resume)
-            for suffix in (".ckpt", ".csv", ".png"):  # hours of work may lie in a checkpoint
+            for suffix in (".ckpt", ".csv", ".png", ".visual.json"):  # hours of work may lie in a checkpoint
                 files.check(files.Job(path, str(Path(output).with_suffix(suffix))), overwrite=force or resume)
         if report.failed:
             return report.status

@@ -26,11 +26,11 @@ from vqcodec import bitstream, caller, coding, image, metrics, packaged, search,
 from vqcodec.bitstream import Chunk, Container, Header
 from vqcodec.decoder import decode, decode_codes
 from vqcodec.encoder import choose, encode
-from vqcodec.errors import ChecksumError, FormatError, ImageError, WeightsError
+from vqcodec.errors import ChecksumError, FormatError, ImageError, TargetError, WeightsError
 from vqcodec.frame import Frame, Region
 from vqcodec.image import Picture
 from vqcodec.models.model import Model
-from vqcodec.ssimulacra2 import ssimulacra2
+from vqcodec.ssimulacra2 import SMALLEST, ssimulacra2
 from vqcodec.target import HIGHEST, LOWEST, Setting, Target, largest_within
 from vqcodec.trials import Trials, digest
 from vqcodec.tuning import Tuning
@@ -92,6 +92,9 @@ def compress(
     source = _as_picture(picture)
     for note in source.notes:
         warnings.warn(note, stacklevel=3)  # there is the decorator between
+    height, width = source.pixels.shape[:2]
+    if target is not None and target.measure == "ssimulacra2" and min(height, width) < SMALLEST:
+        raise TargetError(f"SSIMULACRA2 needs {SMALLEST} pixels a side, the picture has {width} x {height}")
     settings = _settings(weights, device, tile, tune, target)
     frame_of, write = functools.partial(settings.frame, source), functools.partial(settings.write, source)
     trials = Trials(settings.model, source.pixels, settings.tuned, frame_of, write, rounds, on_progress)
@@ -101,7 +104,6 @@ def compress(
         assert target is not None
         if target.measure in ("size", "bpp"):
             size = trials.size(setting)
-            height, width = source.pixels.shape[:2]
             return size if target.measure == "size" else metrics.bits_per_pixel(size, width, height)
         return trials.likeness(setting, metrics.psnr if target.measure == "psnr" else ssimulacra2, target.value)
 
@@ -307,7 +309,7 @@ def reconstruct(
     """
     model = _load(weights, device)
     height, width = picture.pixels.shape[:2]
-    frame = Frame(width, height, quality, TILE, picture.grey)
+    frame = Frame(width, height, _integer("quality", quality, LOWEST, HIGHEST), TILE, picture.grey)
     tuned = _tuning(weights, model, None, None)
     with coding.exact(model):
         importance = None if tuned is None else tuned.importance(model.config, picture.pixels[None], quality)

@@ -4,6 +4,7 @@ MS-SSIM: Wang, Simoncelli & Bovik, "Multi-scale structural similarity for image 
 """
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,9 @@ _EXPONENTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # from the paper, finest 
 _WINDOW = 11
 _SIGMA = 1.5
 _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+_ROWS = 64  # of a strip
+
+_Channel = NDArray[np.uint8] | NDArray[np.float64]
 
 _taps = np.exp(-((np.arange(_WINDOW) - _WINDOW // 2) ** 2) / (2 * _SIGMA**2))
 _KERNEL = tuple(float(tap) for tap in _taps / _taps.sum())
@@ -76,21 +80,32 @@ def _check(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> None:
 
 
 def _channel_ms_ssim(a: NDArray[np.uint8], b: NDArray[np.uint8], exponents: NDArray[np.float64]) -> float:
-    x, y = a.astype(np.float64), b.astype(np.float64)
+    x: _Channel = a
+    y: _Channel = b
     product = 1.0
     for scale, exponent in enumerate(exponents):
         if scale > 0:
             x, y = _halved(x), _halved(y)
-        mean_x, mean_y = _blurred(x), _blurred(y)
-        both = mean_x * mean_y
-        squares = mean_x**2 + mean_y**2
-        covariance = _blurred(x * y) - both
-        variances = _blurred(x**2 + y**2) - squares
-        term = (2 * covariance + _C2) / (variances + _C2)  # contrast and structure
-        if scale == len(exponents) - 1:
-            term *= (2 * both + _C1) / (squares + _C1)  # luminance, on the coarsest scale only
-        product *= max(float(term.mean()), 0.0) ** float(exponent)
+        # In strips: all of a large picture would take a hundred bytes a pixel.
+        rows, last = x.shape[0] - _WINDOW + 1, scale == len(exponents) - 1
+        strips = [slice(top, min(top + _ROWS, rows) + _WINDOW - 1) for top in range(0, rows, _ROWS)]
+        total = sum(float(_similarity(x[strip], y[strip], luminance=last).sum()) for strip in strips)
+        product *= max(total / (rows * (x.shape[1] - _WINDOW + 1)), 0.0) ** float(exponent)
     return product
+
+
+def _similarity(a: _Channel, b: _Channel, *, luminance: bool) -> NDArray[np.float64]:
+    """Contrast and structure, and the luminance as well if asked for: (H, W) -> (H - 10, W - 10)."""
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    mean_x, mean_y = _blurred(x), _blurred(y)
+    both = mean_x * mean_y
+    squares = mean_x**2 + mean_y**2
+    covariance = _blurred(x * y) - both
+    variances = _blurred(x**2 + y**2) - squares
+    term: NDArray[np.float64] = (2 * covariance + _C2) / (variances + _C2)
+    if luminance:  # on the coarsest scale only
+        term *= (2 * both + _C1) / (squares + _C1)
+    return term
 
 
 def _blurred(x: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -101,8 +116,10 @@ def _blurred(x: NDArray[np.float64]) -> NDArray[np.float64]:
     return sum((tap * down[:, i : i + columns] for i, tap in enumerate(_KERNEL)), start=np.zeros((rows, columns)))
 
 
-def _halved(x: NDArray[np.float64]) -> NDArray[np.float64]:
+def _halved(x: _Channel) -> NDArray[np.float64]:
     """Average 2 x 2 pixels: (H, W) -> (ceil(H / 2), ceil(W / 2))."""
-    x = np.pad(x, ((0, x.shape[0] % 2), (0, x.shape[1] % 2)), mode="edge")
-    quarters: NDArray[np.float64] = (x[::2, ::2] + x[1::2, ::2] + x[::2, 1::2] + x[1::2, 1::2]) / 4
-    return quarters
+    even: NDArray[Any] = np.pad(x, ((0, x.shape[0] % 2), (0, x.shape[1] % 2)), mode="edge")
+    quarters: NDArray[np.float64] = np.add(even[::2, ::2], even[1::2, ::2], dtype=np.float64)
+    quarters += even[::2, 1::2]
+    quarters += even[1::2, 1::2]
+    return quarters / 4

@@ -21,6 +21,7 @@ from vqcodec.errors import ImageError
 from vqcodec.frame import Frame
 from vqcodec.image import Picture
 from vqcodec.models.model import Model, walk
+from vqcodec.target import HIGHEST, LOWEST
 
 MAX_SIDE = 2048  # of a sample, in pixels
 
@@ -83,7 +84,7 @@ def sample(
         uint8 (height, width, 3).
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: a side, the quality or the temperature is out of range.
         ImageError: the picture is too large.
         WeightsError: the weights are missing or unreadable.
     """
@@ -92,6 +93,8 @@ def sample(
     if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
         kind = ValueError if picture is None else ImageError
         raise kind(f"pictures must have 1 to {MAX_SIDE} pixels a side, got {width} x {height}")
+    if not LOWEST <= quality <= HIGHEST:
+        raise ValueError(f"quality must be from {LOWEST} to {HIGHEST}, got {quality!r}")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be a number from 0, got {temperature!r}")
     model = weights.load(packaged.find(weights_file), device)

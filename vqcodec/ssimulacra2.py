@@ -20,7 +20,8 @@ Planes = NDArray[np.float32]  # (3, H, W)
 
 SCALES = 6
 BYTES_A_PIXEL = 62  # of memory, at most
-SMALLEST = 8  # pixels; no scale has a shorter side
+MOST_PIXELS = 64_000_000  # that commands compare, in 4 GB
+SMALLEST = 8  # side in pixels of the smallest picture, and of the smallest scale that has a coarser one
 SCALE = 0.9562382616834844  # factor on the weighted sum
 SSIM_C2 = 0.0009  # stabilises the structure term in flat areas
 

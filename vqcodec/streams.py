@@ -9,7 +9,7 @@ _STREAMS = (("stdin", "r", os.O_WRONLY), ("stdout", "w", os.O_RDONLY), ("stderr"
 
 
 def repair() -> None:
-    """Make closed streams fail when they are used, and unbuffered ones write all that they are given.
+    """Make closed streams fail when they are used, unbuffered ones write all, and stdout take every character.
 
     Python has None in the place of a closed stream, and would give its number to the next file that is opened. As
     `stdopen` of gnulib does, a file takes the number that has the wrong direction. With `python -u`, text goes to a raw
@@ -25,6 +25,8 @@ def repair() -> None:
                 name,
                 open(number, mode, encoding=stream.encoding, errors=stream.errors, closefd=False),  # noqa: SIM115
             )
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names of files, as Python does for stderr
 
 
 def discard(stream: TextIO) -> None:

@@ -45,7 +45,8 @@ class Transcoder(Converter):
         known = batch["error"].to_pylist() if "error" in names else [None] * rows
         made: list[bytes | None] = []
         errors: list[str | None] = []
-        notes: list[list[str]] = batch["notes"].to_pylist() if "notes" in names else [[] for _ in range(rows)]
+        told = batch["notes"].to_pylist() if "notes" in names else [None] * rows
+        notes: list[list[str]] = [row or [] for row in told]
         items = (
             (error, data.as_py() or b"", error is None and data.is_valid)
             for data, error in zip(batch[self._column], known, strict=True)

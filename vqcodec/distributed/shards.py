@@ -29,13 +29,16 @@ def convert(source: pa.NativeFile, made: IO[bytes], transcoder: Transcoder, outc
     Raises:
         tarfile.ReadError: the file is cut or damaged.
     """
-    names = set()
+    names, new_names = set(), {}
     with (
         tarfile.open(fileobj=source, mode="r|", bufsize=_PIECE) as old,
         tarfile.open(fileobj=made, mode="w|", format=tarfile.PAX_FORMAT) as new,
     ):
         for member, data, result in transcoder.convert_each(_members(old, transcoder.suffixes), most_files):
             if not member.isfile():  # a folder or a link
+                if member.linkname in new_names:  # to a picture, and so is one itself
+                    member.linkname = new_names[member.linkname]
+                    member.name = files.renamed(member.name, transcoder.suffixes, transcoder.new_suffix)
                 new.addfile(member)
                 continue
             name, path = member.name, f"{outcome.source}/{member.name}"
@@ -47,6 +50,7 @@ def convert(source: pa.NativeFile, made: IO[bytes], transcoder: Transcoder, outc
                     outcome.errors.append([path, one_line(result)])
                 else:
                     (data, notes), name = result, renamed
+                    new_names[member.name] = renamed
                     outcome.notes.extend([path, note] for note in notes)
             names.add(name)
             copy = tarfile.TarInfo(name)  # not the old one, whose extended header may repeat its name and size

@@ -17,20 +17,25 @@ _outside = contextlib.ExitStack()  # the filters from before the first thread en
 
 @contextlib.contextmanager
 def caught_warnings() -> Iterator[list[warnings.WarningMessage]]:
-    """Collect all warnings of this thread in the body, whatever the filters say. Bodies must not be nested.
+    """Collect all warnings of this thread in the body, whatever the filters say.
 
-    Those of other threads go where they would have gone, but the filters do not hold any of them back.
+    Those of a body within it go to that one only. Those of other threads go where they would have gone, but the
+    filters do not hold any of them back.
     """
     own: list[warnings.WarningMessage] = []
     with _lock:
         if not _lists:
             _collect()
+        outer = _lists.get(threading.get_ident())
         _lists[threading.get_ident()] = own
     try:
         yield own
     finally:
         with _lock:
-            del _lists[threading.get_ident()]
+            if outer is not None:
+                _lists[threading.get_ident()] = outer
+            else:
+                del _lists[threading.get_ident()]
             if not _lists:
                 _outside.close()
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from vqcodec import image, metrics
 from vqcodec.image import Picture
-from vqcodec.ssimulacra2 import ssimulacra2
+from vqcodec.ssimulacra2 import MOST_PIXELS, ssimulacra2
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +91,10 @@ def figures(size: int, picture: Picture, reference: Picture | None) -> dict[str,
     told = {"Bytes": f"{size:,}", "Bits per pixel": f"{bits:.4f}"}
     if reference is not None:
         psnr = metrics.psnr(reference.pixels, picture.pixels)
-        score = ssimulacra2(reference.pixels, picture.pixels)
         told["PSNR"] = f"{psnr:.2f} dB" if math.isfinite(psnr) else "equal"
-        told["SSIMULACRA2"] = "too small" if math.isnan(score) else f"{score:.1f}"
+        if width * height > MOST_PIXELS:
+            told["SSIMULACRA2"] = "too large"
+        else:
+            score = ssimulacra2(reference.pixels, picture.pixels)
+            told["SSIMULACRA2"] = "too small" if math.isnan(score) else f"{score:.1f}"
     return told

@@ -1,9 +1,11 @@
 """What `vqcodec studio` does with its picture: opens it, compresses it as asked, and compares it with other codecs.
 
-The server (server.py) calls this from one thread. Answers are what the page (web/studio.js) reads as JSON. The files
+The server (server.py) calls `open`, `render` and `compare` from its worker, one at a time, and `describe` and `file`
+at any time. Answers are what the page (web/studio.js) reads as JSON. The files
 that they name by "/files/NUMBER/NAME" are kept in memory, for the last picture opened only.
 """
 
+import dataclasses
 import math
 import time
 from collections.abc import Mapping
@@ -158,7 +160,7 @@ class Studio:
         if opened.settings != settings:
             start = time.perf_counter()
             encoded = codec.compress(
-                opened.picture,
+                dataclasses.replace(opened.picture, notes=()),  # which the page shows
                 quality=settings.quality,
                 target=settings.target,
                 weights=self._weights,
@@ -172,7 +174,6 @@ class Studio:
         start = time.perf_counter()
         restored = codec.decode_picture(opened.encoded, weights=self._weights, look=look, device=self._device)
         seconds = time.perf_counter() - start
-        opened.files["result.vqz"] = opened.encoded
         check()
         original = self._shown(opened, "Original", "original.png", opened.picture)
         original["figures"] = page.figures(len(opened.data), opened.picture, None)
@@ -180,6 +181,7 @@ class Studio:
         check()
         result["figures"] = page.figures(len(opened.encoded), restored, opened.picture)
         result["figures"] |= _seconds(opened.seconds, seconds)
+        opened.files["result.vqz"] = opened.encoded  # last, so that a rendering that fails leaves the shown one
         quality = bitstream.read_header(opened.encoded).quality
         return {"pictures": [original, result], "quality": quality, "bytes": len(opened.encoded)}
 
@@ -207,7 +209,7 @@ class Studio:
         start = time.perf_counter()
         pixels = rivals.decode(data)
         seconds = time.perf_counter() - start
-        decoded = Picture(pixels, icc=opened.picture.icc)
+        decoded = Picture(pixels, icc=opened.picture.icc, grey=opened.picture.grey)
         shown = self._shown(opened, name, f"{name}.png", decoded)
         shown["figures"] = page.figures(len(data), decoded, opened.picture) | _seconds(encoding, seconds)
         return shown
