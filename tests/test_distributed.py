@@ -344,6 +344,26 @@ def test_shard_there_and_back() -> None:
     assert members("back/s-000.tar") == {**others, "0.png": pictures["0.png"], f"{long}.png": restored}
 
 
+def test_links_in_a_shard_follow_their_pictures() -> None:
+    Path("in").mkdir()
+    with tarfile.open("in/s-000.tar", "w") as tar:
+        picture = tarfile.TarInfo("a.png")
+        picture.size = len(png(1))
+        tar.addfile(picture, io.BytesIO(png(1)))
+        for name, linkname in (("b.png", "a.png"), ("c.png", "elsewhere.png")):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.LNKTYPE, linkname
+            tar.addfile(link)
+    (outcome,) = make_here(plan("in")[0], COMPRESS, os.path.abspath("out"))
+    assert outcome.errors == []
+    with tarfile.open("out/s-000.tar") as tar:
+        assert [(member.name, member.linkname) for member in tar] == [
+            ("a.vqz", ""),
+            ("b.vqz", "a.vqz"),
+            ("c.png", "elsewhere.png"),
+        ]
+
+
 def test_order_in_a_shard_of_several_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(groups, "MOST_PIXELS", 3 * 24 * 40)
     kinds = [".png", ".txt", ".png", ".jpg", ".png", ".png", ".json", ".png", ".png", ".png"]

@@ -305,6 +305,31 @@ def test_a_resumed_run_starts_from_the_checkpoint(
         assert torch.equal(after[name], tensor), name
 
 
+def test_moments_lie_in_memory_as_their_weights_do(
+    rounded: Run, pictures: Path, tmp_path: Path, unmeasured: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fused Adam reads both in order. Kernels are channels-last, and a checkpoint keeps them contiguous."""
+    output = rounded.copy(tmp_path)
+    found: list[torch.optim.Optimizer] = []
+    restore = checkpoint.restore
+
+    def look(run: Any, saved: checkpoint.Saved) -> None:
+        restore(run, saved)
+        found.extend(run.optimisers.values())
+
+    monkeypatch.setattr(checkpoint, "restore", look)
+    monkeypatch.setattr(validation, "validate", lambda _: None)
+    run(pictures, output, 0.5, schedule=dataclasses.replace(ROUNDING, prior_at=1.0), resume=True)
+    layouts = [
+        (weight.stride(), kept.stride())
+        for optimiser in found
+        for weight, moments in optimiser.state.items()
+        for kept in moments.values()
+        if kept.shape == weight.shape
+    ]
+    assert len(layouts) > 50 and all(weight == kept for weight, kept in layouts)
+
+
 @pytest.mark.parametrize(("suffix", "place", "start"), [(".ckpt", 8, b"{"), (".csv", 0, b"step,"), (".png", 1, b"PNG")])
 def test_an_interrupted_save_leaves_the_last_file(
     trained: Run,

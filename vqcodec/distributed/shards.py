@@ -29,7 +29,8 @@ def convert(source: pa.NativeFile, made: IO[bytes], transcoder: Transcoder, outc
     Raises:
         tarfile.ReadError: the file is cut or damaged.
     """
-    names, new_names = set(), {}
+    names: set[str] = set()
+    new_names: dict[str, str] = {}
     with (
         tarfile.open(fileobj=source, mode="r|", bufsize=_PIECE) as old,
         tarfile.open(fileobj=made, mode="w|", format=tarfile.PAX_FORMAT) as new,

@@ -187,7 +187,7 @@ def restore(run: Run, saved: Saved) -> None:
             if key.startswith(f"{name}."):
                 _, index, field = key.split(".")
                 state.setdefault(int(index), {})[field] = tensor
-        optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
+        _load(optimiser, state)
     before = sorted((k for k in tensors if k.startswith("before.")), key=lambda k: int(k.removeprefix("before.")))
     run.before = [tensors[k].numpy() for k in before]
     run.step, run.crops, run.averaged = facts.step, facts.crops, facts.averaged
@@ -196,6 +196,15 @@ def restore(run: Run, saved: Saved) -> None:
     run.recent = torch.tensor(facts.recent, device=run.job.device)
     if run.job.rank == 0:
         shorten_log(run)
+
+
+def _load(optimiser: torch.optim.Optimizer, state: dict[int, dict[str, Tensor]]) -> None:
+    """Load what an optimiser keeps of each weight, laid out in memory as the weight: fused Adam reads both in order."""
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
+    for weight, kept in optimiser.state.items():
+        for field, tensor in kept.items():
+            if tensor.shape == weight.shape:
+                kept[field] = torch.empty_like(weight).copy_(tensor)
 
 
 def rounding_tensors(rounding: nn.Module) -> dict[str, Tensor]:
