@@ -24,6 +24,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -72,7 +73,8 @@ class Settings:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
-    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is first imported, here and in worker processes
+    os.environ["OMP_NUM_THREADS"] = "1"  # of worker processes, which import torch later
+    torch.set_num_threads(1)  # of this one
     try:
         pictures = find_pictures(options.pictures)
         chosen = choose_codecs(options.codecs, options.weights)
@@ -472,7 +474,7 @@ def build_report(
             [COMPARED_TEXT],
             rows=shots,
         ),
-        report.Section("Picture by picture", tables=[("", t) for t in _picture_tables(results, own)]),
+        report.Section("Picture by picture", tables=[("", t) for t in _picture_tables(results)]),
         report.Section(
             "All operating points",
             [f"Means over {len(pictures)} pictures. Times with {jobs} process(es), one thread each."],
@@ -487,7 +489,7 @@ def build_report(
     )
 
 
-def _picture_tables(results: Sequence[Result], own: frozenset[str]) -> Iterator[report.Table]:
+def _picture_tables(results: Sequence[Result]) -> Iterator[report.Table]:
     """BD-rates by PSNR against JPEG, and against AVIF for PSNR, for every picture."""
     psnr = MEASURES["psnr"]
     for anchor in results:
@@ -502,7 +504,7 @@ def _picture_tables(results: Sequence[Result], own: frozenset[str]) -> Iterator[
                 curve = result.curve_of(picture, psnr)
                 line.append(_bd_cell(bd_rate(known, curve) if known and curve else None, psnr))
             rows.append(line)
-        yield report.Table([f"By PSNR, against {anchor.title}", *(result.title for result in others)], rows, own)
+        yield report.Table([f"By PSNR, against {anchor.title}", *(result.title for result in others)], rows)
 
 
 def _points_table(result: Result, chosen: Sequence[Measure]) -> report.Table:

@@ -38,7 +38,7 @@ LOOKS_CODECS = ("jpeg", "webp", "jxl", "avif", "vqcodec", "vqcodec-effort-9")
 DECIBELS = (28, 30, 32, 34, 36)  # PSNR
 DECIBELS_CODECS = ("jpeg", "webp", "jxl", "avif", "avif-psnr", "vqcodec-psnr", "vqcodec-psnr-effort-9")
 OPPONENTS = ("jpeg", "webp", "jxl", "avif", "avif-psnr")
-NATURAL_RATES = (0.08, 0.15, 0.3, 0.5)  # bits per pixel
+NATURAL_RATES = (0.1, 0.15, 0.3, 0.5)  # bits per pixel
 NATURAL_MEASURES = ("psnr", "ssimulacra2", "lpips", "gmsd", "haarpsi")
 PLOTTED = ("vqcodec", "vqcodec-psnr", "avif", "avif-psnr", "jxl", "webp", "jpeg")
 PLOTS = {"ssimulacra2": "docs/kodak-ssimulacra2.png", "psnr": "docs/kodak-psnr.png"}
@@ -227,8 +227,9 @@ def effort_table(record: Record) -> str:
 def natural_table(record: Record) -> str:
     """The faithful and the natural look of the same files at given rates."""
     measures = [MEASURES[key] for key in NATURAL_MEASURES if _curve(record, "vqcodec-natural", key)]
+    lowest = np.array(record["vqcodec-natural"].columns["bpp"], float).min() if measures else 0.0
     rows = []
-    for rate in NATURAL_RATES:
+    for rate in (rate for rate in NATURAL_RATES if rate >= lowest):
         cells = []
         for measure in measures:
             values = (_at(record[key], measure.column, rate) for key in ("vqcodec", "vqcodec-natural"))
