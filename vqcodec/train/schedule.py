@@ -88,7 +88,8 @@ class Schedule:
         """A copy with at least `batch` crops per step.
 
         Adam's learning rate for transforms grows with the square root of the batch (Malladi et al. 2022, "On the SDEs
-        and scaling rules for adaptive gradient algorithms"), to at most twice its value.
+        and scaling rules for adaptive gradient algorithms"), to at most twice its value. `cell_rate`, which is high
+        already, stays.
         """
         if batch <= self.batch:
             return self
@@ -108,7 +109,7 @@ class Schedule:
         """A copy for a warm start from good weights.
 
         Transforms learn at half the rate, and most of the time is for rounding. The encoder is done after that: then
-        the prior catches up, and learns on together with the decoder behind the codes.
+        the prior catches up, and learns on together with the decoder behind the codes. Large crops come only then.
         """
         return replace(self, rounding_rate=0.5, prior_at=0.7, joint_at=0.92, polish_from=0.92, joint_rate=0.02)
 
