@@ -20,10 +20,11 @@ from commandline import ROOT, fails, process, redirected, run, tree
 from PIL import Image, ImageCms
 
 import vqcodec
-from vqcodec import bitstream, cli, files, image, options, packaged, pool, terminal
+from vqcodec import batch, bitstream, cli, files, image, options, packaged, pool, terminal
 from vqcodec.errors import FormatError, TrainingError, WeightsError
 from vqcodec.pictures import plugins
 from vqcodec.ssimulacra2 import ssimulacra2
+from vqcodec.target import Target
 from vqcodec.train.process import Interrupted
 
 
@@ -282,6 +283,37 @@ def test_round_trip(codec, photo):
     assert ran.stderr.startswith(f"photo.vqz -> photo.png: {written:,} -> ")
     assert np.array_equal(image.load(Path("photo.png").read_bytes(), max_pixels=None).pixels, photo)
     assert tree() == ["photo.png", "photo.vqz"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings"),
+    [
+        (
+            ["compress", "-q", "7", "--max-size", "9KB", "--effort", "3", "--tune", "psnr", "--verify"],
+            {"quality": 7, "target": None, "max_size": 9000, "effort": 3, "tune": "psnr", "verify": True},
+        ),
+        (
+            ["compress", "--target-psnr", "36", "--max-pixels", "99"],
+            {"quality": None, "target": Target("psnr", 36), "max_pixels": 99},
+        ),
+        (
+            ["decompress", "--look", "natural", "--scale", "1/4", "--region", "1,2,3,4", "--grey", "--partial"],
+            {"look": "natural", "scale": 4, "region": (1, 2, 3, 4), "grey": True, "partial": True},
+        ),
+    ],
+    ids=["compress", "target", "decompress"],
+)
+def test_options_reach_ray(monkeypatch, arguments, settings):
+    seen = {}
+
+    def run_on_ray(name, settings, inputs, output, address, **options):
+        seen.update(settings, name=name.lower(), inputs=inputs, output=output, **options)
+        return 0
+
+    monkeypatch.setattr(batch, "run_on_ray", run_on_ray)
+    assert run(*arguments, "in", "-o", "out", "--ray", "--device", "cpu", "-f", "--quiet").exit_code == 0
+    expected = {"name": arguments[0], "inputs": ("in",), "output": "out", "device": "cpu", "overwrite": True}
+    assert seen.items() >= (expected | {"quiet": True, "weights": None} | settings).items()
 
 
 def test_options_reach_the_codec(codec, photo, monkeypatch):
@@ -1239,6 +1271,8 @@ import signal, sys, time, types
 import vqcodec
 from vqcodec import files
 signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background start without it
+for number in (signal.SIGTERM, signal.SIGHUP):  # and under nohup without these
+    signal.signal(number, signal.SIG_DFL)
 codec = sys.modules["vqcodec.codec"] = vqcodec.codec = types.ModuleType("vqcodec.codec")
 codec.compress = lambda *_, **__: open({str(ROOT / "tests/golden/tiny.vqz")!r}, "rb").read()
 def wait(*given, **_):

@@ -363,6 +363,8 @@ def test_verification(monkeypatch: pytest.MonkeyPatch) -> None:
     compress(picture(8, 8))
     with pytest.raises(FormatError, match="verification failed"):
         compress(picture(8, 8), verify=True)
+    with pytest.raises(FormatError, match="verification failed"):
+        codec.compress_many([picture(8, 8)] * 2, weights=models.tiny_weights(), verify=True)
 
 
 # Size

@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import models
@@ -48,7 +49,7 @@ from vqcodec.errors import TrainingError, WeightsError
 from vqcodec.metrics import ms_ssim, psnr
 from vqcodec.models.config import Config, PriorConfig
 from vqcodec.ssimulacra2 import ssimulacra2
-from vqcodec.train import checkpoint, perceptual, process, sensitivity, step, validation
+from vqcodec.train import checkpoint, crops, data, perceptual, process, sensitivity, step, validation
 from vqcodec.train import run as training
 from vqcodec.train.loss import RateDistortion
 from vqcodec.train.schedule import Schedule
@@ -293,12 +294,22 @@ def test_sittings_come_to_what_one_run_would(pictures: Path, tmp_path: Path, unm
 def test_a_resumed_run_starts_from_the_checkpoint(
     trained: Run, pictures: Path, tmp_path: Path, unmeasured: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights, averages, optimiser and facts: saving what was loaded gives the same checkpoint."""
+    """Weights, averages, optimiser, facts and log: saving what was loaded gives the same checkpoint."""
     output = trained.copy(tmp_path)
-    before = checkpoint_of(output)
+    before, log = checkpoint_of(output), output.with_suffix(".csv").read_text()
+    with safe_open(output.with_suffix(".ckpt"), framework="pt") as file:
+        metadata = file.metadata()
+    facts = json.loads(metadata["facts"]) | {"averaged": 3, "rate_start": 0.25}  # other than at a start
+    save_file(before, output.with_suffix(".ckpt"), metadata | {"facts": json.dumps(facts)})
+    lost = log.splitlines()[-1].split(",", 1)[1]
+    output.with_suffix(".csv").write_text(f"{log}{trained.seen[-1].step + 7},{lost}\n")  # after the checkpoint
     monkeypatch.setattr(validation, "validate", lambda _: None)
     run(pictures, output, 0.5, resume=True)  # no step, but the checkpoint is written again
     after = checkpoint_of(output)
+    with safe_open(output.with_suffix(".ckpt"), framework="pt") as file:
+        found = json.loads(file.metadata()["facts"])
+    assert found == facts | {"spent": found["spent"]}
+    assert output.with_suffix(".csv").read_text() == log
     assert before.keys() == after.keys()
     assert bool(before["model.distortion.seen"].all()), "the unit of the visual distance is learned"
     for name, tensor in before.items():
@@ -481,21 +492,39 @@ def test_a_log_of_something_else(trained: Run, pictures: Path, tmp_path: Path, u
     assert output.with_suffix(".csv").read_text() == "day,rain\n1,2\n"
 
 
+def test_crops_of_processes_sittings_and_sides_differ(pictures: Path) -> None:
+    """And are the same where nothing differs, so that a run can be repeated."""
+    found = data.Pictures(sorted(pictures.iterdir()), None, cache_bytes=0)
+
+    def first(rank: int = 0, step: int = 0, side: int = 64) -> torch.Tensor:
+        job: Any = SimpleNamespace(device=torch.device("cpu"), schedule=SMALL, seed=1, rank=rank, world=2)
+        stream = crops.stream(job, found, side, step)
+        batch = next(stream)
+        stream.close()  # type: ignore[attr-defined]
+        return batch[:, :32, :32]
+
+    again, *others = first(), first(rank=1), first(step=5), first(side=32)
+    assert torch.equal(first(), again)
+    assert not any(torch.equal(again[: len(other)], other) for other in others)
+
+
 # What is not finite
 
 
 def test_a_few_losses_may_not_be_finite(
     pictures: Path, tmp_path: Path, unmeasured: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output, gradients, calls = tmp_path / "mine.safetensors", step._gradients, itertools.count()
+    """Steps without a finite loss change nothing; not even one of many may spoil weights and their averages."""
+    output, calls = tmp_path / "mine.safetensors", itertools.count()
 
-    def spoiled(run: Any, crops: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        recent, loss = gradients(run, crops, *args)
-        return recent, loss * (math.nan if next(calls) % 3 else 1)
+    def spoil(run: Any) -> None:
+        run.model.distortion.register_forward_hook(lambda _, __, out: out * (math.nan if next(calls) % 3 else 1))
 
     monkeypatch.setattr(training, "MOST_LOST", 3)
-    monkeypatch.setattr(step, "_gradients", spoiled)
+    monkeypatch.setattr(step, "take", at_step(1, spoil))
     assert run(pictures, output, 0.6)[-1].stage == "export"
+    assert next(calls) > 6
+    assert all(bool(tensor.isfinite().all()) for tensor in checkpoint_of(output).values())
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -882,6 +911,8 @@ def test_residual_blocks_come_and_go(pictures: Path, tmp_path: Path, untuned: No
     learned = checkpoint_of(second)
     for block in ("cell_encoder.blocks.1", "cell_decoder.blocks.0", "decoder.1"):
         assert learned[f"average.vqvae.stages.0.{block}.expand.weight"].any(), block
+        assert not (learned[f"average.vqvae.stages.0.{block}.deviation"] == 1).any(), "measured on pictures"
+    assert not torch.equal(learned["average.vqvae.stages.0.cell_encoder.basis"], torch.eye(48))
     run(pictures, third, 0.1, start_from=second, config=few, schedule=ROUNDING)
     assert weights.load(third).config == few, "and left out again"
 

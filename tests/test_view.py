@@ -155,6 +155,22 @@ def test_alpha_follows(height: int, width: int, data: st.DataObject) -> None:
     assert np.array_equal(image.reduced(alpha, region, scale), whole[rows, columns])
 
 
+def test_files_decode_to_what_their_codes_do(model: Model) -> None:
+    """At every scale, whole or in part, although only the codes that matter are decoded."""
+    frame = Frame(WIDTH, HEIGHT, 60, tile=128)
+    header = bitstream.Header.of(frame, model.id, model.config.layers)
+    with coding.exact(model):
+        segments = coding.encode(model, frame, random_codes(model, frame))[0]
+    container = bitstream.read(bitstream.write(header, [], segments), max_pixels=None)
+    codes = decoder.decode_codes([container], model)
+    for scale in (1, *scales(model)):
+        for region in (None, Region(101, 55, 64, 33)):
+            with coding.exact(model):
+                expected = synthesis.reconstruct(model, frame, codes, region, scale)[0]
+            found = decoder.decode([container], model, region, scale)[0]
+            assert np.abs(found.astype(int) - expected).max() <= 1, (scale, region)
+
+
 # Pictures without codes
 
 

@@ -284,6 +284,14 @@ def test_integers_that_would_not_be_exact(name: str, value: int, message: str, t
     refused_if_changed(models.tiny_weights(), tmp_path / "bad.safetensors", name, value, message)
 
 
+def test_sums_of_several_layers_that_would_not_be_exact(tmp_path: Path) -> None:
+    """Each is small enough by itself."""
+    once, twice = tmp_path / "once.safetensors", tmp_path / "twice.safetensors"
+    save_changed(once, "prior.levels.1.slices.0.head.bias", torch.int64, 9_000_000)
+    weights.load(once)
+    refused_if_changed(once, twice, "prior.levels.1.slices.0.context.bias", 9_000_000, "too large for exact sums")
+
+
 def test_tables_that_would_not_be_exact(tmp_path: Path) -> None:
     """Of a prior in raster order, whose counts are sums over them."""
     good = models.save(models.raster(layers=1), tmp_path / "good.safetensors")
