@@ -215,7 +215,8 @@ def test_other_colours_are_noted(chunks: list[bytes], what: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["gamma", "chromaticity", "srgb", "icc_profile", "exif", "xmp", "photoshop", "comment"]
+    "name",
+    ["gamma", "chromaticity", "srgb", "icc_profile", "exif", "xmp", "photoshop", "comment", "transparency"],
 )
 def test_a_text_with_the_name_of_a_chunk_is_a_text(name: str) -> None:
     picture = loaded(chunk(b"tEXt", name.encode() + b"\0 1.0"))

@@ -240,6 +240,7 @@ def test_plan_does_not_take_what_it_made_for_an_input() -> None:
     ("inputs", "output", "message"),
     [
         (["in"], "in", "the output {here}/in/a.tar would replace an input"),
+        (["in"], "link", "the output {here}/link/a.tar would replace an input"),
         (["in", "b.png"], "out", "{here}/in/b.png and {here}/b.png would both become b.vqz"),
         (["empty"], "out", "folder {here}/empty holds no files named *.png "),
         (["nonsense://x"], "out", "Protocol not known: nonsense"),
@@ -247,6 +248,7 @@ def test_plan_does_not_take_what_it_made_for_an_input() -> None:
 )
 def test_plans_that_cannot_be(inputs: list[str], output: str, message: str) -> None:
     touch("in/a.tar", "in/b.png", "b.png", "empty/x.txt")
+    os.symlink("in", "link")
     with pytest.raises(ValueError) as caught:
         plan(*inputs, output=output)
     assert str(caught.value).startswith(message.format(here=os.getcwd()))

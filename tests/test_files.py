@@ -137,6 +137,12 @@ def test_pictures_that_differ_in_the_suffix_alone():
     assert jobs[0].note == ""
     assert jobs[3].note == "becomes out/a.png.vqz, because in/a.gif becomes out/a.vqz"
     assert [job.target for job in plan_compress(["a.png", "a.jpg"])] == ["a.vqz", "a.jpg.vqz"]
+    touch("out/a.vqz", "out/a.png.vqz")
+    os.remove("in/a.gif")
+    os.remove("in/a.jpg")
+    assert plan_compress(["in"], "out")[1].target == "out/a.png.vqz", (
+        "as before, and not out/a.vqz, which is of another"
+    )
     with pytest.raises(ValueError, match=r"a\.jpg\.png and a\.jpg would both become a\.jpg\.vqz"):
         plan_compress(["a.gif", "a.jpg.png", "a.jpg"])
 
@@ -294,6 +300,24 @@ def test_mode_is_what_the_umask_says():
     finally:
         os.umask(before)
     assert stat.S_IMODE(os.stat("x").st_mode) == 0o640
+
+
+def test_a_replaced_file_keeps_its_mode():
+    touch("x")
+    os.chmod("x", 0o600)
+    write("x", b"data", overwrite=True)
+    assert stat.S_IMODE(os.stat("x").st_mode) == 0o600 and read("x") == b"data"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/fd"), reason="needs /dev/fd, which Unix has")
+def test_a_pipe_by_its_number():
+    end, number = os.pipe()
+    try:
+        write(f"/dev/fd/{number}", b"data", overwrite=False)
+        assert os.read(end, 9) == b"data"
+    finally:
+        os.close(end)
+        os.close(number)
 
 
 def test_existing_files_are_kept_unless_told():

@@ -263,6 +263,14 @@ def test_16_bit_grey_with_a_transparent_value():
     assert np.argwhere(picture.alpha == 0).tolist() == [[1, 2]]
 
 
+def test_16_bit_colour_with_a_transparent_value():
+    """Pixels become 8 bits, and so does the value that they are compared with."""
+    grid = np.zeros((2, 2, 3), np.uint16)
+    grid[0, 1], grid[1] = (0x8000, 0x4000, 0x2000), 0xFFFF
+    picture = load(png(grid, 2, b"tRNS" + struct.pack(">HHH", 0x8000, 0x4000, 0x2000)), max_pixels=None)
+    assert picture.alpha.tolist() == [[255, 0], [255, 255]]
+
+
 @pytest.mark.parametrize("channels", [3, 4])
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_16_bit_colour_is_reduced(kind, channels):
@@ -574,7 +582,7 @@ def test_to_pil_has_the_metadata(make_photo):
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF", "AVIF"])
 def test_animations_are_refused(make_photo, format):
     frames = [Image.fromarray(make_photo(16, 16, seed)) for seed in range(3)]
-    with pytest.raises(ImageError, match="3 frames or pages"):
+    with pytest.raises(ImageError, match="several frames or pages"):
         load(encoded(frames[0], format, save_all=True, append_images=frames[1:]), max_pixels=None)
 
 

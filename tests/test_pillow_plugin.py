@@ -180,7 +180,7 @@ def test_several_frames(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="single picture"):
         source().save(tmp_path / "a.vqz", save_all=True, append_images=[source()])
     source().save(tmp_path / "a.gif", save_all=True, append_images=[source().rotate(90)])
-    with Image.open(tmp_path / "a.gif") as image, pytest.raises(OSError, match="2 frames"):
+    with Image.open(tmp_path / "a.gif") as image, pytest.raises(OSError, match="several frames"):
         image.save(tmp_path / "a.vqz", save_all=True)
     assert not (tmp_path / "a.vqz").exists()
     assert saved(source(), save_all=True) == saved(source())

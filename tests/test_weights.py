@@ -390,6 +390,20 @@ def test_describe_refuses_names_of_another_model(tmp_path: Path, name: str) -> N
         weights_file.describe(tmp_path / "odd.safetensors")
 
 
+@pytest.mark.parametrize("size", [10**9, -1])
+def test_describe_refuses_files_that_are_cut_or_lie(tmp_path: Path, data: bytes, size: int) -> None:
+    (tmp_path / "cut.safetensors").write_bytes(data[:-1])
+    with pytest.raises(WeightsError, match="cannot read weights|not a weights file"):
+        weights_file.describe(tmp_path / "cut.safetensors")
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["vqvae.stages.0.bias"] = {"dtype": "F16", "shape": [size, 0], "data_offsets": [0, 0]}
+    text = json.dumps(header).encode()
+    (tmp_path / "lie.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+    with pytest.raises(WeightsError, match="cannot read weights|not a weights file"):
+        weights_file.describe(tmp_path / "lie.safetensors")
+
+
 @pytest.mark.parametrize("tensor", [1, {}, {"shape": 3}, {"shape": ["3"]}])
 def test_shapes_are_checked(tmp_path: Path, tensor: object) -> None:
     header = json.dumps({"__metadata__": {"format": weights_file.FORMAT, "config": TINY.to_json()}, "a": tensor})

@@ -208,13 +208,12 @@ def write(path: str, data: bytes, *, overwrite: bool, like: os.stat_result | Non
     if path == STREAM:
         _write_stdout(data)
         return
-    target = os.path.realpath(path)
     with _naming(path):
-        if is_special(target):
-            with open(target, "wb", buffering=0) as file:
+        if is_special(path):  # the path itself: a pipe in /dev/fd has no real one
+            with open(path, "wb", buffering=0) as file:
                 _write_all(file, data)
             return
-        os.makedirs(os.path.dirname(target), exist_ok=True)
+        os.makedirs(os.path.dirname(os.path.realpath(path)), exist_ok=True)
     write_atomically(path, data, overwrite=overwrite, like=like)
 
 
@@ -223,8 +222,9 @@ def write_atomically(
 ) -> None:
     """Write a file so that it holds all of the data or, on any failure or Ctrl-C, stays as it was.
 
-    The data go to a temporary file in the same folder, which then takes the name of the target. The folder must exist.
-    A symbolic link is followed. Nothing is synchronised: after a power failure the data may be missing.
+    The data go to a temporary file in the same folder, which then takes the name of the target, and its permissions if
+    there is one. The folder must exist. A symbolic link is followed. Nothing is synchronised: after a power failure the
+    data may be missing.
 
     Args:
         path: the file.
@@ -248,6 +248,8 @@ def write_atomically(
                 with contextlib.suppress(OSError):
                     os.utime(temporary, ns=(like.st_atime_ns, like.st_mtime_ns))
             if overwrite:
+                with contextlib.suppress(OSError):
+                    os.chmod(temporary, os.stat(target).st_mode & 0o777)
                 os.replace(temporary, target)
             else:
                 _move_to_free_name(temporary, target)
@@ -364,6 +366,8 @@ def _name_targets(found: Sequence[tuple[str, str]], folder: str, suffixes: Seque
         if os.path.abspath(other) != os.path.abspath(place):
             note = f"becomes {place}{new_suffix}, because {source} becomes {target}"
             target = place + new_suffix
+        elif os.path.exists(place + new_suffix):
+            target = place + new_suffix  # as it was named when there was another source, which may be gone
         earlier.setdefault(os.path.realpath(target), (place, path))
         jobs.append(Job(path, target, folder, note))
     return jobs

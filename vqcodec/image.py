@@ -362,12 +362,12 @@ def _file(image: Image.Image) -> bytes:
 
 def _convert(image: Image.Image, signals: Signals, caught: list[warnings.WarningMessage]) -> Picture:
     notes: list[str] = []
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1:
-        # Phones store a depth or brightness map after the photo in the same JPEG file, which Pillow calls MPO.
-        if image.format != "MPO":
-            raise ImageError(f"the file has {frames} frames or pages, only single pictures are supported")
-        notes.append(f"the file has {frames} pictures, only the first is kept")
+    # Phones store a depth or brightness map after the photo in the same JPEG file, which Pillow calls MPO.
+    if image.format == "MPO" and (count := getattr(image, "n_frames", 1)) > 1:
+        notes.append(f"the file has {count} pictures, only the first is kept")
+    # To count the pages of a TIFF file would take quadratic time.
+    elif getattr(image, "is_animated", False) if image.format == "TIFF" else getattr(image, "n_frames", 1) > 1:
+        raise ImageError("the file has several frames or pages, only single pictures are supported")
     if image.width == 0 or image.height == 0:
         raise ImageError(f"the picture is {image.width} x {image.height} pixels, expected at least 1 x 1")
     layouts = [tile[3] for tile in getattr(image, "tile", ())]  # load() empties the list of tiles

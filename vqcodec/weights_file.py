@@ -81,8 +81,10 @@ def _header(data: bytes) -> tuple[dict[str, str], Shapes]:
     shapes = {name: tuple(tensor["shape"]) for name, tensor in header.items()}
     if not all(isinstance(value, str) for value in metadata.values()):
         raise TypeError
-    if not all(isinstance(side, int) for shape in shapes.values() for side in shape):
-        raise TypeError
+    if not all(isinstance(side, int) and 0 <= side <= len(data) for shape in shapes.values() for side in shape):
+        raise ValueError
+    if max((tensor["data_offsets"][1] for tensor in header.values()), default=0) != len(data) - end:
+        raise ValueError  # the file is cut
     return metadata, shapes
 
 

@@ -80,10 +80,11 @@ def plan(inputs: Sequence[str], output: str, kind: type[Transcoder], *, overwrit
         if (other := targets.setdefault(target, job)) is not job:
             raise ValueError(f"{other.source} and {job.source} would both become {target}")
     jobs = list(targets.values())
-    sources = {job.source for job in jobs}
-    for job in jobs:
-        if (made := f"{places.plain(output)}/{job.target}") in sources:
-            raise ValueError(f"the output {made} would replace an input")
+    shards = [job for job in jobs if is_shard(job.name)]  # which keep their names
+    sources = {places.identity(job.root, job.name) for job in shards}
+    for job in shards:
+        if places.identity(output, job.target) in sources:
+            raise ValueError(f"the output {places.plain(output)}/{job.target} would replace an input")
     if overwrite:
         return jobs, 0
     filesystem, base = places.open_filesystem(output)

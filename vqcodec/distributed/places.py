@@ -39,6 +39,13 @@ def open_filesystem(place: str) -> tuple[fs.FileSystem, str]:
     return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path
 
 
+def identity(place: str, name: str) -> tuple[str, str]:
+    """What two files have in common only if they are the same: name is that of one in a folder, by path or URI."""
+    filesystem, base = open_filesystem(place)
+    path = f"{base.rstrip('/')}/{name}"
+    return filesystem.type_name, os.path.realpath(path) if isinstance(filesystem, fs.LocalFileSystem) else path
+
+
 def relative(path: str, base: str) -> str:
     """The path in a filesystem of something below a folder, relative to that folder."""
     return path.strip("/").removeprefix(base.strip("/")).lstrip("/")

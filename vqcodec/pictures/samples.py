@@ -61,6 +61,10 @@ def mend(image: Image.Image, layout: str) -> None:
     scale = _GREY_SCALES.get(layout)
     if image.format == "PNG" and image.mode == "L" and scale and isinstance(transparent, int):
         image.info["transparency"] = transparent * scale  # of the file's few values; pixels have the whole range
+    if layout == "RGB;16B" and isinstance(transparent, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)  # as Pillow reduced the pixels
+    if isinstance(transparent, str):
+        del image.info["transparency"]  # a text of that name
     if image.format == "TIFF" and image.mode == "P":
         colours = image.tag_v2.get(_COLOUR_MAP, ())  # type: ignore[attr-defined]
         if colours and max(colours) < 256:  # of 8 bits, although the format asks for 16
