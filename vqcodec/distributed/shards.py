@@ -27,7 +27,7 @@ def convert(source: pa.NativeFile, made: IO[bytes], transcoder: Transcoder, outc
         most_files: to be in memory together.
 
     Raises:
-        tarfile.ReadError: the file is cut or damaged.
+        tarfile.ReadError: the file is cut or damaged, or has a sparse file.
     """
     names: set[str] = set()
     new_names: dict[str, str] = {}
@@ -67,5 +67,7 @@ def convert(source: pa.NativeFile, made: IO[bytes], transcoder: Transcoder, outc
 def _members(tar: tarfile.TarFile, suffixes: tuple[str, ...]) -> Iterator[Item[tarfile.TarInfo]]:
     """Each member, its content, and whether it is a file with one of the suffixes."""
     for member in tar:
+        if member.issparse():  # of any size, whatever the size of the shard
+            raise tarfile.ReadError(f"{member.name} is a sparse file")
         content = tar.extractfile(member) if member.isfile() else None
         yield member, content.read() if content else b"", member.isfile() and member.name.lower().endswith(suffixes)
