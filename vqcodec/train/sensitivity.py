@@ -1,9 +1,9 @@
 """Measures the eye's sensitivity to coding errors of given weights, on pictures: makes a `Tuning`.
 
-Every code vector gets an additional error of half a step with a random sign. One forward and backward pass then yields
-the gradients of squared error and of visual distance with respect to every code vector. The errors of symbols are
-independent. So the sum of gradient times error over the symbols of a plane, or of a position, is their contribution to
-each of the two, and the ratio of the contributions is the sensitivity.
+Pictures are compressed and decoded. One forward and backward pass yields the gradients of squared error and of visual
+distance with respect to every code vector. The error of a code vector is its difference to the residual that it stands
+for. Gradient times error, summed over the symbols of a plane or of a position, is what these errors contribute to each
+of the two, and the ratio of the contributions is the sensitivity.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from vqcodec import coding, tuning
+from vqcodec import coding, synthesis, tuning
 from vqcodec.encoder import encode
 from vqcodec.frame import Frame
 from vqcodec.models.model import Estimate, Model, walk
@@ -23,7 +23,6 @@ from vqcodec.tuning import LEAST_VARIANCE, Tuning
 from vqcodec.visual import visual_distance
 
 QUALITIES = (1, 8, 25, 50, 75, 95)
-AMPLITUDE = 0.5  # of the errors, in quantiser steps
 # Bounds of the sensitivities, because those of planes that hardly matter are noisy.
 LEAST, MOST = 0.05, 40.0
 NEIGHBOURS = 3  # side of the window in which contributions are averaged, in positions
@@ -69,7 +68,7 @@ class _Contributions:
 
 
 def _contributions(model: Model, pictures: Sequence[Pixels], quality: int) -> _Contributions:
-    chance = torch.Generator().manual_seed(quality)
+    at = torch.tensor([quality], device=model.device)
     squares = [torch.zeros(sum(p.planes for p in stage.slices)) for stage in model.config.levels]
     visuals = [x.clone() for x in squares]
     ratios: list[float] = []
@@ -80,8 +79,9 @@ def _contributions(model: Model, pictures: Sequence[Pixels], quality: int) -> _C
         frame = Frame(width, height, quality)
         with coding.exact(model):
             codes = encode(model, frame, pixels[None])[1]
+            latents = synthesis.analyse(model, pixels[None], at)
         original = torch.from_numpy(pixels.copy()).to(model.device).permute(2, 0, 1)[None].float()
-        errors, leaves, restored = _restore_with_errors(model, codes, quality, chance)
+        errors, leaves, restored = _restore(model, codes, latents, at)
         square = (restored - original).square().mean()
         visual = visual_distance(restored, original).sum()
         ratios.append(float(square.detach() / visual.detach().clamp(min=1e-6)))
@@ -103,28 +103,27 @@ def _contributions(model: Model, pictures: Sequence[Pixels], quality: int) -> _C
     return _Contributions(unit, planes, [unit * p for p in places])
 
 
-def _restore_with_errors(
-    model: Model, codes: list[Tensor], quality: int, chance: torch.Generator
+def _restore(
+    model: Model, codes: list[Tensor], latents: list[Tensor], quality: Tensor
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Decode codes with an error on every code vector.
+    """Decode codes.
 
     Args:
-        model: the weights. codes: of one picture, as of coding.py. quality: 1..100. chance: the random generator.
+        model: the weights. codes: of one picture, as of coding.py. latents: what they stand for, from
+            `synthesis.analyse`. quality: (1,), 1..100.
 
     Returns:
-        For each slice its errors, float (1, P D, h, w) in steps; for each slice its vectors with errors, of the same
+        For each slice the errors of its vectors, float (1, P D, h, w) in steps; for each slice its vectors, of the same
         shape, leaves of the graph; and the pixels, float (1, 3, H, W), with the graph.
     """
-    at = torch.tensor([quality], device=model.device)
     errors, leaves = [], []
     height, width = (side * model.config.multiple for side in codes[0].shape[1:3])
-    estimate = Estimate(model.vqvae, at, height, width)
+    estimate = Estimate(model.vqvae, quality, height, width)
     for piece in walk(model.levels, estimate):
         indices = codes[piece.level][..., piece.planes].to(model.device, torch.int64)
         vectors = piece.vectors(indices)
-        sign = 2 * torch.randint(2, vectors.shape, generator=chance) - 1
-        errors.append((AMPLITUDE * sign).to(model.device))
-        leaves.append((vectors + errors[-1]).requires_grad_())
+        errors.append((vectors - estimate.residual(latents[piece.level])).detach())
+        leaves.append(vectors.requires_grad_())
         estimate.add(leaves[-1])
     return errors, leaves, estimate.pixels()
 
