@@ -93,7 +93,7 @@ def restored_codes(pixels: np.ndarray) -> list[Tensor]:
 
 
 def test_sensitivities_are_ratios_of_slopes() -> None:
-    """Of what both distances become where the errors of a plane are a little larger and smaller."""
+    """Of what both distances become where the errors of a plane are doubled, and taken away."""
     pixels, model = picture(128, 160, seed=3), models.tiny_model()
     codes, quality = restored_codes(pixels), torch.tensor([QUALITY])
     latents = synthesis.analyse(model, pixels[None], quality)
@@ -105,13 +105,13 @@ def test_sensitivities_are_ratios_of_slopes() -> None:
     assert found.unit == pytest.approx(float(square / visual), rel=1e-3)
     for level, plane, channels in ((0, 1, [1]), (0, 7, [7]), (1, 1, [1]), (1, 4, [4]), (1, 9, [12, 13, 14, 15])):
         ends = []
-        for scale in (0.3, -0.3):  # smaller ones drown in the rounding of floats
+        for scale in (1.0, -1.0):  # smaller changes drown in the rounding of floats
             more = [e.clone() for e in nothing]
             more[level][:, channels] = scale * errors[level][:, channels]
             ends.append(effects(pixels, codes, more))
         change = ends[0] - ends[1]
         expected = found.unit * float(change[1] / change[0])
-        assert float(found.planes[level][plane]) == pytest.approx(expected, rel=0.03), (level, plane)
+        assert float(found.planes[level][plane]) == pytest.approx(expected, rel=0.06), (level, plane)
 
 
 def test_errors_are_what_codes_leave_of_the_latents() -> None:
