@@ -704,6 +704,14 @@ def test_metadata_that_do_not_fit_are_left_out_with_a_note(make_photo, suffix, e
     assert len(again.xmp or b"") == (0 if "XMP" in lost else xmp)
 
 
+@pytest.mark.parametrize("suffix", [".avif", ".png", ".jpg", ".webp", ".tif"])
+def test_exif_that_cannot_be_read_is_no_obstacle(make_photo, suffix):
+    """It may come from files that others made. AVIF files are written without it, as TIFF files are without any."""
+    fitting = adapt(Picture(make_photo(16, 16), exif=b"not of Exif"), suffix)
+    load(save(fitting, suffix), max_pixels=None)
+    assert bool(fitting.notes) == (suffix in (".avif", ".tif"))
+
+
 def test_long_metadata_in_png_files_are_read_again(make_photo, monkeypatch):
     """Pillow stops at 1 MiB of a profile or a text, unless it is told that more may come."""
     long = struct.pack(">L", len(SRGB) + 3_000_000) + SRGB[4:] + bytes(3_000_000)

@@ -243,6 +243,9 @@ def adapt(picture: Picture, suffix: str) -> Picture:
     lost = [name for name, old, new in (("EXIF", picture.exif, exif), ("XMP", picture.xmp, xmp)) if old and not new]
     if lost:
         notes.append(f"{' and '.join(lost)} left out: {writer.name} files have no room for so much of it")
+    if exif and writer.name == "AVIF" and not metadata.readable(exif):  # Pillow looks for the orientation there
+        exif = None
+        notes.append("EXIF left out: it cannot be read, as AVIF files need")
     return replace(picture, pixels=pixels, icc=icc, exif=exif, xmp=xmp, notes=tuple(notes))
 
 

@@ -50,7 +50,7 @@ def read(image: Image.Image, notes: list[str], *, gain_map: bool = False) -> tup
         has none. The orientation in what is kept is 1.
     """
     exif = _exif(image)
-    if exif is not None and not _readable(exif):
+    if exif is not None and not readable(exif):
         exif = None
         notes.append("the EXIF data is damaged and was dropped")
     packet = _xmp(image)
@@ -128,7 +128,8 @@ def _exif_of_tiff(image: Image.Image) -> bytes | None:
         return b""
 
 
-def _readable(exif: bytes) -> bool:
+def readable(exif: bytes) -> bool:
+    """Whether Pillow can make sense of EXIF data, without prefix."""
     if exif[:4] not in (b"II*\0", b"MM\0*"):
         return False
     try:
