@@ -58,7 +58,9 @@ def tiff(
     count = len(values)
     entries = b""
     for tag, value in sorted(values.items()):
-        if tag in (258, 339) and samples > 1:
+        if tag in (258, 339) and samples == 2:  # which fit into the entry
+            entries += struct.pack("<HHLHH", tag, 3, samples, value, value)
+        elif tag in (258, 339) and samples > 1:
             place = after + (0 if tag == 258 else 2 * samples)
             entries += struct.pack("<HHLL", tag, 3, samples, place)
         else:
@@ -422,11 +424,12 @@ def test_tiff_files_that_pillow_reads_wrongly() -> None:
         load(tiff(signed, bits=8, photometric=1, sample_format=2), max_pixels=None)
 
 
-def test_a_fourth_channel_of_unknown_meaning_is_noted() -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (4, 5, 4), np.uint8)
-    picture = load(tiff(pixels, bits=8, photometric=2, more={338: 0}), max_pixels=None)
-    assert np.array_equal(picture.pixels, pixels[..., :3]) and picture.alpha is None
-    assert picture.notes == ("the fourth channel, of which the file does not say what it is, was dropped",)
+@pytest.mark.parametrize(("photometric", "samples"), [(2, 4), (1, 2)], ids=["colour", "grey"])
+def test_a_channel_of_unknown_meaning_is_noted(photometric: int, samples: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 5, samples), np.uint8)
+    picture = load(tiff(pixels, bits=8, photometric=photometric, more={338: 0}), max_pixels=None)
+    assert np.array_equal(picture.pixels, pixels[..., : samples - 1] * np.ones(3, np.uint8)) and picture.alpha is None
+    assert picture.notes == ("a channel of which the file does not say what it is was dropped",)
 
 
 # Metadata
