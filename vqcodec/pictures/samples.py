@@ -46,7 +46,7 @@ def check_tiff(image: Image.Image, notes: list[str]) -> None:
         raise ImageError("the samples are signed integers, expected unsigned ones")
     if tags.get(_PLANAR) == 2 and len(tags.get(_BITS, ())) > 1 and max(tags[_BITS]) > 8:
         raise ImageError("more than 8 bits per sample in separate planes are not supported")
-    kept = len(image.mode.removesuffix("X")) if image.mode in ("RGB", "RGBX") else len(image.getbands())
+    kept = 3 if image.mode == "RGBX" else len(image.getbands())
     if tags.get(_SAMPLES, kept) > kept:
         notes.append("a channel of which the file does not say what it is was dropped")
 
