@@ -29,7 +29,7 @@ def start_from_pictures(vqvae: VQVAE, pixels: Tensor) -> None:
             `Config.multiple`.
     """
     x = (pixels - PIXEL_CENTRE) / PIXEL_SCALE
-    if vqvae.config.stages[0].stride % CELL == 0:
+    if vqvae.config.stages[0].renderer or vqvae.config.stages[0].cells:
         _start_cells(vqvae.stage(0), functional.pixel_unshuffle(x, CELL))
     for index, config in enumerate(vqvae.config.stages):
         stage = vqvae.stage(index)
