@@ -1,33 +1,47 @@
 """bfloat16 is used where it is fast, and nowhere else."""
 
 import os
+import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
 from models import picture, tiny_model
 
-from vqcodec import precision, search, synthesis
+from vqcodec import packaged, precision, search, synthesis, weights
 from vqcodec.frame import Frame
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def anew() -> None:
+@pytest.fixture(autouse=True)
+def anew() -> Iterator[None]:
+    precision.bfloat16_pays.cache_clear()
+    yield
     precision.bfloat16_pays.cache_clear()
 
 
 @pytest.mark.parametrize(("half", "single", "pays"), [(1.0, 2.0, True), (1.0, 1.1, False), (50.0, 1.0, False)])
-def test_the_faster_type_is_chosen(
-    half: float, single: float, pays: bool, anew: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_faster_type_is_chosen(half: float, single: float, pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU whose flags are unknown."""
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     monkeypatch.setattr(precision, "_seconds", lambda kind: half if kind == torch.bfloat16 else single)
     assert precision.bfloat16_pays(CPU) == pays
     with precision.autocast(CPU):
         assert torch.is_autocast_enabled("cpu") == pays
-    precision.bfloat16_pays.cache_clear()
+
+
+@pytest.mark.parametrize("has", [False, True])
+def test_flags_of_a_cpu_are_believed(has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine must not change what files hold."""
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
+    monkeypatch.setattr(precision, "_seconds", lambda kind: pytest.fail("timed"))
+    assert precision.bfloat16_pays(CPU) == has
 
 
 def test_a_cpu_without_bfloat16_computes_in_float32() -> None:
@@ -55,3 +69,18 @@ def test_the_search_asks(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.nn.functional, "conv2d", watched)
     search.improve(model, frame, pixels, latents, 1)
     assert (True in seen) == pays
+
+
+@pytest.mark.parametrize("quality", [5, 50, 95])
+def test_the_encoder_asks(quality: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16 latents are off by small parts of a step: the transform and what blocks see of pixels stay exact."""
+    model, pixels = weights.load(packaged.find()), picture(128, 192)
+    found = []
+    for pays in (False, True):
+        monkeypatch.setattr(precision, "bfloat16_pays", lambda device, pays=pays: pays)
+        found.append(synthesis.analyse(model, pixels[None], torch.tensor([quality])))
+    for level, single, narrow in zip(model.levels, *found, strict=True):
+        for piece in level.slices:
+            moved = (narrow - single)[:, piece.channels] / piece.step(torch.tensor([quality]))
+            assert 0 < moved.abs().mean() < 0.003
+            assert moved.abs().max() < 0.05

@@ -1,13 +1,15 @@
-"""Chooses the data type that training and search compute in: bfloat16 where it is fast, else float32."""
+"""Chooses the data type that training, search and encoder compute in: bfloat16 where it is fast, else float32."""
 
 import functools
+import platform
 import time
 
 import torch
 from torch.nn import functional
 
-# Speed-up from which bfloat16 is used. CPUs with bfloat16 instructions are at least twice as fast with it; others
-# emulate it about 50 times slower.
+X86 = ("x86_64", "AMD64")
+# Speed-up from which bfloat16 is used where that is timed. CPUs with bfloat16 instructions are about twice as fast with
+# it; others emulate it, up to 50 times slower.
 WORTHWHILE = 1.25
 TRIALS = 5
 
@@ -21,10 +23,16 @@ def autocast(device: torch.device) -> torch.autocast:
 def bfloat16_pays(device: torch.device) -> bool:
     """Whether convolutions are worthwhile in bfloat16 on this device.
 
-    A CPU is timed, once per process: its flags do not say which instructions the libraries use.
+    x86 CPUs are believed, so that all runs on one machine do the same, however busy it is. Others that the library can
+    use bfloat16 on are timed, once per process.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
+    library = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if not (library and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return False
+    if platform.machine() in X86:
+        return torch.cpu._is_avx512_bf16_supported()  # others with AVX-512 emulate it
     return WORTHWHILE * _seconds(torch.bfloat16) < _seconds(torch.float32)
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from vqcodec import precision
 from vqcodec.coding import no_codes
 from vqcodec.frame import Frame, Region
 from vqcodec.models.config import Config
@@ -269,7 +270,8 @@ def analyse(model: Model, pixels: NDArray[np.uint8], quality: Tensor) -> list[Te
     Returns:
         For each level, coarse first, float (B, C, h, w) over the padded pictures.
     """
-    return model.vqvae.encode(_transform(model, pixels, quality), quality)
+    with precision.autocast(model.device):
+        return model.vqvae.encode(_transform(model, pixels, quality), quality)
 
 
 def _transform(model: Model, pixels: NDArray[np.uint8], quality: Tensor) -> Tensor:

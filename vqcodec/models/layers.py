@@ -110,15 +110,16 @@ class ResidualBlock(nn.Module):
             x, cond, overwrite: as of `forward`.
             basis: orthonormal rows, (C, C), by which x becomes the map that the block refines; None where it is that.
         """
-        gain, shift = self.quality(cond.basis)[0].chunk(2)
-        reduce = self.reduce.weight / torch.maximum(self.deviation, cond.unit)[:, None, None]
-        spatial = self.spatial.weight * (1 + gain)[:, None, None, None]
-        expand = self.expand.weight * cond.unit
-        assert self.spatial.bias is not None and self.expand.bias is not None
-        spatial_bias, expand_bias = self.spatial.bias * (1 + gain) + shift, self.expand.bias * cond.unit
-        if basis is not None:
-            reduce = torch.einsum("hcyx,cd->hdyx", reduce, basis)
-            expand, expand_bias = torch.einsum("chyx,cd->dhyx", expand, basis), expand_bias @ basis
+        with torch.autocast(x.device.type, enabled=False):  # it is for the convolutions
+            gain, shift = self.quality(cond.basis)[0].chunk(2)
+            reduce = self.reduce.weight / torch.maximum(self.deviation, cond.unit)[:, None, None]
+            spatial = self.spatial.weight * (1 + gain)[:, None, None, None]
+            expand = self.expand.weight * cond.unit
+            assert self.spatial.bias is not None and self.expand.bias is not None
+            spatial_bias, expand_bias = self.spatial.bias * (1 + gain) + shift, self.expand.bias * cond.unit
+            if basis is not None:
+                reduce = torch.einsum("hcyx,cd->hdyx", reduce, basis)
+                expand, expand_bias = torch.einsum("chyx,cd->dhyx", expand, basis), expand_bias @ basis
 
         def added(start: int, stop: int) -> Tensor:
             above = min(start, 1)

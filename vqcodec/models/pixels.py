@@ -70,11 +70,9 @@ class CellBlocks(nn.Module):
         cells = functional.pixel_unshuffle(pixels, CELL)
         if len(cond.unit) == 1 and not (self.training or torch.is_grad_enabled()):
             cells = cells.contiguous(memory_format=torch.channels_last)
-            # In bfloat16, details would be small differences of rounded pixels.
-            with torch.autocast(pixels.device.type, enabled=False):
-                for block in self.blocks:
-                    assert isinstance(block, ResidualBlock)
-                    cells = block.at_one_quality(cells, cond, overwrite=True, basis=self.basis)
+            for block in self.blocks:
+                assert isinstance(block, ResidualBlock)
+                cells = block.at_one_quality(cells, cond, overwrite=True, basis=self.basis)
             return functional.pixel_shuffle(cells, CELL)
         x = components = _pointwise(cells, self.basis)
         for block in self.blocks:

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from vqcodec.models.layers import Linear1x1
-from vqcodec.models.pixels import CellBlocks
+from vqcodec.models.pixels import CellBlocks, SeparableLap
 from vqcodec.train.loss import RateDistortion
 from vqcodec.train.muon import Muon
 from vqcodec.train.schedule import Schedule
@@ -37,6 +37,17 @@ def optimisers_of(model: RateDistortion, schedule: Schedule) -> Optimisers:
     if schedule.kernel_rate:
         optimisers["muon"] = Muon([{"params": kernels, "peak": schedule.kernel_rate}], schedule.kernel_rate)
     return optimisers
+
+
+def clipped_apart(model: RateDistortion) -> list[list[nn.Parameter]]:
+    """The weights in two sets whose gradients are clipped apart: linear transforms, and everything else.
+
+    Gradients of the transforms are ten times as long. Clipped together with them, every batch would count for the
+    networks by the inverse of a length that has nothing to do with them.
+    """
+    transforms = [p for m in model.modules() if isinstance(m, Linear1x1 | SeparableLap) for p in m.parameters()]
+    known = {id(p) for p in transforms}
+    return [transforms, [p for p in model.parameters() if id(p) not in known]]
 
 
 def set_learning_rates(optimisers: Optimisers, share: float) -> None:

@@ -15,7 +15,7 @@ from vqcodec.train import crops, data, perceptual
 from vqcodec.train.codebooks import perplexity
 from vqcodec.train.job import Job
 from vqcodec.train.loss import RateDistortion
-from vqcodec.train.optimisers import Optimisers, optimisers_of
+from vqcodec.train.optimisers import Optimisers, clipped_apart, optimisers_of
 from vqcodec.train.progress import Progress
 from vqcodec.train.recording import Recording
 from vqcodec.train.rounding import Rounding
@@ -37,7 +37,7 @@ class Run:
         pictures: to learn from. validation: crops to validate on, uint8 (H, W, 3); none but in the first process.
         model: what learns. average: the exponential moving average of its weights, which is what is exported.
         trained: the model as it is called in a step, which under several processes shares its gradients.
-        optimisers: of the model's weights.
+        optimisers: of the model's weights. clipped: the model's weights, in sets whose gradients are clipped apart.
         phase: see there. step: optimisation steps done. crops: crops seen, by all processes.
         spent: seconds, earlier parts of the run included. sitting: seconds spent before this sitting.
         rate_start: weight of the rate in the loss at the start. averaged: the step from which on weights are averaged.
@@ -58,6 +58,7 @@ class Run:
     average: RateDistortion
     trained: nn.Module
     optimisers: Optimisers
+    clipped: list[list[nn.Parameter]]
     phase: Phase
     rate_start: float
     recent: Tensor
@@ -129,6 +130,7 @@ def new_run(job: Job, paths: list[Path], features: Sequence[Path] = (), judge: P
         average,
         trained=model,
         optimisers=optimisers,
+        clipped=clipped_apart(model),
         phase=job.schedule.phase(0.0),
         rate_start=job.schedule.rate_start,
         recent=torch.full((2,), math.nan, device=job.device),

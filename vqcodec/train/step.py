@@ -90,7 +90,8 @@ def _gradients(run: Run, crops: Tensor, quality: Tensor, rate_weight: float | Te
     # Torch would do this itself, but not inside of another autocast: the next step would see the weights of this one.
     torch.clear_autocast_cache()
     losses.total.backward()
-    nn.utils.clip_grad_norm_(run.model.parameters(), run.job.schedule.clip_norm)
+    for weights in run.clipped:
+        nn.utils.clip_grad_norm_(weights, run.job.schedule.clip_norm)
     for parameter in run.model.parameters():
         if parameter.grad is not None:
             parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
