@@ -1,4 +1,4 @@
-"""Documents name files that exist."""
+"""Documents name files that exist, and the table of modules names all."""
 
 import re
 from pathlib import Path
@@ -19,3 +19,10 @@ def test_files_that_a_document_names_exist(document: Path) -> None:
     links = [document.parent / (a or b) for a, b in LINK.findall(text) if not (a or b).startswith("https:")]
     mentions = [ROOT / name for name in MENTION.findall(text)]
     assert [str(path) for path in links + mentions if not path.exists()] == []
+
+
+def test_the_table_of_modules_is_complete() -> None:
+    package = ROOT / "vqcodec"
+    modules = {path.relative_to(package).as_posix() for path in package.rglob("[!_]*.py")}
+    table = [line for line in (ROOT / "docs/design.md").read_text("utf-8").splitlines() if line.startswith("| `")]
+    assert modules - {name for line in table for name in re.findall(r"`([\w/]+\.py)`", line)} == set()
