@@ -164,14 +164,14 @@ class RateDistortion(nn.Module):
         Args: as `_quantise`. log_scale: (B, P D, h, w), see `Rounding`.
 
         Returns:
-            Integers (B, P D, h, w), in steps, with a straight-through estimator of the gradient.
+            Integers (B, P D, h, w), in steps, with the gradient of `round_off`.
         """
         v = estimate.residual(latents)
         channel_costs = step_cost.repeat_interleave(piece.config.dim, 1)[:, :, None, None]
         rate_factor = self.config.rate_factor * run.rate_weight
-        chosen, spent = round_off(v, log_scale.exp() / estimate.step, channel_costs, rate_factor, self.training)
+        chosen, spent = round_off(v, log_scale.exp() / estimate.step, channel_costs, rate_factor)
         run.spend(piece.level, spent.sum((1, 2, 3)))
-        return v + (chosen - v).detach()
+        return chosen
 
     def _quantise(
         self, run: "_Pass", piece: Slice, estimate: Estimate, context: Context, latents: Tensor, step_cost: Tensor
