@@ -173,7 +173,7 @@ def _learn(run: Run) -> None:
     In the end the checkpoint is saved.
     """
     job, schedule = run.job, run.job.schedule
-    torch.manual_seed(job.seed + 1000 * job.rank + run.step)  # every process and every sitting draws noise of its own
+    torch.manual_seed(job.seed + 1000 * job.rank + run.step)  # every process and every sitting draws its own
     begun = time.monotonic() - run.spent
     reported = saved = validated = time.monotonic()
     stream: Iterator[Tensor] = iter(())
