@@ -3,8 +3,9 @@
 Squared error treats all errors alike. By SSIMULACRA2, an error in a coarse code plane matters several times as much as
 its square and one in a fine plane half as much, and texture masks errors that flat areas show. train/sensitivity.py
 measures both effects for given weights. This module turns the measurements into factors on the distortion weight, for
-each code plane and for each position: with a share s of the visual distance in the distortion (train/distortion.py) and
-a sensitivity r relative to squared error, the factor is 1 - s + s r.
+each code plane and for each position: 1 - s + s r for a sensitivity r relative to squared error. The share s is less
+than that of the visual distance in training, because the transforms have learned for a choice by squared error: their
+scales have most of r already.
 
 Only the choice of codes changes. Decoders need not know of the tuning.
 """
@@ -26,7 +27,8 @@ from vqcodec.models.config import Config
 
 SUFFIX = ".visual.json"
 FORMAT = "vqcodec visual tuning 1"
-SHARE = 0.5  # of the visual distance in the distortion, as in training
+SHARE = 0.5  # of the visual distance in the distortion of a whole picture, as in training
+CHOICE_SHARE = 0.1  # the same in the choice of single codes
 LUMA = (0.299, 0.587, 0.114)
 BLOCK = 8  # side of the blocks in which texture is measured, in pixels
 # Variances in squared 8-bit levels. The first is added to every variance, so that noise does not tell flat areas apart;
@@ -94,7 +96,7 @@ class Tuning:
         """
 
         def factor(sensitivity: Tensor) -> Tensor:
-            return 1 - SHARE + SHARE * sensitivity
+            return 1 - CHOICE_SHARE + CHOICE_SHARE * sensitivity
 
         masking = float(self._at(quality, self.masking))
         texture = (activity(pixels, config) + LEAST_VARIANCE) / (USUAL_VARIANCE + LEAST_VARIANCE)
