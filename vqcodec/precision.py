@@ -27,7 +27,7 @@ def bfloat16_pays(device: torch.device) -> bool:
     use bfloat16 on are timed, once per process.
     """
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     library = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if not (library and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return False

@@ -54,7 +54,7 @@ class Schedule:
             decoder behind the codes learn without quantisation noise.
         prior_from: share of the time from which the prior learns alone, if it learns after the rest.
         average_decay: decay of the exponential moving average of the weights, which is what is exported.
-        clip_norm: norm to which longer gradients are clipped.
+        clip_norm: norm to which longer gradients are clipped, of linear transforms and of all else apart.
         low_qualities: exponent p: qualities are 1 + 99 u^p for uniform u in [0, 1]. Above 1 favours low qualities.
         visual_share: share of the visual distance in the distortion, 0..1 (distortion.py).
     """
