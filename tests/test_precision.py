@@ -73,7 +73,7 @@ def test_the_search_asks(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("quality", [5, 50, 95])
 def test_the_encoder_asks(quality: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bfloat16 latents are off by small parts of a step: the transform and what blocks see of pixels stay exact."""
+    """In bfloat16 latents are off by small parts of a step: the main path stays in float32."""
     model, pixels = weights.load(packaged.find()), picture(128, 192)
     found = []
     for pays in (False, True):

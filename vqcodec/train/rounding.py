@@ -1,9 +1,9 @@
 """Scalar rounding with a logistic entropy model, in place of codebooks and prior: the first phase of training.
 
-This is the usual quantiser of neural codecs (Balle et al. 2018, "Variational image compression with a scale
-hyperprior"). A training step takes half the time, and transforms, estimates and steps learn for the rate without
-waiting for the prior. Bits and distortion are those of the integers that an encoder would choose. Bits of values with
-uniform noise, which other codecs learn by, are twice as many at low qualities, because noise moves values that are
+A training step takes half the time, and transforms, estimates and steps learn for the rate without waiting for the
+prior. Scales around an estimate are those of neural codecs (Balle et al. 2018, "Variational image compression with a
+scale hyperprior"), but bits and distortion are those of the integers that an encoder would choose. Bits of values with
+uniform noise, by which such codecs learn, are twice as many at low qualities, because noise moves values that are
 rounded to 0.
 
 Codebooks start as integers, so they can take over at any time. Rounding is for training only: there is no file format
