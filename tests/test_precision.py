@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,14 +35,30 @@ def test_the_faster_type_is_chosen(half: float, single: float, pays: bool, monke
         assert torch.is_autocast_enabled("cpu") == pays
 
 
-@pytest.mark.parametrize("has", [False, True])
-def test_flags_of_a_cpu_are_believed(has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("tiles", "vectors", "vendor", "pays"),
+    [
+        (False, False, "AuthenticAMD", False),
+        (False, True, "AuthenticAMD", True),
+        (False, True, "GenuineIntel", False),
+        (True, True, "GenuineIntel", True),
+    ],
+)
+@pytest.mark.parametrize("linux", [False, True])
+def test_flags_of_a_cpu_are_believed(
+    tiles: bool, vectors: bool, vendor: str, pays: bool, linux: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A busy machine must not change what files hold."""
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(platform, "processor", lambda: "" if linux else f"AMD64 Family 26 Model 2 Stepping 1, {vendor}")
+    monkeypatch.setattr(precision, "CPU_INFO", tmp_path / "cpuinfo")
+    if linux:
+        precision.CPU_INFO.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nmodel name\t: Zwölfkern®\n", "utf-8")
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: vectors)
     monkeypatch.setattr(precision, "_seconds", lambda kind: pytest.fail("timed"))
-    assert precision.bfloat16_pays(CPU) == has
+    assert precision.bfloat16_pays(CPU) == pays
 
 
 def test_a_cpu_without_bfloat16_computes_in_float32() -> None:
