@@ -130,10 +130,10 @@ def tiny(config: Config = TINY, seed: int = 0, shake: float = 1.0) -> RateDistor
             elif isinstance(part, SlicePrior):
                 part.head.weight *= 6
                 assert part.head.bias is not None
-                part.head.bias += noise(part.head.bias, 12)
+                part.head.bias += noise(part.head.bias, 12 / part.head.unit)
                 if part.piece.rows:
                     # Rows of narrow distributions, whose code 0 is likelier than any other.
-                    part.head.bias -= 45 + 5 * part.piece.dim
+                    part.head.bias -= (45 + 5 * part.piece.dim) / part.head.unit
     return model
 
 

@@ -345,11 +345,29 @@ def test_gradients_pass_straight_through_the_roundings() -> None:
     weight = (integers * torch.exp2(-exponent)[:, None, None, None]).requires_grad_()
     bias = torch.zeros(6, requires_grad=True)
     free = x.detach().clone().requires_grad_()
-    ((16 * functional.conv2d(free, weight, None, padding=1) + bias[:, None, None]) * aim).sum().backward()
+    ((16 * functional.conv2d(free, weight, None, padding=1) + 512 * bias[:, None, None]) * aim).sum().backward()
     assert conv.bias is not None
     for found, expected in [(x.grad, free.grad), (conv.weight.grad, weight.grad), (conv.bias.grad, bias.grad)]:
         assert found is not None and expected is not None
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_biases_learn_as_fast_as_weights() -> None:
+    """A few steps of an optimiser move them by several integers; freezing and thawing does not lose them."""
+    conv = IntegerConv(4, 6)
+    before = conv.run(torch.zeros(1, 4, 1, 1)).flatten().tolist()
+    assert conv.bias is not None
+    optimiser = torch.optim.Adam(conv.parameters(), lr=3e-3)
+    for _ in range(100):
+        optimiser.zero_grad()
+        (conv.run(torch.zeros(1, 4, 1, 1)) - 20).square().sum().backward()
+        optimiser.step()
+    learned = conv.run(torch.zeros(1, 4, 1, 1)).flatten().tolist()
+    assert before == [0] * 6 and min(learned) > 5
+    conv.freeze()
+    assert conv.bias.tolist() == learned
+    conv.thaw()
+    assert conv.run(torch.zeros(1, 4, 1, 1)).flatten().tolist() == learned
 
 
 def test_quality_table_is_the_curve() -> None:

@@ -54,6 +54,7 @@ class IntegerConv(nn.Conv2d):
     """A convolution of integers: the weights are 8-bit integers times a power of two for each output channel.
 
     Training rounds float weights on the fly, with a straight-through estimator; `freeze` replaces them by integers.
+    Biases learn in the unit of floats, UNIT * 2^bits integers: an optimiser's steps are far less than one of these.
     The output is floor(sum * 2^(bits - exponent)) + bias: integers in the input's unit divided by 2^bits.
 
     Args:
@@ -79,7 +80,7 @@ class IntegerConv(nn.Conv2d):
         nn.init.normal_(self.weight, std=gain / math.sqrt(fan_in))
         assert self.bias is not None
         nn.init.zeros_(self.bias)
-        self.bits = bits
+        self.bits, self.unit = bits, UNIT * 2.0**bits
         self.frozen = False
         self.register_buffer("exponent", torch.zeros(outputs, dtype=torch.int32))
         # 2^(bits - exponent) as a table, because exp2 and pow need not be exact on every device.
@@ -110,13 +111,15 @@ class IntegerConv(nn.Conv2d):
         if not self.frozen:
             integers, exponent = self._integers()
             assert self.bias is not None
-            self.weight.data, self.bias.data = integers, self.bias.data.round()
+            self.weight.data, self.bias.data = integers, (self.bias.data * self.unit).round()
             self.exponent = exponent.int()
             self.frozen, self._scaled = True, None
 
     def thaw(self) -> None:
         """Restore trainable floats, which round to the same integers, in place."""
         if self.frozen:
+            assert self.bias is not None
+            self.bias.data = self.bias.data / self.unit
             self.weight.data = (
                 self.weight.data * 2.0**-self.bits * self.powers[self.exponent.long()][:, None, None, None]
             )
@@ -140,7 +143,8 @@ class IntegerConv(nn.Conv2d):
         rounded = integers * self.powers[exponent.long()][:, None, None, None] * 2.0**-self.bits
         weight = self.weight + (rounded - self.weight.detach())
         out = functional.conv2d(x, weight, None, stride, pad).float()
-        bias = self.bias + (self.bias.detach().round() - self.bias.detach())
+        bias = self.bias * self.unit
+        bias = bias + (bias.round() - bias).detach()
         return floor(out * 2.0**self.bits) + bias[:, None, None]
 
 
