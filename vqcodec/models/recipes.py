@@ -19,8 +19,8 @@ PHOTO = Config(
             decoder_blocks=3,
             slices=(
                 SliceConfig(planes=56, dim=1, codes=256, layer=1, rows=128),
-                SliceConfig(planes=28, dim=2, codes=512, layer=2, rows=128),
-                SliceConfig(planes=88, dim=2, codes=256, layer=3, rows=128),
+                SliceConfig(planes=56, dim=1, codes=256, layer=2, rows=128),
+                SliceConfig(planes=176, dim=1, codes=256, layer=3, rows=128),
             ),
             lapped=True,
             renderer=64,
