@@ -1,6 +1,6 @@
 """Short training runs that differ in one thing: what does it bring?
 
-    python -m bench.ablate PICTURES... [--variants photo,d1] [--minutes 5] [--from WEIGHTS] [-o out/ablate] [--jobs 1]
+    python -m bench.ablate PICTURES... [--variants photo,d2] [--minutes 5] [--from WEIGHTS] [-o out/ablate] [--jobs 1]
 
 Every variant trains for the same minutes, from the same seed or weights, on the same pictures, in a process of one
 thread, and is validated on the same crops (`vqcodec train` sets them aside). Printed: steps and minutes, bits per
@@ -52,9 +52,10 @@ def _bottom() -> tuple[SliceConfig, ...]:
     return PHOTO.levels[-1].slices
 
 
-def _scalars() -> Config:
-    """Every plane of one dimension."""
-    return _body(slices=tuple(replace(p, planes=p.channels, dim=1) for p in _bottom()))
+def _pairs() -> Config:
+    """Planes of two dimensions in the bottom level's weaker slices."""
+    pairs = (replace(p, planes=p.planes // 2, dim=2, codes=512) for p in _bottom()[1:])
+    return _body(slices=(_bottom()[0], *pairs))
 
 
 def _without_top() -> Config:
@@ -75,7 +76,7 @@ VARIANTS = {
         "codebooks and prior from the start",
         schedule=Schedule(prior_at=0.0, joint_at=0.0, joint_rate=1.0, rate_rise=0.6),
     ),
-    "d1": Variant("every plane of one dimension", _scalars()),
+    "d2": Variant("planes of two dimensions in the last two slices", _pairs()),
     "d4": Variant(
         "planes of four dimensions in the last slice",
         _body(slices=(*_bottom()[:-1], replace(_bottom()[-1], planes=44, dim=4, codes=128))),
@@ -153,7 +154,7 @@ def row(name: str, folder: Path) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pictures", nargs="+", type=Path, help="pictures to train on, or folders of them")
-    parser.add_argument("--variants", default="photo,d1", help=f"some of {', '.join(VARIANTS)}, or all")
+    parser.add_argument("--variants", default="photo,d2", help=f"some of {', '.join(VARIANTS)}, or all")
     parser.add_argument("--minutes", type=float, default=5.0, help="of each run")
     parser.add_argument("--crops", type=int, help="of each run, however long they take")
     parser.add_argument("--from", dest="start_from", type=Path, help="weights that every run begins with")

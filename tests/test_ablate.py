@@ -43,16 +43,18 @@ def test_a_run_gives_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_run_may_begin_with_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_pictures(tmp_path, 4, 96, 96)
+    pictures = [tmp_path / "pictures"]  # apart from the sheets that runs leave
+    pictures[0].mkdir()
+    make_pictures(pictures[0], 4, 96, 96)
     schedules = {"first": Schedule(), "second": ablate.ONWARD}
     for name, schedule in schedules.items():
         monkeypatch.setitem(VARIANTS, name, Variant(name, LEAST, replace(schedule, crop=64, large_crop=64, batch=2)))
     with small_runs(VALIDATION_QUALITIES):
-        ablate.run("first", [tmp_path], 0.3 / 60, None, None, tmp_path)
-        ablate.run("second", [tmp_path], math.inf, 8, tmp_path / "first.safetensors", tmp_path)
+        ablate.run("first", pictures, 0.3 / 60, None, None, tmp_path)
+        ablate.run("second", pictures, math.inf, 8, tmp_path / "first.safetensors", tmp_path)
     ended, begun = (lines(tmp_path / f"{name}.csv")[place] for name, place in (("first", -1), ("second", 0)))
     assert begun["step"] == "0" and ended["step"] != "0"
-    assert float(begun["psnr_50"]) == pytest.approx(float(ended["psnr_50"]), abs=0.5)
+    assert float(begun["psnr_50"]) == pytest.approx(float(ended["psnr_50"]), abs=0.1)
 
 
 def lines(log: Path) -> list[dict[str, str]]:
