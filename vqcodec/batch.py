@@ -157,7 +157,7 @@ def run_on_ray(
     with report.errors_of("--ray"):
         with distributed.cluster(address or None):
             made = distributed.make(jobs, transcoder, output=output, overwrite=overwrite, device=device)
-            with terminal.sample_bar(made, len(jobs)) as outcomes:
+            with terminal.counted_bar(made, len(jobs)) as outcomes:
                 for outcome in outcomes:
                     read, written = read + outcome.read, written + outcome.written
                     failed += bool(outcome.errors)

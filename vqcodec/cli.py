@@ -849,7 +849,7 @@ def sample(
             rows=rows,
             device=device,
         )
-        with terminal.sample_bar(drawn, count) as steps:
+        with terminal.counted_bar(drawn, count) as steps:
             sheet = image.contact_sheet(list(steps))
         files.write(output, image.save(image.Picture(sheet), _suffix(output)), overwrite=force)
     return report.status

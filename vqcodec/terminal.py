@@ -280,9 +280,9 @@ def file_bar(count: int, *, wanted: bool) -> Iterator[Callable[[int], None]]:
 
 
 @contextlib.contextmanager
-def sample_bar(pictures: Iterable[T], count: int) -> Iterator[Iterable[T]]:
-    """The `count` pictures, with a progress bar over them if stderr is a terminal."""
-    with click.progressbar(pictures, length=count, file=sys.stderr, hidden=not sys.stderr.isatty()) as steps:
+def counted_bar(items: Iterable[T], count: int) -> Iterator[Iterable[T]]:
+    """The `count` items, with a progress bar over them if stderr is a terminal."""
+    with click.progressbar(items, length=count, file=sys.stderr, hidden=not sys.stderr.isatty()) as steps:
         yield steps
 
 
