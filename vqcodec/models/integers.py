@@ -45,6 +45,11 @@ def floor(x: Tensor) -> Tensor:
     return torch.floor(x)
 
 
+def _rounded(x: Tensor) -> Tensor:
+    """round(x) with a straight-through estimator of the gradient."""
+    return x + (x.round() - x).detach()
+
+
 def clamp8(x: Tensor) -> Tensor:
     """Clamp to [-127, 127]."""
     return x.clamp(-127, 127)
@@ -143,9 +148,7 @@ class IntegerConv(nn.Conv2d):
         rounded = integers * self.powers[exponent.long()][:, None, None, None] * 2.0**-self.bits
         weight = self.weight + (rounded - self.weight.detach())
         out = functional.conv2d(x, weight, None, stride, pad).float()
-        bias = self.bias * self.unit
-        bias = bias + (bias.round() - bias).detach()
-        return floor(out * 2.0**self.bits) + bias[:, None, None]
+        return floor(out * 2.0**self.bits) + _rounded(self.bias * self.unit)[:, None, None]
 
 
 def _convolve_exactly(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
@@ -200,7 +203,7 @@ class QualityBias(nn.Module):
             return self.table[quality - 1][:, :, None, None]
         with torch.autocast(self.curve.device.type, enabled=False):
             bias = _basis(quality) @ self.curve * UNIT
-        return (bias + (bias.round() - bias).detach())[:, :, None, None]
+        return _rounded(bias)[:, :, None, None]
 
 
 def _basis(quality: Tensor) -> Tensor:
