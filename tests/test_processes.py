@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,7 +96,10 @@ def facts_of(output: Path) -> dict[str, Any]:
 
 
 def learn(pictures: str, fresh: str, resumed: str, port: str) -> None:
-    """The first sitting of a run, and the second one of another run; prints what this process has come to."""
+    """The first sitting of a run, and the second one of another run; prints what this process has come to.
+
+    No thread of theirs may outlive them: it would abort the process if it needed Python while that ends.
+    """
 
     def learned(run: Any) -> None:
         learn(run)
@@ -111,6 +115,10 @@ def learn(pictures: str, fresh: str, resumed: str, port: str) -> None:
         sitting(Path(pictures), Path(fresh))
         os.environ["MASTER_PORT"] = port  # every group needs a store of its own
         sitting(Path(pictures), Path(resumed), resume=True)
+    assert threading.enumerate() == [threading.main_thread()]
+    if (tasks := Path("/proc/self/task")).exists():
+        names = [(task / "comm").read_text() for task in tasks.iterdir()]
+        assert not [name for name in names if "gloo" in name], names
 
 
 def sitting(pictures: Path, output: Path, resume: bool = False) -> None:

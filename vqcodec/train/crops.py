@@ -1,7 +1,7 @@
 """What a run learns from, and what it is validated on."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -40,11 +40,11 @@ def first(job: Job, pictures: data.Pictures, count: int) -> Tensor:
     size = job.schedule.crop_side(0, job.config.multiple)
     stream = data.batches(pictures, batch=count, size=size, seed=job.seed, mirror=job.schedule.mirror)
     crops = next(stream)
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     return crops
 
 
-def stream(job: Job, pictures: data.Pictures, side: int, step: int) -> Iterator[Tensor]:
+def stream(job: Job, pictures: data.Pictures, side: int, step: int) -> Generator[Tensor, None, None]:
     """Endless batches for the steps of this process from `step` on: uint8 (B, side, side, 3)."""
     gpu = job.device.type == "cuda"
     return data.batches(

@@ -3,11 +3,12 @@
 Pictures are decoded once and cached as uint8 while there is room. Background threads prepare the next batches.
 """
 
+import contextlib
 import hashlib
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -169,7 +170,7 @@ def crop(pixels: Pixels, size: int, rng: np.random.Generator, mirror: bool = Tru
 
 def batches(
     pictures: Pictures, *, batch: int, size: int, seed: int, threads: int = 1, mirror: bool = True, pinned: bool = False
-) -> Iterator[Tensor]:
+) -> Generator[Tensor, None, None]:
     """Generate batches of crops without end. Every picture is used once before any is used again.
 
     Args:
@@ -190,8 +191,14 @@ def batches(
     ready: queue.Queue[Tensor | Exception] = queue.Queue(maxsize=4)
     stopped = threading.Event()
 
+    def put(item: Tensor | Exception) -> None:
+        while not stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(item, timeout=0.2)
+                break
+
     def cut(index: int, seed: int) -> Pixels | None:
-        pixels = pictures.get(index)
+        pixels = None if stopped.is_set() else pictures.get(index)
         # Copy in this worker thread, not in the one that stacks the batch.
         return None if pixels is None else crop(pixels, size, np.random.default_rng(seed), mirror).copy()
 
@@ -211,21 +218,16 @@ def batches(
                                 crops.append(pixels)
                         while len(crops) >= batch:
                             item, crops = torch.from_numpy(np.stack(crops[:batch])), crops[batch:]
-                            item = item.pin_memory() if pinned else item
-                            while not stopped.is_set():
-                                try:
-                                    ready.put(item, timeout=0.2)
-                                    break
-                                except queue.Full:
-                                    continue
-                            if stopped.is_set():
-                                return
+                            put(item.pin_memory() if pinned else item)
+                        if stopped.is_set():
+                            return
                     if not readable:
                         raise TrainingError("none of the pictures could be read")
         except Exception as error:  # noqa: BLE001 (raised again in the consumer)
-            ready.put(error)
+            put(error)
 
-    threading.Thread(target=fill, daemon=True, name="vqcodec-crops").start()
+    filler = threading.Thread(target=fill, daemon=True, name="vqcodec-crops")
+    filler.start()
     try:
         while True:
             item = ready.get()
@@ -234,3 +236,4 @@ def batches(
             yield item
     finally:
         stopped.set()
+        filler.join()

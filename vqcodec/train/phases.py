@@ -1,6 +1,7 @@
 """What learns in which phase of a run."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
@@ -50,6 +51,15 @@ def _learn_only(model: nn.Module, parts: Iterable[nn.Module | Tensor]) -> None:
     model.requires_grad_(False)
     for part in parts:
         part.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def shared(run: Run) -> Iterator[None]:
+    """In the body, several processes may share gradients; afterwards nothing in the run holds on to their group."""
+    try:
+        yield
+    finally:
+        run.trained = run.model
 
 
 def distributed(run: Run, model: nn.Module) -> nn.Module:

@@ -2,6 +2,8 @@
 
 import contextlib
 import ctypes
+import gc
+import importlib
 import os
 import signal
 import threading
@@ -40,6 +42,9 @@ def joined() -> Iterator[tuple[int, int]]:
         return
     from torch.distributed.rendezvous import rendezvous  # not every build of torch has it
 
+    # Optimisers import this. Its defaults would keep the group that is there by then, and so the threads of that.
+    importlib.import_module("torch.distributed.nn.functional")
+
     nccl = torch.cuda.is_available() and distributed.is_nccl_available()
     store, rank, world = next(rendezvous("env://", timeout=PATIENCE))
     backends = "cpu:gloo,cuda:nccl" if nccl else "gloo"
@@ -54,6 +59,7 @@ def joined() -> Iterator[tuple[int, int]]:
         raise
     finally:
         if distributed.is_initialized():
+            gc.collect()  # the group's threads end with the last reference to it
             distributed.destroy_process_group()
 
 

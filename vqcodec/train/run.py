@@ -178,7 +178,7 @@ def _learn(run: Run) -> None:
     reported = saved = validated = time.monotonic()
     stream: Iterator[Tensor] = iter(())
     side = 0
-    with process.held_signals() as signals:
+    with contextlib.ExitStack() as streams, phases.shared(run), process.held_signals() as signals:
         while True:
             # All processes must take the same number of steps: the first one's clock and signals count.
             now = process.first_one(-1.0 if signals else time.monotonic() - begun, job.world, job.device)
@@ -194,7 +194,8 @@ def _learn(run: Run) -> None:
                 phases.enter(run, schedule.phase(share))
             if side != schedule.crop_side(share, job.config.multiple):
                 side = schedule.crop_side(share, job.config.multiple)
-                stream = crops.stream(job, run.pictures, side, run.step)
+                streams.close()
+                stream = streams.enter_context(contextlib.closing(crops.stream(job, run.pictures, side, run.step)))
                 phases.enter(run, run.phase)  # what is recorded or compiled is so for one size of crops
             step.take(run, next(stream), share)
             if job.rank:
