@@ -242,6 +242,14 @@ def test_pixel_limit_is_the_largest_size_accepted() -> None:
         read(FILE, max_pixels=130 * 70 - 1)
 
 
+@pytest.mark.parametrize("size", [(0xFFFFFF, 1), (20, 0xFFFFFF)])
+def test_a_thin_picture_counts_as_what_it_is_padded_to(size: tuple[int, int]) -> None:
+    data = header_bytes(width=size[0].to_bytes(3, "little"), height=size[1].to_bytes(3, "little"))
+    with pytest.raises(LimitError, match=r"as much memory as .* = 1073741760, the limit is 400000000$"):
+        read(data, partial=True)
+    assert read(data, partial=True, max_pixels=1073741760).header.width == size[0]
+
+
 # --- chunks ---------------------------------------------------------------------------------------------------------
 
 

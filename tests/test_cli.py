@@ -20,7 +20,7 @@ from commandline import ROOT, fails, process, redirected, run, tree
 from PIL import Image, ImageCms
 
 import vqcodec
-from vqcodec import batch, bitstream, cli, files, image, options, packaged, pool, terminal
+from vqcodec import batch, bitstream, cli, files, image, limits, options, packaged, pool, terminal
 from vqcodec.errors import FormatError, TrainingError, WeightsError
 from vqcodec.pictures import plugins
 from vqcodec.ssimulacra2 import ssimulacra2
@@ -44,7 +44,7 @@ def fake_decode_picture(
     region=None,
     scale=1,
     grey=False,
-    max_pixels=bitstream.DEFAULT_MAX_PIXELS,
+    max_pixels=limits.DEFAULT_MAX_PIXELS,
 ):
     container = bitstream.read(data, max_pixels=max_pixels, partial=partial)
     if (region, scale, grey) != (None, 1, False):

@@ -9,7 +9,7 @@ import format_dump
 import numpy as np
 import pytest
 
-from vqcodec import bitstream, errors
+from vqcodec import bitstream, errors, limits
 from vqcodec.bitstream import Chunk, Header
 
 ROOT = Path(__file__).parents[1]
@@ -60,7 +60,7 @@ def test_header_table_is_complete() -> None:
 
 
 def test_limits_are_those_of_the_program() -> None:
-    for limit in (bitstream.DEFAULT_MAX_PIXELS, bitstream.MAX_SEGMENTS):
+    for limit in (limits.DEFAULT_MAX_PIXELS, bitstream.MAX_SEGMENTS):
         assert f"{limit:,}" in FORMAT
     for kind in bitstream.CHUNK_KINDS:
         assert re.search(rf"^\| `{kind}` \|", FORMAT, re.MULTILINE)

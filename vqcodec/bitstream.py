@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vqcodec import limits
 from vqcodec.errors import (
     ChecksumError,
     FormatError,
@@ -30,9 +31,6 @@ HEADER_BYTES = 21
 TILE_UNIT = 64
 MAX_TILE = 255 * TILE_UNIT
 
-# 400 million pixels are 1.2 GB of decoded RGB: more than any camera takes in one shot, and about what a desktop can
-# hold. A header of 21 bytes can state 700,000 times as many, so read() checks the number before it allocates memory.
-DEFAULT_MAX_PIXELS = 400_000_000
 # Reading makes a list with an entry per segment, even if the file ends after its header: a million entries take 8 MB.
 MAX_SEGMENTS = 1 << 20
 
@@ -194,12 +192,13 @@ def write(header: Header, chunks: Sequence[Chunk], segments: Sequence[bytes]) ->
     return b"".join(parts)
 
 
-def read(data: bytes, *, max_pixels: int | None = DEFAULT_MAX_PIXELS, partial: bool = False) -> Container:
+def read(data: bytes, *, max_pixels: int | None = limits.DEFAULT_MAX_PIXELS, partial: bool = False) -> Container:
     """Read the parts of a file and check every byte.
 
     Args:
         data: the whole file.
-        max_pixels: largest width x height to accept; None for no limit.
+        max_pixels: largest width x height to accept; None for no limit. It is checked before memory is allocated: a
+            header of 21 bytes can state 2^48 pixels. See `limits.excess`.
         partial: accept a file that is cut or damaged after its chunks. Segments that are missing or have a wrong
             checksum are then None, and Container.problems says why.
 
@@ -207,10 +206,8 @@ def read(data: bytes, *, max_pixels: int | None = DEFAULT_MAX_PIXELS, partial: b
         FormatError: the file is not valid; the subclass says why. No bytes cause another exception.
     """
     header, has_chunks = _unpack_header(data)
-    if max_pixels is not None and header.pixels > max_pixels:
-        raise LimitError(
-            f"the picture has {header.width} x {header.height} = {header.pixels} pixels, the limit is {max_pixels}"
-        )
+    if problem := limits.excess(header.width, header.height, max_pixels):
+        raise LimitError(problem)
     reader = _Reader(data, HEADER_BYTES)
     chunks = reader.chunks() if has_chunks else ()
     segments: list[bytes | None] = []

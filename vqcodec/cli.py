@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vqcodec import __version__, batch, bitstream, files, options, packaged, signals, streams, terminal
+from vqcodec import __version__, batch, bitstream, files, limits, options, packaged, signals, streams, terminal
 from vqcodec.errors import ImageError, VqcodecError
 from vqcodec.packaged import TUNES
 from vqcodec.target import HIGHEST, LOWEST, Target
@@ -562,7 +562,7 @@ def _decode(data: bytes, weights: str | None, device: str) -> "Picture":
         return codec.decode_picture(data, weights=weights, device=device)
     from vqcodec import image
 
-    return image.load(data, max_pixels=bitstream.DEFAULT_MAX_PIXELS)
+    return image.load(data, max_pixels=limits.DEFAULT_MAX_PIXELS)
 
 
 @main.command()
@@ -831,7 +831,7 @@ def sample(
         with report.errors_of(complete):
             from vqcodec import image
 
-            picture = image.load(files.read(complete), max_pixels=bitstream.DEFAULT_MAX_PIXELS)
+            picture = image.load(files.read(complete), max_pixels=limits.DEFAULT_MAX_PIXELS)
     if report.failed:
         return report.status
     with report.errors_of(complete or output):
@@ -884,7 +884,7 @@ def reconstruct(
         files.check(job, overwrite=force)
         from vqcodec import codec, image
 
-        picture = image.load(files.read(source), max_pixels=bitstream.DEFAULT_MAX_PIXELS)
+        picture = image.load(files.read(source), max_pixels=limits.DEFAULT_MAX_PIXELS)
         restored = codec.reconstruct(picture, quality=quality, weights=weights, device=device)
         pixels = image.contact_sheet([*restored, picture.pixels]) if levels else restored[-1]
         alpha = None if levels else picture.alpha

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from vqcodec import bitstream, caller, coding, image, metrics, packaged, search, synthesis, tuning, weights
+from vqcodec import bitstream, caller, coding, image, limits, metrics, packaged, search, synthesis, tuning, weights
 from vqcodec.bitstream import Chunk, Container, Header
 from vqcodec.decoder import decode, decode_codes
 from vqcodec.encoder import choose, encode
@@ -192,7 +192,7 @@ def decompress(
     region: tuple[int, int, int, int] | None = None,
     scale: int = 1,
     grey: bool = False,
-    max_pixels: int | None = bitstream.DEFAULT_MAX_PIXELS,
+    max_pixels: int | None = limits.DEFAULT_MAX_PIXELS,
 ) -> Image.Image:
     """Decode the bytes of a .vqz file to a Pillow image of mode L, LA, RGB or RGBA.
 
@@ -244,7 +244,7 @@ def decode_pictures(
     region: tuple[int, int, int, int] | None = None,
     scale: int = 1,
     grey: bool = False,
-    max_pixels: int | None = bitstream.DEFAULT_MAX_PIXELS,
+    max_pixels: int | None = limits.DEFAULT_MAX_PIXELS,
 ) -> list[Picture]:
     """Decode the bytes of .vqz files. Those of one frame go through the networks together.
 

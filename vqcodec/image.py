@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
+from vqcodec import limits
 from vqcodec.errors import ImageError
 from vqcodec.frame import Region
 from vqcodec.pictures import colour, metadata, pillow, plugins, samples, signalling
@@ -86,8 +87,8 @@ def load(data: bytes, *, max_pixels: int | None) -> Picture:
 
     Args:
         data: the whole file.
-        max_pixels: largest width x height to accept, checked before the pixels are decoded; None for Pillow's own limit
-            (twice PIL.Image.MAX_IMAGE_PIXELS).
+        max_pixels: largest width x height to accept, checked before the pixels are decoded (see `limits.excess`); None
+            for Pillow's own limit (twice PIL.Image.MAX_IMAGE_PIXELS).
 
     Raises:
         ImageError: the file has another format, is damaged, too large or animated, or has a pixel type that from_pil()
@@ -95,11 +96,8 @@ def load(data: bytes, *, max_pixels: int | None) -> Picture:
     """
     with pillow.errors("the picture cannot be decoded", any_size=max_pixels is not None) as caught:
         image = Image.open(io.BytesIO(data), formats=_READ_FORMATS)
-        if max_pixels is not None and image.width * image.height > max_pixels:
-            raise ImageError(
-                f"the picture has {image.width} x {image.height} = {image.width * image.height} pixels,"
-                f" the limit is {max_pixels}"
-            )
+        if problem := limits.excess(image.width, image.height, max_pixels):
+            raise ImageError(problem)
         return _convert(image, signalling.read(data), caught)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from vqcodec import packaged
-from vqcodec.bitstream import DEFAULT_MAX_PIXELS
 from vqcodec.errors import VqcodecError
+from vqcodec.limits import DEFAULT_MAX_PIXELS
 from vqcodec.target import HIGHEST, LOWEST
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from vqcodec import bitstream, codec, files, image, packaged, weights
+from vqcodec import bitstream, codec, files, image, limits, packaged, weights
 from vqcodec.distributed.groups import Converted, Converter, each, together
 from vqcodec.errors import one_line
 from vqcodec.image import Picture
@@ -95,7 +95,7 @@ class Compress(Transcoder):
         *,
         weights: str | None = None,
         device: str = "auto",
-        max_pixels: int = bitstream.DEFAULT_MAX_PIXELS,
+        max_pixels: int = limits.DEFAULT_MAX_PIXELS,
         **options: Any,
     ) -> None:
         super().__init__(column)
