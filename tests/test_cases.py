@@ -178,6 +178,8 @@ def test_the_command_line_says_each_note_once(tmp_path: Path) -> None:
     run("compress", "--weights", str(models.tiny_weights()), str(FOLDER / "exif70k.png"), "-o", target, "--force")
     ran = run("decompress", "--weights", str(models.tiny_weights()), target, "-o", str(tmp_path / "picture.jpg"))
     assert ran.exit_code == 0 and ran.stderr.count(": note: EXIF left out: JPEG files have no room") == 1
+    ran = run("decompress", "--weights", str(models.tiny_weights()), target, "-o", str(tmp_path / "picture.tif"))
+    assert ran.exit_code == 0 and ran.stderr.count(": note: EXIF left out: TIFF files are written without") == 1
 
 
 def test_reconstruct_keeps_the_colours(tmp_path: Path) -> None:

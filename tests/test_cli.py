@@ -185,6 +185,10 @@ def test_help_has_ranges_and_defaults():
         (["sample", "-o", "a.png", "--complete", "b.png", "--size", "8"], "--complete PICTURE has a size of its own"),
         (["train", "x", "-o", "w.safetensors", "--minutes", "inf"], "--minutes must be finite."),
         (["train", "x"], "Missing option '-o' / '--output'."),
+        (["train", "w.png", "-o", "w.safetensors"], "the sheet of pictures beside OUT would replace the input "),
+        (["compare", "-", "-"], "Standard input can be read only once."),
+        (["compare", "-", "a.png", "-", "--html", "a.html"], "Standard input can be read only once."),
+        (["info", "-", "a.vqz", "-"], "Standard input can be read only once."),
         (["train", "x", "-o", "y", "--minutes", "0"], "Invalid value for '--minutes'"),
         (["train", "x", "-o", "y", "--distortion", "psnr"], "Invalid value for '--distortion'"),
     ],
@@ -562,7 +566,7 @@ def test_rm_and_skip_existing_spare_the_only_copy(codec, photo):
     """photo.vqz was made of photo.jpg, which is gone, so photo.png would take its name."""
     Path("photo.vqz").write_bytes(b"of photo.jpg")
     set_time("photo.vqz", 1000)
-    said = "vqcodec: photo.vqz: File exists, -f would overwrite it"
+    said = "vqcodec: photo.vqz: File is older, and --rm does not make it again"
     fails(run("compress", "photo.png", "--rm", "--skip-existing"), 1, said)
     assert tree() == ["photo.png", "photo.vqz"] and Path("photo.vqz").read_bytes() == b"of photo.jpg"
 
@@ -1050,6 +1054,21 @@ def test_train(training, photo):
     assert training.calls == [([Path("photo.png")], Path("w.safetensors"), options)]
 
 
+def test_the_sheet_of_an_earlier_run_is_no_picture_to_train_on(training, photo):
+    Image.new("RGB", (9, 9)).save("w.png")
+    assert run("train", ".", "-o", "w.safetensors", "--resume").exit_code == 0
+    assert training.calls[0][0] == [Path("photo.png")]
+    fails(run("train", ".", "-o", "w.safetensors"), 1, "vqcodec: w.png: File exists, -f would overwrite it")
+
+
+def test_one_closed_file_does_not_stop_training(training, photo, monkeypatch):
+    """The loader leaves it out with a warning, as it does damaged ones."""
+    Image.new("RGB", (9, 9)).save("closed.png")
+    monkeypatch.setattr(os, "access", lambda path, _: os.fspath(path) != "./closed.png")
+    assert run("train", ".", "-o", "w.safetensors").exit_code == 0
+    assert training.calls[0][0] == [Path("closed.png"), Path("photo.png")]
+
+
 @pytest.mark.parametrize(
     ("asked", "minutes", "crops"),
     [([], 180, None), (["--crops", "9"], math.inf, 9), (["--crops", "9", "--minutes", "2"], 2, 9)],
@@ -1207,6 +1226,15 @@ def test_sample_completes_a_picture(sampling, photo):
     assert sampling.seen["rows"] == 2 and np.array_equal(sampling.seen["picture"].pixels, photo)
 
 
+def test_a_completed_picture_keeps_its_colours(sampling):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.new("RGBA", (40, 30)).save("photo.png", icc_profile=profile)
+    ran = run("sample", "-n", "1", "--complete", "photo.png", "-o", "ending.png")
+    assert (ran.exit_code, ran.stderr) == (0, "vqcodec: photo.png: note: without its transparency\n")
+    with Image.open("ending.png") as ending:
+        assert ending.mode == "RGB" and ending.info["icc_profile"] == profile
+
+
 def test_sample_failures(sampling):
     fails(run("sample", "--complete", "no.png", "-o", "a.png"), 1, "vqcodec: no.png: No such file or directory")
     Path("bad.png").write_bytes(b"not a picture")
@@ -1226,6 +1254,11 @@ def test_reconstruct(codec, photo, monkeypatch):
         return [np.zeros_like(picture.pixels), picture.pixels]
 
     monkeypatch.setattr(codec, "reconstruct", reconstruct, raising=False)
+    os.symlink("photo.png", "link.png")
+    for target in ("photo.png", "link.png"):
+        for command in (["reconstruct", "photo.png"], ["sample", "--complete", "photo.png"]):
+            ran = run(*command, "-f", "-o", target)
+            assert ran.exit_code == 2 and f"the output {target} would replace the input photo.png" in ran.stderr
     ran = run("reconstruct", "photo.png", "-q", "9", "-o", "again.png")
     assert (ran.exit_code, ran.stdout, ran.stderr) == (0, "", "")
     assert np.array_equal(image.load(Path("again.png").read_bytes(), max_pixels=None).pixels, photo)

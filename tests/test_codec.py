@@ -533,14 +533,16 @@ def test_segments_that_no_encoder_wrote() -> None:
     assert refused
 
 
-def png_of_header(header: bytes) -> bytes:
-    """A PNG file of this header and nothing to fill it."""
+def png_of_header(header: bytes, rows: bytes = b"") -> bytes:
+    """A PNG file of this header and, unless rows are given, nothing to fill it."""
     data = b"\x89PNG\r\n\x1a\n"
-    for chunk in (b"IHDR" + header, b"IDAT" + zlib.compress(b""), b"IEND"):
+    for chunk in (b"IHDR" + header, b"IDAT" + zlib.compress(rows), b"IEND"):
         data += (len(chunk) - 4).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
     return data
 
 
+SIZE = (30).to_bytes(4, "big") + (20).to_bytes(4, "big")
+FOUR_BITS = png_of_header(SIZE + bytes([4, 0, 0, 0, 0]), rows=bytes(20 * (1 + 15)))
 BOMB = png_of_header((60_000).to_bytes(4, "big") * 2 + bytes([8, 0, 0, 0, 0]))
 
 
@@ -553,8 +555,8 @@ def png(size: tuple[int, int], mode: str = "L") -> bytes:
 @pytest.mark.parametrize(
     "alpha",
     [b"", b"no png", png((31, 20)), png((20, 30)), png((30, 20), "RGB"), png((30, 20), "1"), png((30, 20))[:-30]]
-    + [png_of_header(b"12345"), BOMB],
-    ids=["empty", "text", "wide", "turned", "rgb", "bilevel", "cut", "short", "bomb"],
+    + [png_of_header(b"12345"), FOUR_BITS, BOMB],
+    ids=["empty", "text", "wide", "turned", "rgb", "bilevel", "cut", "short", "four bits", "bomb"],
 )
 def test_alpha_that_does_not_fit(alpha: bytes) -> None:
     with pytest.raises(ChecksumError, match="alpha"):
@@ -595,6 +597,12 @@ def test_absurd_sizes_fail_before_anything_is_allocated(tmp_path: Path) -> None:
     data = bitstream.write(Header(0xFFFFFF, 0xFFFFFF, 50, bytes(4), layers=1, tile=0), (), [b""])
     with pytest.raises(FormatError):
         codec.decompress(data[:-1], weights=nowhere, max_pixels=None)
+
+
+def test_bytes_of_any_type() -> None:
+    data = compress(picture(20, 30))
+    for given in (bytearray(data), memoryview(data)):
+        assert np.array_equal(decompress(given), decompress(data))
 
 
 def test_max_pixels() -> None:

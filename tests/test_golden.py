@@ -35,7 +35,7 @@ WEIGHTS = {
 }
 
 BAD: dict[str, tuple[type[VqcodecError], str]] = {
-    "alpha-of-another-size": (ChecksumError, "alpha is L 9 x 9, the picture 72 x 40"),
+    "alpha-of-another-size": (ChecksumError, "alpha has 9 x 9 pixels, the picture 72 x 40"),
     "chunk-flipped": (ChecksumError, "chunk 1 of 1"),
     "cut-after-a-segment": (TruncatedError, "segment 4 of 6"),
     "cut-after-chunks": (TruncatedError, "segment 1 of 6"),

@@ -195,6 +195,12 @@ def text(kind: bytes, data: bytes) -> bytes:
     return with_chunks(encoded("PNG"), chunk(kind, data))
 
 
+def exif_with(tags: dict[int, float]) -> Image.Exif:
+    made = Image.Exif()
+    made.update(tags)
+    return made
+
+
 IPTC = b"Photoshop 3.0\x008BIM\x04\x04\0\0\0\0\0\x0f\x1c\x02x\0\ncaption ab\0"
 
 
@@ -212,6 +218,10 @@ IPTC = b"Photoshop 3.0\x008BIM\x04\x04\0\0\0\0\0\x0f\x1c\x02x\0\ncaption ab\0"
         (encoded("GIF", comment=b"drawn by hand"), "comment"),
         (jpeg((1, b"http://ns.adobe.com/xmp/extension/\0" + bytes(40))), "extended XMP"),
         (jpeg((2, b"urn:iso:std:iso:ts:21496:-1\0\0\0\0\0")), "gain map"),
+        (encoded("PNG", dpi=(300, 300)), "resolution of 300 dpi"),
+        (encoded("TIFF", dpi=(300, 600)), "resolution of 300 x 600 dpi"),
+        (encoded("JPEG", dpi=(72, 72)), ""),
+        (encoded("JPEG", dpi=(300, 300), exif=exif_with({282: 300.0})), ""),
         (text(b"tEXt", b"Author\0me"), "text"),
         (text(b"iTXt", b"Title\0\0\0\0\0the picture"), "text"),
         (text(b"tEXt", b"Raw profile type iptc\0\niptc\n 2\nabab\n"), "IPTC data"),

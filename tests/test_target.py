@@ -172,6 +172,21 @@ def test_less_than_the_lowest_quality_takes() -> None:
     assert 2890 <= curve(Target("size", 2900).find(curve)) <= 2910
 
 
+@pytest.mark.parametrize("limit", [2799, 2801, 2900, 2999])
+def test_a_limit_that_small_files_jump_over(limit: int) -> None:
+    """Sizes move in steps of 100 bytes, so that a small change of the emphasis changes nothing."""
+
+    def size(setting: Setting) -> int:
+        return 100 * round(curve(setting) / 100)
+
+    curve = Curve()
+    if limit < 2800:
+        with pytest.raises(TargetError, match=f"no file has at most {limit:,} bytes: the smallest has 2,800"):
+            largest_within(size, limit, Setting(100))
+    else:
+        assert size(largest_within(size, limit, Setting(100))) == limit // 100 * 100
+
+
 def test_nothing_within() -> None:
     with pytest.raises(TargetError, match="no file has at most 2,700 bytes: the smallest has 2,769"):
         largest_within(Curve(), 2700, Setting(100))

@@ -187,8 +187,11 @@ class _Batch:
         if self.policy.skip_existing and files.is_current(job):
             self._count(job, "skipped")
             return False
-        # Where sources are removed, a target may have been made of one that is gone: it is the only copy.
-        if self.policy.skip_existing and not self.policy.remove and os.path.exists(job.target):
+        if self.policy.skip_existing and os.path.exists(job.target):
+            if self.policy.remove and not self.policy.overwrite and os.path.isfile(job.target):
+                # The target may have been made of a source that is gone: then it is the only copy.
+                self._fail(job, Failure(job.target, "File is older, and --rm does not make it again"))
+                return False
             self.outdated.add(job)
         failure = _attempt(functools.partial(files.check, overwrite=self._may_replace(job)), job)
         if failure is not None:

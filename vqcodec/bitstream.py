@@ -205,6 +205,7 @@ def read(data: bytes, *, max_pixels: int | None = limits.DEFAULT_MAX_PIXELS, par
     Raises:
         FormatError: the file is not valid; the subclass says why. No bytes cause another exception.
     """
+    data = _as_bytes(data)
     header, has_chunks = _unpack_header(data)
     if problem := limits.excess(header.width, header.height, max_pixels):
         raise LimitError(problem)
@@ -237,7 +238,7 @@ def read_header(data: bytes) -> Header:
     Raises:
         FormatError: the header is not valid; the subclass says why.
     """
-    return _unpack_header(data)[0]
+    return _unpack_header(_as_bytes(data))[0]
 
 
 def read_info(data: bytes) -> Info:
@@ -321,10 +322,19 @@ def _pack_header(header: Header, has_chunks: bool) -> bytes:
     return packed + _crc(packed)[:2]
 
 
+def _as_bytes(data: object) -> bytes:
+    """Bytes, whose parts can be keys, in place of other types of the same content.
+
+    Raises:
+        TypeError: it is of another kind.
+    """
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        raise TypeError(f"expected the bytes of a .vqz file, got {type(data).__name__}")
+    return bytes(data)
+
+
 def _unpack_header(data: bytes) -> tuple[Header, bool]:
     """Return the header, and whether chunks follow it."""
-    if not isinstance(data, (bytes, bytearray)):
-        raise TypeError(f"expected the bytes of a .vqz file, got {type(data).__name__}")
     start = data[: len(MAGIC)]
     if start != MAGIC[: len(start)]:
         raise NotVqzError(f"not a .vqz file: it starts with {start.hex(' ')} instead of {MAGIC.hex(' ')}")

@@ -28,6 +28,9 @@ from vqcodec.target import HIGHEST, LOWEST, Target
 from vqcodec.terminal import ErrorReport
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from vqcodec.image import Picture
 
 DEFAULT_MINUTES = 180.0  # of a training run
@@ -439,6 +442,7 @@ def info(paths: tuple[str, ...], weights: str | None, as_json: bool) -> int:
         if not report.failed:
             terminal.print_table(described, as_json=as_json)
         return report.status
+    _check_streams(paths)
     with _usage():
         found = files.find(paths, files.VQZ_SUFFIXES)
     infos = []
@@ -483,6 +487,7 @@ def compare(
       vqcodec compare photo.png photo.vqz
       vqcodec compare photo.png photo.vqz photo.avif --html photo.html
     """
+    _check_streams((first, second, *others))
     if html is not None:
         if as_json:
             raise click.UsageError("Give one of --html and --json.")
@@ -693,15 +698,19 @@ def train(
         found = files.find(pictures, files.PICTURE_SUFFIXES)
     if minutes is not None and not math.isfinite(minutes):
         raise click.UsageError("--minutes must be finite.")
-    _check_training(found, output, config=config, start_from=start_from, resume=resume, natural=bool(features))
+    _check_training(pictures, output, config=config, start_from=start_from, resume=resume, natural=bool(features))
+    sheet = _sheet(output)
+    found = [(path, name) for path, name in found if os.path.realpath(path) != sheet]  # of an earlier run
     report = ErrorReport()
-    for path, _ in found:
+    for path in pictures:
         with report.errors_of(path):
-            files.check(files.Job(path, output), overwrite=force or resume)
-            for suffix in (".ckpt", ".csv", ".png", ".visual.json"):  # hours of work may lie in a checkpoint
-                files.check(files.Job(path, str(Path(output).with_suffix(suffix))), overwrite=force or resume)
-        if report.failed:
-            return report.status
+            files.check(files.Job(path, files.STREAM), overwrite=False)
+    with report.errors_of(output):
+        for suffix in ("", ".ckpt", ".csv", ".png", ".visual.json"):  # hours of work may lie in a checkpoint
+            target = str(Path(output).with_suffix(suffix)) if suffix else output
+            files.check(files.Job(files.STREAM, target), overwrite=force or resume)
+    if report.failed:
+        return report.status
     with report.errors_of(output), terminal.training_bar() as show:
         from vqcodec.train import process, run
 
@@ -740,8 +749,13 @@ def _resuming(resumed: bool) -> str:
     return shlex.join(["vqcodec", *arguments])
 
 
+def _sheet(output: str) -> str:
+    """Where the sheet of pictures of a run lies, whatever links lead there."""
+    return os.path.realpath(Path(output).with_suffix(".png"))
+
+
 def _check_training(
-    found: list[tuple[str, str]],
+    pictures: Sequence[str],
     output: str,
     *,
     config: str | None,
@@ -764,8 +778,8 @@ def _check_training(
             raise click.UsageError(f"OUT of a natural look must be called {name} to be found, got {output}")
         if config is not None:
             raise click.UsageError("--natural has the configuration of --from: --config cannot change it.")
-    sheet = os.path.realpath(Path(output).with_suffix(".png"))
-    if any(os.path.realpath(path) == sheet for path, _ in found):
+    sheet = _sheet(output)
+    if any(os.path.realpath(path) == sheet for path in pictures):
         raise click.UsageError(f"the sheet of pictures beside OUT would replace the input {sheet}")
 
 
@@ -821,8 +835,7 @@ def sample(
     if not math.isfinite(temperature):
         raise click.UsageError("--temperature must be finite.")
     job = files.Job(complete or files.STREAM, output)
-    _check_terminal([job])
-    _check_suffixes([job])
+    _check_picture(job)
     report = ErrorReport()
     with report.errors_of(output):
         files.check(job, overwrite=force)
@@ -851,7 +864,7 @@ def sample(
         )
         with terminal.counted_bar(drawn, count) as steps:
             sheet = image.contact_sheet(list(steps))
-        files.write(output, image.save(image.Picture(sheet), _suffix(output)), overwrite=force)
+        _write_shown(job, image.Picture(sheet) if picture is None else _of_same_kind(picture, sheet), force)
     return report.status
 
 
@@ -877,8 +890,7 @@ def reconstruct(
       vqcodec reconstruct photo.png --levels -o levels.png
     """
     job = files.Job(source, output)
-    _check_terminal([job])
-    _check_suffixes([job])
+    _check_picture(job)
     report = ErrorReport()
     with report.errors_of(source):
         files.check(job, overwrite=force)
@@ -886,15 +898,29 @@ def reconstruct(
 
         picture = image.load(files.read(source), max_pixels=limits.DEFAULT_MAX_PIXELS)
         restored = codec.reconstruct(picture, quality=quality, weights=weights, device=device)
-        pixels = image.contact_sheet([*restored, picture.pixels]) if levels else restored[-1]
-        alpha = None if levels else picture.alpha
-        shown = image.adapt(
-            image.Picture(pixels, picture.grey, alpha, picture.icc, notes=picture.notes), _suffix(output)
-        )
-        for note in shown.notes:
-            terminal.say(f"vqcodec: {source}: note: {note}")
-        files.write(output, image.save(shown, _suffix(output)), overwrite=force)
+        if levels:
+            shown = _of_same_kind(picture, image.contact_sheet([*restored, picture.pixels]))
+        else:
+            shown = dataclasses.replace(picture, pixels=restored[-1], exif=None, xmp=None)
+        _write_shown(job, shown, force)
     return report.status
+
+
+def _of_same_kind(picture: "Picture", pixels: "NDArray[np.uint8]") -> "Picture":
+    """Other pixels with the colours of a picture; they have no transparency."""
+    notes = picture.notes if picture.alpha is None else (*picture.notes, "without its transparency")
+    return dataclasses.replace(picture, pixels=pixels, alpha=None, exif=None, xmp=None, notes=notes)
+
+
+def _write_shown(job: files.Job, picture: "Picture", force: bool) -> None:
+    """Write a picture as its target can hold it, and print what is lost."""
+    from vqcodec import image
+
+    suffix = _suffix(job.target)
+    adapted = image.adapt(picture, suffix)
+    for note in adapted.notes:
+        terminal.say(f"vqcodec: {job.source}: note: {note}")
+    files.write(job.target, image.save(adapted, suffix), overwrite=force)
 
 
 @contextlib.contextmanager
@@ -916,6 +942,28 @@ def _plan(inputs: Sequence[str], output: str | None, suffixes: Sequence[str], ne
         jobs = files.plan(inputs, output, suffixes=suffixes, new_suffix=new_suffix)
     _check_terminal(jobs)
     return jobs
+
+
+def _check_picture(job: files.Job) -> None:
+    """Refuse a target that no picture can be written to, or that is the source.
+
+    Raises:
+        click.UsageError: it is one of these.
+    """
+    _check_terminal([job])
+    _check_suffixes([job])
+    with _usage():
+        files.check_distinct([job])
+
+
+def _check_streams(paths: Sequence[str]) -> None:
+    """Refuse to read standard input twice.
+
+    Raises:
+        click.UsageError: it is given more than once.
+    """
+    if list(paths).count(files.STREAM) > 1:
+        raise click.UsageError("Standard input can be read only once.")
 
 
 def _check_terminal(jobs: Iterable[files.Job]) -> None:

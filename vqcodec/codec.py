@@ -332,22 +332,22 @@ def _region(region: tuple[int, int, int, int], frame: Frame) -> Region:
         left, top, width, height = region
     except (TypeError, ValueError):
         raise ValueError(f"region must be (left, top, width, height), got {region!r}") from None
-    left, top, width, height = (_integer("region", value, 0) for value in (left, top, width, height))
-    if min(width, height) < 1 or left + width > frame.width or top + height > frame.height:
+    left, top, width, height = (_integer("region", value) for value in (left, top, width, height))
+    if min(left, top) < 0 or min(width, height) < 1 or left + width > frame.width or top + height > frame.height:
         given = ",".join(map(str, region))
         raise ImageError(f"the region {given} is not inside the picture of {frame.width} x {frame.height} pixels")
     return Region(left, top, width, height)
 
 
-def _integer(name: str, value: object, low: int, high: int | None = None) -> int:
+def _integer(name: str, value: object, low: int | None = None, high: int | None = None) -> int:
     """An argument that must be an integer of any type, numpy's too, but no bool.
 
     Raises:
         ValueError: it is not, or it is out of range.
     """
     number = None if isinstance(value, bool) or not hasattr(value, "__index__") else operator.index(value)
-    if number is None or number < low or (high is not None and number > high):
-        wanted = f"an integer from {low}" + ("" if high is None else f" to {high}")
+    if number is None or (low is not None and number < low) or (high is not None and number > high):
+        wanted = "integers" if low is None else f"an integer from {low}" + ("" if high is None else f" to {high}")
         raise ValueError(f"{name} must be {wanted}, got {value!r}")
     return number
 

@@ -117,7 +117,7 @@ def plan(inputs: Sequence[str], output: str | None, *, suffixes: Sequence[str], 
             raise ValueError(f"{output} is not a folder; for several inputs, the output must be one")
         else:
             jobs = _name_targets(found, output or "", suffixes, new_suffix)
-        _check_distinct(jobs)
+        check_distinct(jobs)
     return jobs
 
 
@@ -373,7 +373,12 @@ def _name_targets(found: Sequence[tuple[str, str]], folder: str, suffixes: Seque
     return jobs
 
 
-def _check_distinct(jobs: Sequence[Job]) -> None:
+def check_distinct(jobs: Sequence[Job]) -> None:
+    """Check that no target is a source, by whatever name, and that no two targets are one file.
+
+    Raises:
+        ValueError: there is such a target.
+    """
     sources = {}
     for job in jobs:
         with contextlib.suppress(OSError):

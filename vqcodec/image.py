@@ -149,6 +149,7 @@ def to_pil(picture: Picture) -> Image.Image:
 
 
 _NO_LIMIT = 1 << 31
+_PNG_DEPTH = slice(24, 26)  # where the header of a PNG file has bit depth and colour type
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,9 @@ def adapt(picture: Picture, suffix: str) -> Picture:
     xmp = picture.xmp if len(picture.xmp or b"") <= writer.xmp else None
     lost = [name for name, old, new in (("EXIF", picture.exif, exif), ("XMP", picture.xmp, xmp)) if old and not new]
     if lost:
-        notes.append(f"{' and '.join(lost)} left out: {writer.name} files have no room for so much of it")
+        held = [limit for name, limit in (("EXIF", writer.exif), ("XMP", writer.xmp)) if name in lost and limit]
+        why = "have no room for so much of it" if held else "are written without"
+        notes.append(f"{' and '.join(lost)} left out: {writer.name} files {why}")
     if exif and writer.name == "AVIF" and not metadata.readable(exif):  # Pillow looks for the orientation there
         exif = None
         notes.append("EXIF left out: it cannot be read, as AVIF files need")
@@ -325,8 +328,10 @@ def decode_alpha(data: bytes, width: int, height: int) -> NDArray[np.uint8]:
     """
     # Image.open refuses sizes that a caller may allow. Here the size of the picture is the limit.
     with pillow.errors("alpha cannot be read"), PngImagePlugin.PngImageFile(io.BytesIO(data)) as png:
-        if png.size != (width, height) or png.mode != "L":
-            raise ImageError(f"alpha is {png.mode} {png.width} x {png.height}, the picture {width} x {height}")
+        if data[_PNG_DEPTH] != b"\x08\x00":  # Pillow takes 2 and 4 bits for 8
+            raise ImageError("alpha is not grey of 8 bits")
+        if png.size != (width, height):
+            raise ImageError(f"alpha has {png.width} x {png.height} pixels, the picture {width} x {height}")
         return np.asarray(png).copy()
 
 

@@ -119,7 +119,8 @@ jobs = click.option(
 skip_existing = click.option(
     "--skip-existing",
     is_flag=True,
-    help="Leave out files whose output exists and is not older, however it was made; make older outputs again.",
+    help="Leave out files whose output exists and is not older, however it was made; make older outputs again, but "
+    "not with --rm.",
 )
 preserve = click.option(
     "--preserve/--no-preserve", default=True, show_default=True, help="Give outputs the times of their sources."
@@ -139,7 +140,7 @@ def many_files(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-quiet = click.option("--quiet", is_flag=True, help="Print errors only.")
+quiet = click.option("--quiet", is_flag=True, help="Print errors and warnings only.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 seed = click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the random numbers."

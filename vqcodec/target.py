@@ -129,8 +129,27 @@ def largest_within(size: Callable[[Setting], int], limit: int, top: Setting) -> 
     low = max(low, LOWEST)
     setting, reached = fit_emphasis(log_size, low, found[low], goal, slope, within=True)
     if reached > goal:
-        raise TargetError(f"no file has at most {limit:,} bytes: the smallest has {math.exp(reached):,.0f}")
+        return _smallest_within(size, limit, setting)
     return setting
+
+
+def _smallest_within(size: Callable[[Setting], int], limit: int, too_large: Setting) -> Setting:
+    """Find the strongest emphasis below that of `too_large` with which a file has at most `limit` bytes.
+
+    `fit_emphasis` may miss it: small files change in steps of four bytes.
+
+    Raises:
+        TargetError: every file is larger.
+    """
+    quality = too_large.quality
+    low, high = -MOST_EMPHASIS, math.log(too_large.emphasis)
+    smallest = size(Setting(quality, math.exp(low)))
+    if smallest > limit:
+        raise TargetError(f"no file has at most {limit:,} bytes: the smallest has {smallest:,}")
+    for _ in range(EMPHASIS_TRIALS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if size(Setting(quality, math.exp(middle))) <= limit else (low, middle)
+    return Setting(quality, math.exp(low))
 
 
 def fit_emphasis(

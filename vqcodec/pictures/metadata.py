@@ -7,6 +7,7 @@ What is kept describes an upright picture without attachments. All its other byt
 EXIF data loses maker notes.
 """
 
+import math
 import re
 import struct
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ _EXIF_DIRECTORY, _GPS_DIRECTORY = 0x8769, 0x8825
 _DESCRIPTIVE_TAGS = (269, 270, 271, 272, 285, 305, 306, 315, 316, 33432)
 _IPTC_TAG, _PHOTOSHOP_TAG, _GEO_TAG = 33723, 34377, 34735
 _IPTC_RESOURCE = 0x0404  # of Photoshop's image resources
+_RESOLUTION_TAG = 282
+_USUAL_DPI = {0, 1, 72, 96}  # what programs write or read where nobody has measured anything
 _KEPT_TEXTS = {"XML:com.adobe.xmp", *(f"Raw profile type {kind}" for kind in ("exif", "APP1", "xmp", "icc", "icm"))}
 _GAIN_MAP, _MOTION_PHOTO = "gain map", "video of a motion photo"
 # What describes pictures and videos after the first one: XML namespace, its usual prefix, names, and what it is.
@@ -60,7 +63,8 @@ def read(image: Image.Image, notes: list[str], *, gain_map: bool = False) -> tup
         exif = _upright_exif(exif, turned=orientation > 1)
     if xmp is not None:
         xmp = _upright_xmp(xmp)
-    dropped = dict.fromkeys([*[_GAIN_MAP] * gain_map, *attachments, *_others(image)])  # each kind once
+    others = [*_others(image), *_resolution(image, exif)]
+    dropped = dict.fromkeys([*[_GAIN_MAP] * gain_map, *attachments, *others])  # each kind once
     if dropped:
         notes.append(f"not kept: {', '.join(dropped)}")
     return exif, xmp, orientation
@@ -96,6 +100,18 @@ def _others(image: Image.Image) -> Iterator[str]:
         yield "comment"
     if texts - _KEPT_TEXTS - iptc_texts:
         yield "text"
+
+
+def _resolution(image: Image.Image, exif: bytes | None) -> Iterator[str]:
+    """Name a resolution that was set on purpose, unless EXIF data keep it."""
+    kept = Image.Exif()
+    kept.load(exif or b"")
+    dots = image.info.get("dpi")
+    if _RESOLUTION_TAG in kept or not isinstance(dots, tuple):
+        return
+    found = [round(float(x)) for x in dots if math.isfinite(x)]
+    if found and not set(found) <= _USUAL_DPI:
+        yield f"resolution of {' x '.join(map(str, dict.fromkeys(found)))} dpi"
 
 
 # EXIF
