@@ -37,8 +37,8 @@ ESTIMATE_WEIGHT = 0.1
 PERCEPTUAL_WEIGHT, COLOUR_WEIGHT, PATTERN_WEIGHT = 8.0, 0.1, 64.0
 COLOUR_SIDES = (4, 8, 16, 32)  # of the squares whose mean colours are compared, in pixels
 PATTERN_PERIODS = 8  # side of the neighbourhood in which a pattern is sought, in periods
-# The energy that residual blocks add is penalised at 2 % of the distortion weight; without it training diverges.
-ADDED_WEIGHT = 0.02
+# The energy that residual blocks add is penalised at 0.5 % of the distortion weight; without it training diverges.
+ADDED_WEIGHT = 0.005
 
 
 @dataclass
