@@ -100,6 +100,12 @@ def test_completion_starts_as_the_picture_does() -> None:
     assert not np.array_equal(ending[160:], restored[160:])
 
 
+def test_the_endings_of_a_grey_picture_are_grey() -> None:
+    source = np.repeat(models.picture(64, 64)[..., :1], 3, axis=2)
+    for ending in sample(2, picture=Picture(source, grey=True), quality=90):
+        assert (ending == ending[..., :1]).all()
+
+
 @pytest.mark.parametrize(
     ("options", "line"),
     [

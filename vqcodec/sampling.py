@@ -75,7 +75,7 @@ def sample(
         quality: 1 to 100: how much detail the codes carry.
         temperature: 0 or more; see `Dice`.
         seed: of the random generator. Equal seeds give equal codes.
-        picture: complete this picture: keep the codes at its top and sample the rest.
+        picture: complete this picture: keep the codes at its top and sample the rest; in shades of grey if it is so.
         rows: number of rows of codes to keep on the finest grid; None for half of them. A coarser code is kept if all
             finer positions under it are.
         device: "auto" (CUDA if there is one), "cpu" or "cuda".
@@ -98,7 +98,7 @@ def sample(
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be a number from 0, got {temperature!r}")
     model = weights.load(packaged.find(weights_file), device)
-    frame = Frame(width, height, quality)
+    frame = Frame(width, height, quality, grey=picture is not None and picture.grey)
     given = None
     if picture is not None:
         with coding.exact(model):
