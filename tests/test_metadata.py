@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pictures import chunk, with_chunks
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from vqcodec.errors import ImageError
 from vqcodec.image import Picture, load, save
@@ -201,6 +201,14 @@ def exif_with(tags: dict[int, float]) -> Image.Exif:
     return made
 
 
+def text_tag(tag: int) -> TiffImagePlugin.ImageFileDirectory_v2:
+    made = TiffImagePlugin.ImageFileDirectory_v2()
+    made.tagtype[tag] = 2
+    made[tag] = "three hundred"
+    made[296] = 2
+    return made
+
+
 IPTC = b"Photoshop 3.0\x008BIM\x04\x04\0\0\0\0\0\x0f\x1c\x02x\0\ncaption ab\0"
 
 
@@ -220,6 +228,7 @@ IPTC = b"Photoshop 3.0\x008BIM\x04\x04\0\0\0\0\0\x0f\x1c\x02x\0\ncaption ab\0"
         (jpeg((2, b"urn:iso:std:iso:ts:21496:-1\0\0\0\0\0")), "gain map"),
         (encoded("PNG", dpi=(300, 300)), "resolution of 300 dpi"),
         (encoded("TIFF", dpi=(300, 600)), "resolution of 300 x 600 dpi"),
+        (encoded("TIFF", tiffinfo=text_tag(282)), ""),
         (encoded("JPEG", dpi=(72, 72)), ""),
         (encoded("JPEG", dpi=(300, 300), exif=exif_with({282: 300.0})), ""),
         (text(b"tEXt", b"Author\0me"), "text"),

@@ -706,9 +706,9 @@ def train(
         with report.errors_of(path):
             files.check(files.Job(path, files.STREAM), overwrite=False)
     with report.errors_of(output):
-        for suffix in ("", ".ckpt", ".csv", ".png", ".visual.json"):  # hours of work may lie in a checkpoint
-            target = str(Path(output).with_suffix(suffix)) if suffix else output
-            files.check(files.Job(files.STREAM, target), overwrite=force or resume)
+        # Hours of work may lie in a checkpoint.
+        for suffix in (".safetensors", ".ckpt", ".csv", ".png", ".visual.json"):
+            files.check(files.Job(files.STREAM, str(Path(output).with_suffix(suffix))), overwrite=force or resume)
     if report.failed:
         return report.status
     with report.errors_of(output), terminal.training_bar() as show:

@@ -8,6 +8,7 @@ EXIF data loses maker notes.
 """
 
 import math
+import numbers
 import re
 import struct
 from collections.abc import Iterator
@@ -106,11 +107,10 @@ def _resolution(image: Image.Image, exif: bytes | None) -> Iterator[str]:
     """Name a resolution that was set on purpose, unless EXIF data keep it."""
     kept = Image.Exif()
     kept.load(exif or b"")
-    dots = image.info.get("dpi")
-    if _RESOLUTION_TAG in kept or not isinstance(dots, tuple):
-        return
+    # Files of wrong types have text there.
+    dots = [x for x in image.info.get("dpi", ()) if isinstance(x, numbers.Real)]
     found = [round(float(x)) for x in dots if math.isfinite(x)]
-    if found and not set(found) <= _USUAL_DPI:
+    if _RESOLUTION_TAG not in kept and not set(found) <= _USUAL_DPI:
         yield f"resolution of {' x '.join(map(str, dict.fromkeys(found)))} dpi"
 
 
